@@ -1,0 +1,108 @@
+"""Chain: the cores of an MPO and what is known about their canonical form. Nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import Array, dtype_name, namespace
+from mpo_tn.sites import Sites
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Cores ``T_k`` of shape (bond_{k-1}, out_k, in_k, bond_k), outer bonds 1.
+
+    ::
+
+          out_1    out_2    out_3
+            |        |        |
+        1 --T_1------T_2------T_3-- 1        W[o, i] = T_1[:, o_1, i_1, :] @ T_2[:, o_2, i_2, :] @ ...
+            |  d_1   |  d_2   |
+          in_1     in_2     in_3
+
+    Args:
+        cores: arrays of one library, dtype and device.
+        canonical_interval: sites before the first index are left-isometric, sites after the second right-isometric.
+            ``None`` claims nothing.
+
+    Raises:
+        MPOError: no cores, a core that is not four-dimensional, bonds that do not match, mixed dtypes.
+    """
+
+    cores: tuple[Array, ...]
+    canonical_interval: tuple[int, int] = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cores", _checked_cores(self.cores))
+        last = len(self.cores) - 1
+        interval: Any = self.canonical_interval
+        if interval is None:
+            interval = (0, last)
+        low, high = interval
+        if not 0 <= low <= high <= last:
+            raise MPOError(f"canonical_interval={interval} does not lie within the sites 0 to {last}")
+        object.__setattr__(self, "canonical_interval", (int(low), int(high)))
+
+    def __len__(self) -> int:
+        return len(self.cores)
+
+    @property
+    def sites(self) -> Sites:
+        """The legs of every site."""
+        return Sites(tuple(int(core.shape[1]) for core in self.cores), tuple(int(core.shape[2]) for core in self.cores))
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """The ``n - 1`` inner bonds."""
+        return tuple(int(core.shape[3]) for core in self.cores[:-1])
+
+    @property
+    def center(self) -> int | None:
+        """The orthogonality centre, or None if the canonical interval is wider than one site."""
+        low, high = self.canonical_interval
+        return low if low == high else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the matrix."""
+        return self.sites.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the cores, as their library names it."""
+        return self.cores[0].dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the cores hold."""
+        return sum(math.prod(core.shape) for core in self.cores)
+
+    def with_cores(self, cores: Iterable[Array], canonical_interval: tuple[int, int] | None) -> Self:
+        """A chain of the same class with other cores."""
+        return type(self)(tuple(cores), canonical_interval)  # type: ignore[arg-type]
+
+
+def _checked_cores(cores: Iterable[Array]) -> tuple[Array, ...]:
+    checked = tuple(cores)
+    if not checked:
+        raise MPOError("cores=() is empty: a chain has at least one core")
+    first = checked[0]
+    library, name = namespace(first), dtype_name(first)
+    for k, core in enumerate(checked):
+        shape = tuple(getattr(core, "shape", ()))
+        if len(shape) != 4 or 0 in shape:
+            raise MPOError(
+                f"core {k} has shape {shape}: expected (left bond, out leg, in leg, right bond), none of them 0"
+            )
+        if namespace(core) is not library or dtype_name(core) != name:
+            raise MPOError(f"core {k} is {dtype_name(core)} and core 0 is {name}: use one library and one dtype")
+        left = 1 if k == 0 else int(checked[k - 1].shape[3])
+        if shape[0] != left:
+            raise MPOError(f"core {k} has left bond {shape[0]} where {left} is needed: its shape is {shape}")
+    if int(checked[-1].shape[3]) != 1:
+        raise MPOError(f"the last core has right bond {checked[-1].shape[3]}: the outer bonds are 1")
+    return checked

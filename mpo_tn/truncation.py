@@ -1,0 +1,192 @@
+"""Truncation, what may be cut, and Report, what was cut and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpo_tn.exceptions import MPOError
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How far bonds may be cut. ``Truncation()`` keeps every full bond, zero singular values included.
+
+    Args:
+        max_bond: the largest bond allowed, one number for all bonds or one per bond.
+        rel_error: the total error allowed as a fraction of the Frobenius norm, ``0 < rel_error < 1``.
+        abs_error: the total Frobenius error allowed, ``> 0``. With both tolerances the smaller budget holds.
+        strict: raise if ``max_bond`` stops a tolerance from being met, instead of reporting it.
+
+    A tolerance is one budget for the whole chain. It is spent bond by bond: each bond may use an equal share of what
+    is left, and the widest bond comes last and may use all of it. No bond is ever cut below 1.
+
+    Raises:
+        MPOError: a bond below 1, or a tolerance that is not positive and finite.
+
+    >>> Truncation(max_bond=64, rel_error=0.1)
+    Truncation(max_bond=64, rel_error=0.1, abs_error=None, strict=False)
+    """
+
+    max_bond: int | tuple[int, ...] | None = None
+    rel_error: float | None = None
+    abs_error: float | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        bonds: Sequence[Any] = ()
+        if isinstance(self.max_bond, Sequence) and not isinstance(self.max_bond, str):
+            object.__setattr__(self, "max_bond", tuple(self.max_bond))
+            bonds = tuple(self.max_bond)
+        elif self.max_bond is not None:
+            bonds = (self.max_bond,)
+        for bond in bonds:
+            if isinstance(bond, bool) or not hasattr(bond, "__index__") or int(bond) < 1:
+                raise MPOError(f"max_bond={self.max_bond!r}: a bond must be a whole number of at least 1")
+        for name, value in (("rel_error", self.rel_error), ("abs_error", self.abs_error)):
+            if value is not None and not (_is_real(value) and 0 < value < math.inf):
+                raise MPOError(
+                    f"{name}={value!r} must be a positive, finite number; for no truncation leave it out (Truncation())"
+                )
+        if self.rel_error is not None and self.rel_error >= 1:
+            raise MPOError(
+                f"rel_error={self.rel_error!r} is not below 1: it is a fraction of the norm, so 0.05 means five per "
+                "cent; for an error in units of the matrix use abs_error"
+            )
+        if self.strict and self.rel_error is None and self.abs_error is None:
+            raise MPOError("strict=True needs rel_error or abs_error: there is no tolerance that could be missed")
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether a tolerance was given."""
+        return self.rel_error is not None or self.abs_error is not None
+
+    def caps(self, num_bonds: int) -> tuple[int | None, ...]:
+        """The cap of every bond, ``None`` where there is none.
+
+        Raises:
+            MPOError: ``max_bond`` lists another number of bonds.
+        """
+        if isinstance(self.max_bond, tuple):
+            if len(self.max_bond) != num_bonds:
+                raise MPOError(
+                    f"max_bond={self.max_bond} lists {len(self.max_bond)} bonds and the chain has {num_bonds}: "
+                    "give one number, or one per bond"
+                )
+            return self.max_bond
+        return (self.max_bond,) * num_bonds
+
+    def budget(self, norm: float, eps: float, dtype_name: str) -> float:
+        """The total Frobenius error allowed for a matrix of this norm; infinite where only bonds are capped.
+
+        Raises:
+            MPOError: a tolerance below what the dtype can represent, ``eps * norm``.
+        """
+        budgets = [math.inf]
+        if self.rel_error is not None:
+            if self.rel_error < eps:
+                raise MPOError(
+                    f"rel_error={self.rel_error!r} is below the machine precision {eps:.3g} of {dtype_name}: use a "
+                    "larger tolerance, a wider dtype, or Truncation() for an exact decomposition"
+                )
+            budgets.append(self.rel_error * norm)
+        if self.abs_error is not None:
+            if self.abs_error < eps * norm:
+                raise MPOError(
+                    f"abs_error={self.abs_error!r} is below the machine precision {eps:.3g} of {dtype_name} times the "
+                    f"norm {norm:.6g}: use a larger tolerance, a wider dtype, or Truncation() for an exact "
+                    "decomposition"
+                )
+            budgets.append(self.abs_error)
+        return min(budgets)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class BondReport:
+    """What happened at one bond: of ``available`` singular values ``kept`` were kept.
+
+    ``discarded_norm`` is the 2-norm of the values actually cut (``e_k``). ``tail`` is the 2-norm of the values of the
+    *original* unfolding beyond ``kept`` (``eps_k``), known only when spectra were asked for.
+    """
+
+    kept: int
+    available: int
+    discarded_norm: float
+    tail: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a truncation did, in the Frobenius norm.
+
+    Attributes:
+        error: ``|W - W'|`` for what was cut. Exact (to rounding) when ``exact``, else an upper bound.
+        norm: ``|W|`` of what was decomposed or compressed.
+        bonds: one :class:`BondReport` per inner bond, 0-based, same index as ``MPO.bonds``.
+        bound: an upper bound on the error: ``sqrt(sum_k eps_k**2)`` when spectra were asked for, otherwise ``error``.
+        lower_bound: no MPO with these bonds can have a smaller error: ``max_k eps_k`` (``max_k e_k`` without spectra).
+        exact: whether ``error`` is an equality rather than a bound.
+        tolerance_met: whether the tolerance was met; True when none was given.
+        floor: the size of what rounding and the storage dtype add to ``error``, ``eps * sqrt(n) * norm``.
+        notes: anything out of the ordinary, such as an upcast or a factorisation that had to be repeated.
+
+    For one sweep ``error**2 == sum_k bonds[k].discarded_norm**2`` and
+    ``max_k e_k <= max_k eps_k <= |W - best| <= error <= sqrt(sum_k eps_k**2) <= sqrt(n-1) |W - best|``
+    (Oseledets, SIAM J. Sci. Comput. 33, 2011, Theorem 2.2 and Corollary 2.4).
+    """
+
+    error: float
+    norm: float
+    bonds: tuple[BondReport, ...]
+    bound: float
+    lower_bound: float
+    floor: float
+    exact: bool = True
+    tolerance_met: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def rel_error(self) -> float:
+        """``error / norm``; 0 for a zero matrix."""
+        return self.error / self.norm if self.norm > 0 else 0.0
+
+    @property
+    def optimality(self) -> float:
+        """``error / lower_bound``: at most this many times the error of the best MPO with the same bonds."""
+        if self.lower_bound > 0:
+            return self.error / self.lower_bound
+        return 1.0 if self.error == 0 else math.inf
+
+    def after(self, earlier: Report) -> Report:
+        """The error of both truncations together, measured against the matrix of the earlier one.
+
+        Two sweeps project onto spaces that need not commute, so only the triangle inequality holds:
+        ``error <= earlier.error + self.error``, and ``exact`` is False unless one of them cut nothing.
+        """
+        error = earlier.error + self.error
+        return Report(
+            error=error,
+            norm=earlier.norm,
+            bonds=self.bonds,
+            bound=error,
+            lower_bound=0.0 if error else error,
+            floor=earlier.floor + self.floor,
+            exact=self.exact and earlier.exact and (earlier.error == 0 or self.error == 0),
+            tolerance_met=earlier.tolerance_met and self.tolerance_met,
+            notes=earlier.notes + self.notes,
+        )
+
+    def __str__(self) -> str:
+        relation = "=" if self.exact else "<="
+        kept = ", ".join(f"{bond.kept}/{bond.available}" for bond in self.bonds) or "none"
+        met = "" if self.tolerance_met else "; tolerance NOT met"
+        return (
+            f"error {relation} {self.error:.6g} ({self.rel_error:.4%} of the norm), at most {self.optimality:.3f} x "
+            f"the best possible; bonds kept {kept}{met}"
+        )
