@@ -1,6 +1,7 @@
 """Matrix product operators with exact error reports, on NumPy and torch.
 
-The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.torch`; this package does not import torch.
+The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.torch`; this package does not import
+torch.
 """
 
 from mpo_tn.exceptions import MPOError

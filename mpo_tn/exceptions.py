@@ -7,8 +7,8 @@ class MPOError(ValueError):
     The message names the offending value and says what to do instead. Nothing has been changed when it is raised.
 
     >>> from mpo_tn import Sites
-    >>> Sites(out=(2, 3), in_=(4,))
+    >>> Sites(out=(2, 0), in_=(4, 1))
     Traceback (most recent call last):
         ...
-    mpo_tn.exceptions.MPOError: out=(2, 3) has 2 legs and in_=(4,) has 1: give one leg per site on each side, using 1 where a site has none
+    mpo_tn.exceptions.MPOError: leg 1 of out=0 must be a positive integer
     """

@@ -87,7 +87,8 @@ def check_matrix(matrix: Array) -> None:
     if not bool(xp.all(xp.isfinite(matrix))):
         bad = int(xp.sum(xp.astype(~xp.isfinite(matrix), xp.int64)))
         raise MPOError(
-            f"the matrix of shape {tuple(matrix.shape)} has {bad} entries that are NaN or infinite: clean the data first"
+            f"the matrix of shape {tuple(matrix.shape)} has {bad} entries that are NaN or infinite: clean the data "
+            "first"
         )
 
 

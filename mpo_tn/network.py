@@ -87,9 +87,8 @@ class ContractionPlan:
 
 
 def matrix_plan(chain: Chain) -> ContractionPlan:
-    """The plan that contracts a chain to its dense matrix. Cached per shapes and dtype."""
-    shapes = tuple(tuple(int(size) for size in core.shape) for core in chain.cores)
-    return _plan_matrix(shapes, _BYTES[dtype_name(chain.cores[0])])
+    """The plan that contracts a chain to its dense matrix, cached."""
+    return plan_for_shapes(tuple(tuple(core.shape) for core in chain.cores), _BYTES[dtype_name(chain.cores[0])])
 
 
 def contract_matrix(cores: Sequence[Array], plan: ContractionPlan) -> Array:
@@ -103,7 +102,8 @@ def contract_matrix(cores: Sequence[Array], plan: ContractionPlan) -> Array:
 
 
 @lru_cache(maxsize=512)
-def _plan_matrix(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> ContractionPlan:
+def plan_for_shapes(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> ContractionPlan:
+    """The plan that contracts cores of these shapes, ``itemsize`` bytes an entry, to their dense matrix."""
     n = len(shapes)
     symbol = opt_einsum.get_symbol
     outs, ins = [symbol(k) for k in range(n)], [symbol(n + k) for k in range(n)]

@@ -1,0 +1,25 @@
+"""The adapter: MPO modules for torch, compression of pre-trained models, and their round trip through transformers.
+
+Importing this package registers the ``"mpo"`` quantizer when transformers is installed, so that
+``AutoModel.from_pretrained`` reads compressed models.
+"""
+
+import importlib.util
+
+from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
+from mpo_tn.torch.config import ModuleSpec, MPOConfig
+from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+
+if importlib.util.find_spec("transformers") is not None:
+    from mpo_tn.torch import quantizer as quantizer
+
+__all__ = [
+    "CompressionReport",
+    "LayerReport",
+    "MPOConfig",
+    "MPOEmbedding",
+    "MPOLayer",
+    "MPOLinear",
+    "ModuleSpec",
+    "compress",
+]

@@ -1,0 +1,256 @@
+"""compress: replace the matched modules of a model by MPO modules, in place, and say what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import frobenius_norm, widen
+from mpo_tn.mpo import MPO
+from mpo_tn.sites import Sites
+from mpo_tn.torch.config import ModuleSpec, MPOConfig
+from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
+from mpo_tn.torch.legs import legs_for
+from mpo_tn.torch.matching import Unit, find_units
+from mpo_tn.truncation import Report, Truncation
+
+Progress = Callable[[int, int, str], None]
+"""Called with how many units are done, how many there are, and the name of the next (or last) one."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one unit became. ``names`` are all the modules that use it; the first names the unit.
+
+    ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not counted; ``report`` is
+    the core's report on the padded matrix.
+    """
+
+    names: tuple[str, ...]
+    spec: ModuleSpec
+    error: float
+    norm: float
+    report: Report
+
+    @property
+    def name(self) -> str:
+        """The name of the first occurrence."""
+        return self.names[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "name": self.name,
+            "names": list(self.names),
+            **self.spec.to_dict(),
+            "kept": self.spec.kept,
+            "parameters": self.spec.num_parameters,
+            "error": self.error,
+            "norm": self.norm,
+            "floor": self.report.floor,
+        }
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`compress` did. Parameters count shared ones once."""
+
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def matrix_before(self) -> int:
+        """Dense parameters of the compressed matrices, bias apart."""
+        return sum(layer.spec.out_features * layer.spec.in_features for layer in self.layers)
+
+    @property
+    def matrix_after(self) -> int:
+        """Parameters of their cores."""
+        return sum(layer.spec.num_parameters for layer in self.layers)
+
+    @property
+    def kept(self) -> float:
+        """The kept ratio of the compressed matrices."""
+        return self.matrix_after / self.matrix_before
+
+    @property
+    def kept_model(self) -> float:
+        """The kept ratio of the whole model."""
+        return self.parameters_after / self.parameters_before
+
+    @property
+    def rel_error(self) -> float:
+        """The error of all compressed matrices together, relative to their norm together."""
+        norm = math.hypot(*(layer.norm for layer in self.layers))
+        return math.hypot(*(layer.error for layer in self.layers)) / norm if norm > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "layers": [layer.to_dict() for layer in self.layers],
+            "skipped": self.skipped,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "kept": self.kept,
+            "kept_model": self.kept_model,
+            "rel_error": self.rel_error,
+        }
+
+    def __str__(self) -> str:
+        skipped = f"; {len(self.skipped)} matched modules skipped" if self.skipped else ""
+        return (
+            f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
+            f"whole model ({self.parameters_before} -> {self.parameters_after}), relative error "
+            f"{self.rel_error:.4f}{skipped}"
+        )
+
+
+_after_compress: list[Callable[[nn.Module, MPOConfig], None]] = []
+
+
+def on_compressed(callback: Callable[[nn.Module, MPOConfig], None]) -> None:
+    """Call ``callback(model, config)`` after every :func:`compress`; the transformers hook attaches itself here."""
+    _after_compress.append(callback)
+
+
+def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None = None) -> CompressionReport:
+    """Replace every matched linear layer and embedding of ``model`` by its MPO, in place.
+
+    Args:
+        model: any ``torch.nn.Module``. Layers that share a module or a weight are decomposed once and still share.
+        config: which modules, which legs, how much to keep.
+        progress: called before each unit and once at the end.
+
+    Returns:
+        Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.
+        Bias, dtype, device, ``requires_grad`` and training mode of each module are kept.
+
+    Guarantee: if anything is wrong the model is left as it was; modules are only swapped once all are decomposed. A
+    transformers model can be saved with ``save_pretrained`` afterwards.
+
+    Raises:
+        MPOError: a pattern that matches nothing, a weight with NaN or infinite entries or without data, legs that do
+            not fit, a ratio that cannot be reached; the message names the module.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
+    >>> report = compress(model, MPOConfig(sites=3, keep=0.5))
+    >>> report.kept <= 0.5, [type(layer).__name__ for layer in model]
+    (True, ['MPOLinear', 'ReLU', 'MPOLinear'])
+    """
+    if any(isinstance(module, MPOLayer) for module in model.modules()):
+        raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
+    units, skipped = find_units(model, config.target_modules, config.exclude_modules)
+    before = _count_parameters(model)
+    layers: list[LayerReport] = []
+    replacements: list[tuple[str, nn.Module]] = []
+    for done, unit in enumerate(units):
+        if progress:
+            progress(done, len(units), unit.name)
+        try:
+            layer, modules = _compress_unit(unit, config.for_module(unit.name))
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
+        layers.append(layer)
+        for names, module in zip(unit.names, modules, strict=True):
+            replacements += [(name, module) for name in names]
+    for name, module in replacements:
+        model.set_submodule(name, module)
+    if progress:
+        progress(len(units), len(units), units[-1].name)
+    for callback in _after_compress:
+        callback(model, config)
+    return CompressionReport(tuple(layers), skipped, before, _count_parameters(model))
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _compress_unit(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.Module]]:
+    matrix = unit.matrix()
+    if matrix.device.type == "meta":
+        raise MPOError("its weight is on the meta device and has no data: load the weights first")
+    out, in_ = (int(size) for size in matrix.shape)
+    sites = legs_for(out, in_, config.sites)
+    truncation = config.truncation()
+    if config.keep is not None:
+        truncation = Truncation(max_bond=sites.largest_cap(config.keep * out * in_))
+    rows, columns = sites.shape
+    padded = functional.pad(matrix, (0, columns - in_, 0, rows - out))
+    mpo, report = MPO.from_matrix(padded, sites, truncation)
+    error, exact = _cropped_error(mpo, report, out, in_)
+
+    rel_error = error / report.norm if report.norm > 0 else 0.0
+    cores = [nn.Parameter(core.contiguous(), requires_grad=unit.weight.requires_grad) for core in mpo.cores]
+    modules: list[nn.Module] = []
+    spec = ModuleSpec(unit.kinds[0], sites, mpo.bonds, out, in_, rel_error=rel_error, exact=exact)
+    for position, (module, kind) in enumerate(zip(unit.modules, unit.kinds, strict=True)):
+        own = replace(
+            spec,
+            kind=kind,
+            bias=getattr(module, "bias", None) is not None,
+            padding_idx=getattr(module, "padding_idx", None),
+            tied_to=None if position == 0 else unit.name,
+        )
+        built = build(own, cores, bias=getattr(module, "bias", None))
+        modules.append(built.train(module.training))
+    first = modules[0]
+    assert isinstance(first, MPOLayer)
+    names = tuple(name for group in unit.names for name in group)
+    return LayerReport(names, first.spec, error, report.norm, report), modules
+
+
+def build(
+    spec: ModuleSpec,
+    cores: Sequence[nn.Parameter] | None = None,
+    *,
+    bias: nn.Parameter | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> MPOLayer:
+    """The module that ``spec`` describes, on the given cores or on empty ones."""
+    if spec.kind == "embedding":
+        return MPOEmbedding(spec, cores, device=device, dtype=dtype)
+    return MPOLinear(spec, cores, bias, device=device, dtype=dtype)
+
+
+def _cropped_error(mpo: MPO, report: Report, out: int, in_: int) -> tuple[float, bool]:
+    """The error on the rows and columns that are used: what falls on the padding, where W is zero, does not count.
+
+    ::
+
+        | W - W'   - W'_right |      |W - W'|**2 = error**2 - |W'_right|**2 - |W'_below|**2
+        | - W'_below          |
+    """
+    rows, columns = mpo.shape
+    if (rows, columns) == (out, in_) or report.error == 0:
+        return report.error, report.exact
+    wide = [widen(core) for core in mpo.cores]
+    slabs = [0.0]
+    if rows > out:
+        slabs.append(frobenius_norm(table_rows(wide, torch.arange(out, rows, device=wide[0].device))))
+    if columns > in_:
+        # The columns of the matrix are the rows of its transpose, whose cores have their legs swapped.
+        swapped = [core.transpose(1, 2) for core in wide]
+        below = table_rows(swapped, torch.arange(in_, columns, device=wide[0].device))[:, :out]
+        slabs.append(frobenius_norm(below))
+    outside = math.hypot(*slabs)
+    # Below the floor the difference of squares is rounding, not error.
+    if outside > report.error:
+        return report.floor, False
+    return math.sqrt((report.error - outside) * (report.error + outside)), report.exact
+
+
+def uniform_bonds(sites: Sites, keep: float, out: int, in_: int) -> tuple[int, ...]:
+    """The bonds that ``keep`` gives on these legs for a matrix of the size (out, in)."""
+    return sites.capped_bonds(sites.largest_cap(keep * out * in_))

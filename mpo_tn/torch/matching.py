@@ -1,0 +1,170 @@
+"""Which modules a pattern means, and which modules are one unit because they share a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+
+# Components of a module's name that mark a task head; a head is small, often freshly initialised, and PEFT leaves it too.
+_HEADS = frozenset({"lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "seq_relationship"})
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One weight to decompose: the modules that use it, each under all its names, and what kind each is.
+
+    ``names[0][0]`` is the first occurrence and names the unit.
+    """
+
+    weight: nn.Parameter
+    modules: tuple[nn.Module, ...]
+    names: tuple[tuple[str, ...], ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the first occurrence."""
+        return self.names[0][0]
+
+    def matrix(self) -> torch.Tensor:
+        """The dense weight as (out, in), whatever layout the module stores."""
+        weight = self.weight.detach()
+        return weight.T if self.kinds[0] == "conv1d" else weight
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """PEFT's grammar: a string is a regular expression on the full name, a list holds exact names or dotted suffixes.
+
+    A list entry that starts with ``re:`` is a regular expression as well.
+
+    >>> matches("encoder.layer.0.attention.self.query", ["self.query"])
+    True
+    >>> matches("encoder.myquery", ["query"]), matches("encoder.query", r".*\\.query"), matches("a.b", ["re:a.*"])
+    (False, True, True)
+    """
+    if isinstance(patterns, str):
+        return _full_match(patterns.removeprefix("re:"), name)
+    return any(
+        _full_match(p.removeprefix("re:"), name) if p.startswith("re:") else name == p or name.endswith(f".{p}")
+        for p in patterns
+    )
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise MPOError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def find_units(
+    model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()
+) -> tuple[list[Unit], dict[str, str]]:
+    """The units that ``target`` means, in order of first occurrence, and what matched but cannot be an MPO, with why.
+
+    Modules that share a weight with a matched one belong to its unit, so that ties survive.
+
+    Raises:
+        MPOError: nothing that can be compressed matches.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    heads = _head_modules(model) if target == "all-linear" else set[nn.Module]()
+    reserved = _read_by_parent(model)
+
+    def wanted(module: nn.Module) -> bool:
+        if any(matches(name, exclude) for name in names[module] if exclude):
+            return False
+        if target == "all-linear":
+            return kind_of(module) in ("linear", "conv1d") and module not in heads
+        return any(matches(name, target) for name in names[module])
+
+    skipped: dict[str, str] = {}
+    chosen: dict[int, nn.Parameter] = {}
+    for module, module_names in names.items():
+        if module is model or not wanted(module):
+            continue
+        reason = reserved.get(module) or _cannot_be_mpo(module)
+        if reason:
+            skipped[module_names[0]] = reason
+        else:
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            chosen.setdefault(id(weight), weight)
+
+    units: list[Unit] = []
+    for weight in chosen.values():
+        owners = [module for module in names if any(p is weight for p in module.parameters(recurse=False))]
+        unit = Unit(
+            weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners)
+        )
+        stuck = [m for m in owners if kind_of(m) is None or m in reserved]
+        mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
+        if stuck or mixed:
+            skipped[unit.name] = f"its weight is shared with {', '.join(n[0] for n in unit.names[1:])}, which cannot follow"
+        else:
+            units.append(unit)
+    if not units:
+        raise MPOError(_nothing_matched(names, target, skipped))
+    return units, skipped
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """``"linear"``, ``"conv1d"``, ``"embedding"``, or None. Subclasses may compute differently, so they do not count."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    # GPT-2's transposed linear; named rather than imported, because only the quantizer knows transformers.
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "conv1d"
+    return None
+
+
+def _cannot_be_mpo(module: nn.Module) -> str | None:
+    if kind_of(module) is None:
+        return f"a {type(module).__name__} is not a linear layer or an embedding"
+    if "weight" not in module._parameters:
+        return "its weight is computed from something else (a parametrization)"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, not floating point"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rescales the table in place"
+    if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
+        return "sparse and frequency-scaled gradients need the table"
+    return None
+
+
+def _read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
+    """Linears whose weight their parent hands to a fused kernel."""
+    found: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            for child in parent.children():
+                if isinstance(child, nn.Linear):
+                    found[child] = f"nn.{type(parent).__name__} reads its weight directly"
+    return found
+
+
+def _head_modules(model: nn.Module) -> set[nn.Module]:
+    heads = {m for name, m in model.named_modules(remove_duplicate=False) if _HEADS & set(name.split("."))}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return heads | {output} if isinstance(output, nn.Module) else heads
+
+
+def _nothing_matched(
+    names: dict[nn.Module, list[str]], target: str | Sequence[str], skipped: dict[str, str]
+) -> str:
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        return f"target_modules={target!r} matches {len(skipped)} modules but none can be an MPO; {name}: {reason}"
+    linear = [n[0] for module, n in names.items() if kind_of(module)]
+    hint = f"the model has for instance {', '.join(linear[:3])}" if linear else "the model has no linear layer at all"
+    return f"target_modules={target!r} matches no module: {hint}"

@@ -1,0 +1,226 @@
+"""The transformers hook: save_pretrained and from_pretrained for models with MPO modules.
+
+transformers calls anything that replaces modules a quantizer; what is registered here under the name ``"mpo"`` builds
+the MPO modules empty before the weights are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.torch._compress import build, compress, on_compressed
+from mpo_tn.torch.config import ModuleSpec, MPOConfig
+from mpo_tn.torch.layers import MPOLayer
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("mpo")
+class MPOQuantizationConfig(QuantizationConfigMixin):
+    """What ``config.json`` holds under ``quantization_config``.
+
+    Args:
+        config: the policy, an :class:`~mpo_tn.torch.MPOConfig` or its dictionary.
+        modules: module name to :class:`~mpo_tn.torch.config.ModuleSpec` or its dictionary; empty before compression.
+        format_version: of this dictionary and of the names of the tensors.
+
+    Raises:
+        MPOError: written by a newer version, or damaged.
+    """
+
+    quant_method: Any = "mpo"
+
+    def __init__(
+        self,
+        config: MPOConfig | dict[str, Any] | None = None,
+        modules: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = "mpo",
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise MPOError(
+                f"the model was written in format {format_version!r} and this version reads {FORMAT_VERSION}: upgrade mpo-tn"
+            )
+        self.quant_method = quant_method
+        self.config = config if isinstance(config, MPOConfig) else MPOConfig.from_dict(config or {})
+        self.modules = {
+            name: spec if isinstance(spec, ModuleSpec) else ModuleSpec.from_dict(spec)
+            for name, spec in (modules or {}).items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "quant_method": "mpo",
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
+        }
+
+
+@register_quantizer("mpo")
+class MPOHfQuantizer(HfQuantizer):
+    """Builds MPO modules before loading; compresses after loading when the files are dense."""
+
+    quantization_config: MPOQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        dtype = kwargs.get("dtype")
+        specs = _local_names(model, self.quantization_config.modules)
+        built: dict[str, MPOLayer] = {}
+        owners = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+        for name, spec in specs.items():
+            cores = list(built[spec.tied_to].cores) if spec.tied_to in built else None
+            built[name] = build(spec, cores, device="meta", dtype=dtype)
+            old = owners[name]
+            for alias in [alias for alias, module in owners.items() if module is old]:
+                model.set_submodule(alias, built[name])
+                _nothing_to_initialise(model, alias)
+        _retie(model)
+        sentinel = sentinel_key(self.quantization_config.modules)
+        # The key may carry the prefix of another head or none.
+        ignored = {f"(^|\\.){key}$" for key in _spellings(model, sentinel)}
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            # Names as this class knows them, so that saving it again writes them right.
+            attach(model, self.quantization_config.config)
+        else:
+            compress(model, self.quantization_config.config)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
+        """The state dict and one empty tensor under the name of a dense weight.
+
+        A transformers without this package ignores the unknown quantizer with a warning and would go on with random
+        weights. The empty tensor has the wrong shape for the dense model, so that load fails instead.
+        """
+        state = dict(model.state_dict())
+        state[sentinel_key(self.quantization_config.modules)] = torch.empty(0)
+        return state, {"mpo_tn_format": str(FORMAT_VERSION)}
+
+    def is_serializable(self) -> bool:
+        """Always: the cores are ordinary parameters."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Cores are ordinary parameters, so Trainer may train them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without this Trainer asks for adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers hold plain tensor operations."""
+        return True
+
+
+def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
+    """The dense key under which the empty tensor is written: of the first module by name that owns its cores.
+
+    By name and not by position, because ``config.json`` sorts its keys.
+    """
+    return f"{min(name for name, spec in modules.items() if spec.tied_to is None)}.weight"
+
+
+@on_compressed
+def _attach_if_pretrained(model: nn.Module, config: MPOConfig) -> None:
+    if isinstance(model, PreTrainedModel):
+        attach(model, config)
+
+
+def attach(model: PreTrainedModel, config: MPOConfig) -> None:
+    """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MPOLayer):
+            names[module] = name
+    hf_config = MPOQuantizationConfig(config, {name: module.spec for module, name in names.items()})
+    model.config.quantization_config = hf_config
+    model.hf_quantizer = MPOHfQuantizer(hf_config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = hf_config.quant_method
+    _retie(model)
+
+
+def _local_names(model: PreTrainedModel, modules: dict[str, ModuleSpec]) -> dict[str, ModuleSpec]:
+    """The specs under the names this model class uses: with or without the prefix of the base model.
+
+    Modules of a head that this class does not have are left out.
+
+    Raises:
+        MPOError: no name fits.
+    """
+    present = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, ModuleSpec] = {}
+    renamed: dict[str, str] = {}
+    for name, spec in modules.items():
+        for spelling in _spellings(model, name):
+            if spelling in present:
+                found[spelling], renamed[name] = spec, spelling
+                break
+    if not found:
+        raise MPOError(
+            f"none of the {len(modules)} compressed modules (the first is {next(iter(modules), None)}) is in "
+            f"{type(model).__name__}: load the model with the class it was saved from, {model.config.architectures}"
+        )
+    from dataclasses import replace
+
+    local = {
+        name: replace(spec, tied_to=renamed.get(spec.tied_to)) if spec.tied_to else spec for name, spec in found.items()
+    }
+    # Owners of cores first, so that the modules tied to them find the cores built.
+    return dict(sorted(local.items(), key=lambda item: item[1].tied_to is not None))
+
+
+def _spellings(model: PreTrainedModel, name: str) -> list[str]:
+    prefix = f"{model.base_model_prefix}."
+    return [name, prefix + name, name.removeprefix(prefix)]
+
+
+def _nothing_to_initialise(model: nn.Module, name: str) -> None:
+    """Keep ``_init_weights`` of GPT-2 and its like away from ``parent.c_proj.weight``.
+
+    They are asked to initialise the parent of every layer. A parent that owns no tensor has nothing to initialise.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if parent is not model and not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _retie(model: PreTrainedModel) -> None:
+    """Rewrite the map of tied weights from dense names to the names of cores."""
+    tied: dict[str, str] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        mpo_target, mpo_source = (_mpo_parent(model, key) for key in (target, source))
+        if mpo_target is None and mpo_source is None:
+            tied[target] = source
+        elif mpo_target is not None and mpo_source is not None:
+            for k in range(len(mpo_source.cores)):
+                tied[f"{target.removesuffix('.weight')}.cores.{k}"] = f"{source.removesuffix('.weight')}.cores.{k}"
+    for submodule in model.modules():
+        if isinstance(submodule, PreTrainedModel) and submodule is not model and submodule._tied_weights_keys:
+            submodule._tied_weights_keys = {}
+    model._tied_weights_keys = dict(tied)
+    model.all_tied_weights_keys = tied
+
+
+def _mpo_parent(model: nn.Module, key: str) -> MPOLayer | None:
+    """The MPO module whose dense weight ``key`` used to name."""
+    parent, _, leaf = key.rpartition(".")
+    module = model.get_submodule(parent)
+    return module if leaf == "weight" and isinstance(module, MPOLayer) else None
