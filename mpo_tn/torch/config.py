@@ -63,7 +63,9 @@ class MPOConfig:
         for pattern, override in self.overrides.items():
             unknown = sorted(set(override) - set(_OVERRIDABLE))
             if unknown:
-                raise MPOError(f"overrides[{pattern!r}] sets {', '.join(unknown)}: only {', '.join(_OVERRIDABLE)} can be")
+                raise MPOError(
+                    f"overrides[{pattern!r}] sets {', '.join(unknown)}: only {', '.join(_OVERRIDABLE)} can be"
+                )
             self._overridden(override)
 
     def for_module(self, name: str) -> MPOConfig:
@@ -119,7 +121,7 @@ class MPOConfig:
         return cls(**plain)
 
     def to_hf(self) -> Any:
-        """This configuration as a transformers quantization config, for ``from_pretrained(quantization_config=...)``.
+        """The same as a transformers quantization config, for ``from_pretrained(quantization_config=...)``.
 
         Raises:
             ImportError: transformers is not installed.
@@ -205,6 +207,10 @@ class ModuleSpec:
         missing = sorted({"kind", "sites", "bonds", "out_features", "in_features"} - set(values))
         if unknown or missing:
             raise MPOError(
-                f"a module entry has unknown keys {unknown} and lacks {missing}: the file is damaged or from a newer version"
+                f"a module entry has unknown keys {unknown} and lacks {missing}: the file is damaged or from a newer "
+                "version"
             )
-        return cls(**{**values, "sites": _sites_from_json(values["sites"]), "bonds": tuple(values["bonds"])})
+        plain = dict(values)
+        plain["sites"] = _sites_from_json(values["sites"])
+        plain["bonds"] = tuple(values["bonds"])
+        return cls(**plain)

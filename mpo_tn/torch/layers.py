@@ -15,7 +15,7 @@ from mpo_tn.mpo import MPO
 from mpo_tn.network import contract_matrix, plan_for_shapes
 from mpo_tn.torch.config import ModuleSpec
 
-# Rows of an embedding that are contracted at a time, so that gathered slices of the cores stay within this many numbers.
+# An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
 _GATHERED_ENTRIES = 2**24
 
 
@@ -62,8 +62,8 @@ class MPOLayer(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             raise NoDenseWeightError(
-                f"{type(self).__name__} has no weight, only cores: read dense_weight(), and resize, prune or quantize the "
-                "dense model before compressing it"
+                f"{type(self).__name__} has no weight, only cores: read dense_weight(), and resize, prune or quantize "
+                "the dense model before compressing it"
             )
         return super().__getattr__(name)
 

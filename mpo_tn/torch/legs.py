@@ -26,7 +26,9 @@ def legs_for(out: int, in_: int, sites: int | str | Sites) -> Sites:
     """
     if isinstance(sites, Sites):
         if sites.shape != (out, in_):
-            raise MPOError(f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape}, the matrix is {(out, in_)}")
+            raise MPOError(
+                f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape}, the matrix is {(out, in_)}"
+            )
         return sites
     if isinstance(sites, str):
         return Sites.low_rank(out, in_)

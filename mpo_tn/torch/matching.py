@@ -11,7 +11,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 
-# Components of a module's name that mark a task head; a head is small, often freshly initialised, and PEFT leaves it too.
+# Components of a name that mark a task head: small, often freshly initialised, and left alone by PEFT too.
 _HEADS = frozenset({"lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "seq_relationship"})
 
 
@@ -39,13 +39,13 @@ class Unit:
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """PEFT's grammar: a string is a regular expression on the full name, a list holds exact names or dotted suffixes.
+    r"""PEFT's grammar: a string is a regular expression on the full name, a list holds exact names or dotted suffixes.
 
     A list entry that starts with ``re:`` is a regular expression as well.
 
     >>> matches("encoder.layer.0.attention.self.query", ["self.query"])
     True
-    >>> matches("encoder.myquery", ["query"]), matches("encoder.query", r".*\\.query"), matches("a.b", ["re:a.*"])
+    >>> matches("encoder.myquery", ["query"]), matches("encoder.query", r".*\.query"), matches("a.b", ["re:a.*"])
     (False, True, True)
     """
     if isinstance(patterns, str):
@@ -108,7 +108,9 @@ def find_units(
         stuck = [m for m in owners if kind_of(m) is None or m in reserved]
         mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
         if stuck or mixed:
-            skipped[unit.name] = f"its weight is shared with {', '.join(n[0] for n in unit.names[1:])}, which cannot follow"
+            skipped[unit.name] = (
+                f"its weight is shared with {', '.join(n[0] for n in unit.names[1:])}, which cannot follow"
+            )
         else:
             units.append(unit)
     if not units:
@@ -117,7 +119,7 @@ def find_units(
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """``"linear"``, ``"conv1d"``, ``"embedding"``, or None. Subclasses may compute differently, so they do not count."""
+    """``"linear"``, ``"conv1d"``, ``"embedding"`` or None. Subclasses may compute differently, so they do not count."""
     if type(module) is nn.Linear:
         return "linear"
     if type(module) is nn.Embedding:
@@ -131,10 +133,11 @@ def kind_of(module: nn.Module) -> str | None:
 def _cannot_be_mpo(module: nn.Module) -> str | None:
     if kind_of(module) is None:
         return f"a {type(module).__name__} is not a linear layer or an embedding"
-    if "weight" not in module._parameters:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
         return "its weight is computed from something else (a parametrization)"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, not floating point"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rescales the table in place"
     if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
@@ -159,9 +162,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
     return heads | {output} if isinstance(output, nn.Module) else heads
 
 
-def _nothing_matched(
-    names: dict[nn.Module, list[str]], target: str | Sequence[str], skipped: dict[str, str]
-) -> str:
+def _nothing_matched(names: dict[nn.Module, list[str]], target: str | Sequence[str], skipped: dict[str, str]) -> str:
     if skipped:
         name, reason = next(iter(skipped.items()))
         return f"target_modules={target!r} matches {len(skipped)} modules but none can be an MPO; {name}: {reason}"

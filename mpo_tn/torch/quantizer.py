@@ -4,8 +4,13 @@ transformers calls anything that replaces modules a quantizer; what is registere
 the MPO modules empty before the weights are read.
 """
 
+# transformers types the hooks of its quantizers by their empty bodies, and keeps what they must touch in attributes
+# with a leading underscore.
+# pyright: reportPrivateUsage=false, reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +28,6 @@ from mpo_tn.torch.layers import MPOLayer
 FORMAT_VERSION = 1
 
 
-@register_quantization_config("mpo")
 class MPOQuantizationConfig(QuantizationConfigMixin):
     """What ``config.json`` holds under ``quantization_config``.
 
@@ -36,8 +40,6 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
         MPOError: written by a newer version, or damaged.
     """
 
-    quant_method: Any = "mpo"
-
     def __init__(
         self,
         config: MPOConfig | dict[str, Any] | None = None,
@@ -47,9 +49,10 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise MPOError(
-                f"the model was written in format {format_version!r} and this version reads {FORMAT_VERSION}: upgrade mpo-tn"
+                f"the model was written in format {format_version!r} and this version reads {FORMAT_VERSION}: upgrade "
+                "mpo-tn"
             )
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.config = config if isinstance(config, MPOConfig) else MPOConfig.from_dict(config or {})
         self.modules = {
             name: spec if isinstance(spec, ModuleSpec) else ModuleSpec.from_dict(spec)
@@ -66,19 +69,18 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
         }
 
 
-@register_quantizer("mpo")
 class MPOHfQuantizer(HfQuantizer):
     """Builds MPO modules before loading; compresses after loading when the files are dense."""
 
-    quantization_config: MPOQuantizationConfig
+    quantization_config: Any  # an MPOQuantizationConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
         dtype = kwargs.get("dtype")
         specs = _local_names(model, self.quantization_config.modules)
         built: dict[str, MPOLayer] = {}
-        owners = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+        owners = dict(model.named_modules(remove_duplicate=False))
         for name, spec in specs.items():
             cores = list(built[spec.tied_to].cores) if spec.tied_to in built else None
             built[name] = build(spec, cores, device="meta", dtype=dtype)
@@ -92,14 +94,14 @@ class MPOHfQuantizer(HfQuantizer):
         ignored = {f"(^|\\.){key}$" for key in _spellings(model, sentinel)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             # Names as this class knows them, so that saving it again writes them right.
             attach(model, self.quantization_config.config)
         else:
             compress(model, self.quantization_config.config)
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """The state dict and one empty tensor under the name of a dense weight.
 
         A transformers without this package ignores the unknown quantizer with a warning and would go on with random
@@ -107,7 +109,8 @@ class MPOHfQuantizer(HfQuantizer):
         """
         state = dict(model.state_dict())
         state[sentinel_key(self.quantization_config.modules)] = torch.empty(0)
-        return state, {"mpo_tn_format": str(FORMAT_VERSION)}
+        # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
+        return state, {}
 
     def is_serializable(self) -> bool:
         """Always: the cores are ordinary parameters."""
@@ -129,6 +132,11 @@ class MPOHfQuantizer(HfQuantizer):
         return True
 
 
+# Called rather than used as decorators, which would hide the types of the classes.
+register_quantization_config("mpo")(MPOQuantizationConfig)
+register_quantizer("mpo")(MPOHfQuantizer)
+
+
 def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
     """The dense key under which the empty tensor is written: of the first module by name that owns its cores.
 
@@ -143,7 +151,7 @@ def _attach_if_pretrained(model: nn.Module, config: MPOConfig) -> None:
         attach(model, config)
 
 
-def attach(model: PreTrainedModel, config: MPOConfig) -> None:
+def attach(model: Any, config: MPOConfig) -> None:
     """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads."""
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
@@ -157,7 +165,7 @@ def attach(model: PreTrainedModel, config: MPOConfig) -> None:
     _retie(model)
 
 
-def _local_names(model: PreTrainedModel, modules: dict[str, ModuleSpec]) -> dict[str, ModuleSpec]:
+def _local_names(model: Any, modules: dict[str, ModuleSpec]) -> dict[str, ModuleSpec]:
     """The specs under the names this model class uses: with or without the prefix of the base model.
 
     Modules of a head that this class does not have are left out.
@@ -178,8 +186,6 @@ def _local_names(model: PreTrainedModel, modules: dict[str, ModuleSpec]) -> dict
             f"none of the {len(modules)} compressed modules (the first is {next(iter(modules), None)}) is in "
             f"{type(model).__name__}: load the model with the class it was saved from, {model.config.architectures}"
         )
-    from dataclasses import replace
-
     local = {
         name: replace(spec, tied_to=renamed.get(spec.tied_to)) if spec.tied_to else spec for name, spec in found.items()
     }
@@ -187,22 +193,24 @@ def _local_names(model: PreTrainedModel, modules: dict[str, ModuleSpec]) -> dict
     return dict(sorted(local.items(), key=lambda item: item[1].tied_to is not None))
 
 
-def _spellings(model: PreTrainedModel, name: str) -> list[str]:
+def _spellings(model: Any, name: str) -> list[str]:
     prefix = f"{model.base_model_prefix}."
     return [name, prefix + name, name.removeprefix(prefix)]
 
 
-def _nothing_to_initialise(model: nn.Module, name: str) -> None:
+def _nothing_to_initialise(model: Any, name: str) -> None:
     """Keep ``_init_weights`` of GPT-2 and its like away from ``parent.c_proj.weight``.
 
     They are asked to initialise the parent of every layer. A parent that owns no tensor has nothing to initialise.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
-    if parent is not model and not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
-        parent._is_hf_initialized = True  # type: ignore[assignment]
+    if parent is not model and not any(
+        True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
+    ):
+        parent._is_hf_initialized = True
 
 
-def _retie(model: PreTrainedModel) -> None:
+def _retie(model: Any) -> None:
     """Rewrite the map of tied weights from dense names to the names of cores."""
     tied: dict[str, str] = {}
     for target, source in model.all_tied_weights_keys.items():
