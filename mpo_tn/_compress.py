@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from mpo_tn._canonical import ChainT, canonicalize, shift_right, stored
@@ -11,6 +9,7 @@ from mpo_tn._decompose import Budget, sweep_report
 from mpo_tn.chain import Chain
 from mpo_tn.linalg import (
     adjoint,
+    binary_exponent,
     dtype_name,
     eps,
     frobenius_norm,
@@ -18,13 +17,15 @@ from mpo_tn.linalg import (
     namespace,
     singular_values,
     tails,
+    times_power_of_two,
     widen,
 )
-from mpo_tn.truncation import BondReport, Report, Truncation
+from mpo_tn.truncation import BondReport, Report, Truncation, checked_truncation
 
 
 def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
     """Truncate the bonds of a chain in one sweep. See :meth:`mpo_tn.MPO.compress`."""
+    truncation = checked_truncation(truncation)
     n = len(chain)
     caps = truncation.caps(n - 1)
     notes: list[str] = []
@@ -35,9 +36,10 @@ def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
     norm = frobenius_norm(cores[0])
     precision = eps(chain.cores[0])
     budget = Budget(truncation.budget(norm, precision, dtype_name(chain.cores[0])), n - 1)
-    scale = 2.0 ** math.frexp(norm)[1] if norm > 0 else 1.0
+    exponent = binary_exponent(norm)
+    scale = 2.0**exponent
     budget.scale(scale)
-    cores[0] = cores[0] / scale
+    cores[0] = times_power_of_two(cores[0], -exponent)
 
     xp = namespace(cores[0])
     steps: list[BondReport] = []

@@ -14,23 +14,28 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,
     adjoint,
+    binary_exponent,
     check_matrix,
     dtype_name,
     eps,
     frobenius_norm,
+    interleave,
     is_half,
     left_factor,
     namespace,
     tails,
+    times_power_of_two,
     widen,
 )
-from mpo_tn.sites import Sites
-from mpo_tn.truncation import BondReport, Report, Truncation
+from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.truncation import BondReport, Report, Truncation, checked_truncation
 
 
 def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: bool = False) -> tuple[Chain, Report]:
     """Decompose a dense matrix. See :meth:`mpo_tn.MPO.from_matrix`, which says what is guaranteed."""
-    check_matrix(matrix)
+    matrix = check_matrix(matrix)
+    sites = checked_sites(sites)
+    truncation = checked_truncation(truncation)
     if sites.shape != tuple(matrix.shape):
         raise MPOError(
             f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is "
@@ -41,8 +46,13 @@ def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: b
     budget = Budget(truncation.budget(norm, eps(matrix), dtype_name(matrix)), len(sites) - 1)
 
     # A power of two, so that scaling is exact; it keeps squares of huge or tiny entries within range.
-    scale = 2.0 ** math.frexp(norm)[1] if norm > 0 else 1.0
-    tensor = interleave(widen(matrix) / scale, sites)
+    if norm == math.inf:
+        raise MPOError(
+            f"the norm of the matrix of shape {tuple(matrix.shape)} overflows double precision: scale it down"
+        )
+    exponent = binary_exponent(norm)
+    scale = 2.0**exponent
+    tensor = interleave(times_power_of_two(widen(matrix), -exponent), sites.out, sites.in_)
     budget.scale(scale)
     gram = dtype_name(matrix) not in ("float64", "complex128")
     cores, steps, notes = _peel(tensor, sites, caps, budget, gram=gram)
@@ -92,15 +102,6 @@ class Budget:
             self.error = math.sqrt(max(self.error**2 - cut**2, 0.0))
         self.bonds_left -= 1
         return rank
-
-
-def interleave(matrix: Array, sites: Sites) -> Array:
-    """Shape (out, in) to (1, out_1 in_1, ..., out_n in_n, 1): one axis a site, between two outer bonds."""
-    xp = namespace(matrix)
-    n = len(sites)
-    pairs = [axis for k in range(n) for axis in (k, n + k)]
-    tensor = xp.permute_dims(xp.reshape(matrix, (*sites.out, *sites.in_)), tuple(pairs))
-    return xp.reshape(tensor, (1, *sites.sizes, 1))
 
 
 def _peel(
@@ -157,7 +158,7 @@ def sweep_report(
     Raises:
         MPOError: ``truncation.strict`` and the tolerance was missed.
     """
-    error = math.hypot(*(step.discarded_norm for step in steps)) if steps else 0.0
+    error = math.hypot(*(step.discarded_norm for step in steps))
     floor = precision * math.sqrt(n) * norm
     allowed = truncation.budget(norm, 0.0, "")
     met = error <= allowed * (1 + 1e-12)
@@ -171,8 +172,9 @@ def sweep_report(
         error=error,
         norm=norm,
         bonds=tuple(steps),
-        bound=math.hypot(*measured) if measured else 0.0,
-        lower_bound=max(measured, default=0.0),
+        # In exact arithmetic the error lies between the two; rounding of what was measured must not say otherwise.
+        bound=max(math.hypot(*measured), error),
+        lower_bound=min(max(measured, default=0.0), error),
         floor=floor,
         tolerance_met=met,
         notes=tuple(notes),

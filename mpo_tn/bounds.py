@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.linalg import Array, check_matrix, dtype_name, namespace, singular_values, tails, widen
+from mpo_tn.linalg import Array, check_matrix, dtype_name, interleave, namespace, singular_values, tails, widen
 from mpo_tn.sites import Sites
 
 
@@ -21,15 +21,13 @@ def unfolding_spectra(matrix: Array, sites: Sites) -> list[np.ndarray]:
     >>> unfolding_spectra(np.eye(4), Sites(out=(2, 2), in_=(2, 2)))
     [array([2., 0., 0., 0.])]
     """
-    check_matrix(matrix)
+    matrix = check_matrix(matrix)
     if sites.shape != tuple(matrix.shape):
         raise MPOError(f"legs multiply to {sites.shape} and the matrix is {tuple(matrix.shape)}: see Sites.balanced")
     xp = namespace(matrix)
-    n = len(sites)
-    pairs = tuple(axis for k in range(n) for axis in (k, n + k))
-    tensor = xp.permute_dims(xp.reshape(widen(matrix), (*sites.out, *sites.in_)), pairs)
+    tensor = interleave(widen(matrix), sites.out, sites.in_)
     gram = dtype_name(matrix) not in ("float64", "complex128")
-    rows = [math.prod(sites.sizes[: k + 1]) for k in range(n - 1)]
+    rows = [math.prod(sites.sizes[: k + 1]) for k in range(len(sites) - 1)]
     return [singular_values(xp.reshape(tensor, (m, -1)), gram=gram) for m in rows]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from mpo_tn.exceptions import MPOError
-from mpo_tn.linalg import Array, dtype_name, namespace
+from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.linalg import Array, check_dtype, describe, namespace
 from mpo_tn.sites import Sites
 
 
@@ -30,7 +30,8 @@ class Chain:
             ``None`` claims nothing.
 
     Raises:
-        MPOError: no cores, a core that is not four-dimensional, bonds that do not match, mixed dtypes.
+        MPOError: no cores, a core that is not four-dimensional, bonds that do not match, a dtype that is not
+            floating-point or complex, mixed libraries, dtypes or devices.
     """
 
     cores: tuple[Array, ...]
@@ -42,10 +43,11 @@ class Chain:
         interval: Any = self.canonical_interval
         if interval is None:
             interval = (0, last)
-        low, high = interval
-        if not 0 <= low <= high <= last:
-            raise MPOError(f"canonical_interval={interval} does not lie within the sites 0 to {last}")
-        object.__setattr__(self, "canonical_interval", (int(low), int(high)))
+        ends = [whole_number(end) for end in interval] if isinstance(interval, (tuple, list)) else []
+        low, high = ends if len(ends) == 2 else (None, None)
+        if low is None or high is None or not 0 <= low <= high <= last:
+            raise MPOError(f"canonical_interval={interval} is not a pair of sites, first and last, from 0 to {last}")
+        object.__setattr__(self, "canonical_interval", (low, high))
 
     def __len__(self) -> int:
         return len(self.cores)
@@ -91,15 +93,17 @@ def _checked_cores(cores: Iterable[Array]) -> tuple[Array, ...]:
     if not checked:
         raise MPOError("cores=() is empty: a chain has at least one core")
     first = checked[0]
-    library, name = namespace(first), dtype_name(first)
+    expected = describe(first)
+    check_dtype(first, "a core")
     for k, core in enumerate(checked):
-        shape = tuple(getattr(core, "shape", ()))
+        namespace(core)
+        shape = tuple(core.shape)
         if len(shape) != 4 or 0 in shape:
             raise MPOError(
                 f"core {k} has shape {shape}: expected (left bond, out leg, in leg, right bond), none of them 0"
             )
-        if namespace(core) is not library or dtype_name(core) != name:
-            raise MPOError(f"core {k} is {dtype_name(core)} and core 0 is {name}: use one library and one dtype")
+        if describe(core) != expected:
+            raise MPOError(f"core {k} is {describe(core)} and core 0 is {expected}: use one library, dtype and device")
         left = 1 if k == 0 else int(checked[k - 1].shape[3])
         if shape[0] != left:
             raise MPOError(f"core {k} has left bond {shape[0]} where {left} is needed: its shape is {shape}")

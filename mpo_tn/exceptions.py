@@ -1,5 +1,10 @@
 """The one error that users of this package have to catch."""
 
+from __future__ import annotations
+
+import operator
+from typing import Any
+
 
 class MPOError(ValueError):
     """A wrong argument, matrix, model or file.
@@ -12,3 +17,13 @@ class MPOError(ValueError):
         ...
     mpo_tn.exceptions.MPOError: leg 1 of out=0 must be a positive integer
     """
+
+
+def whole_number(value: Any) -> int | None:
+    """The value as an int, or None if it is no whole number: a bool, a float, an array of several."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -57,21 +57,60 @@ def eps(array: Array) -> float:
 
 def is_half(array: Array) -> bool:
     """Whether the array is float16 or bfloat16, in which nothing can be factorised."""
-    return dtype_name(array) in ("float16", "bfloat16")
+    return is_half_dtype(array.dtype)
 
 
-def check_matrix(matrix: Array) -> None:
-    """Refuse anything that is not a finite, non-empty floating-point or complex matrix.
+def is_half_dtype(dtype: Any) -> bool:
+    """Whether the dtype of some library is float16 or bfloat16."""
+    return str(dtype).rsplit(".", maxsplit=1)[-1] in ("float16", "bfloat16")
+
+
+def describe(array: Array) -> str:
+    """Library, dtype and device, as far as they matter: ``"numpy float64"``, ``"torch float32 on cuda:0"``."""
+    library = namespace(array).__name__.rsplit(".", maxsplit=1)[-1]
+    device = str(array_api_compat.device(array))
+    return f"{library} {dtype_name(array)}" + ("" if device == "cpu" else f" on {device}")
+
+
+def check_dtype(array: Array, what: str) -> None:
+    """Refuse dtypes that are not floating-point or complex, or wider than double precision."""
+    if dtype_name(array) not in _EPS:
+        raise MPOError(
+            f"{what} of dtype {dtype_name(array)} cannot be decomposed: convert it first, for instance with "
+            f"w.astype('float64'); supported are {', '.join(_EPS)}"
+        )
+
+
+def check_values(array: Array, what: str) -> None:
+    """Refuse arrays without finite values, or whose values a gradient depends on."""
+    xp = namespace(array)
+    if getattr(array, "requires_grad", False):
+        raise MPOError(
+            f"{what} requires grad, and cores are defined only up to a gauge, so they have no gradient: pass w.detach()"
+        )
+    if "meta" in str(array_api_compat.device(array)):
+        raise MPOError(f"{what} is on the meta device and has no values: load it first")
+    if not bool(xp.all(xp.isfinite(array))):
+        bad = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int64)))
+        raise MPOError(
+            f"{what} of shape {tuple(array.shape)} has {bad} entries that are NaN or infinite: clean the data first"
+        )
+
+
+def check_matrix(matrix: Array) -> Array:
+    """The matrix, without what a NumPy subclass adds; refuse all but finite, non-empty, floating-point or complex ones.
 
     Raises:
         MPOError: names what is wrong and the way out.
     """
-    xp = namespace(matrix)
-    if dtype_name(matrix) not in _EPS:
-        raise MPOError(
-            f"a matrix of dtype {dtype_name(matrix)} cannot be decomposed: convert it first, for instance with "
-            f"w.astype('float64'); supported are {', '.join(_EPS)}"
-        )
+    namespace(matrix)
+    if isinstance(matrix, np.ma.MaskedArray):
+        raise MPOError("a MaskedArray has entries without a value: fill them first, for instance with w.filled(0.0)")
+    if isinstance(matrix, np.ndarray):
+        matrix = np.asarray(matrix)
+    check_dtype(matrix, "a matrix")
+    if str(getattr(matrix, "layout", "torch.strided")) != "torch.strided":
+        raise MPOError(f"a tensor of layout {matrix.layout} (sparse) cannot be decomposed: pass w.to_dense()")
     if matrix.ndim != 2:
         raise MPOError(
             f"expected a matrix of shape (out, in), got an array of shape {tuple(matrix.shape)}: reshape it to two "
@@ -79,17 +118,8 @@ def check_matrix(matrix: Array) -> None:
         )
     if 0 in matrix.shape:
         raise MPOError(f"a matrix of shape {tuple(matrix.shape)} has no entries: there is nothing to decompose")
-    if getattr(matrix, "requires_grad", False):
-        raise MPOError(
-            "the matrix requires grad, and cores are defined only up to a gauge, so they have no gradient: pass "
-            "w.detach()"
-        )
-    if not bool(xp.all(xp.isfinite(matrix))):
-        bad = int(xp.sum(xp.astype(~xp.isfinite(matrix), xp.int64)))
-        raise MPOError(
-            f"the matrix of shape {tuple(matrix.shape)} has {bad} entries that are NaN or infinite: clean the data "
-            "first"
-        )
+    check_values(matrix, "the matrix")
+    return matrix
 
 
 def widen(array: Array) -> Array:
@@ -106,14 +136,37 @@ def adjoint(matrix: Array) -> Array:
 
 
 def frobenius_norm(array: Array) -> float:
-    """The 2-norm of all entries, accumulated in double precision and free of overflow."""
+    """The 2-norm of all entries, accumulated in double precision; infinite only if it is beyond that range itself."""
     xp = namespace(array)
     wide = widen(array)
-    largest = float(xp.max(xp.abs(wide)))
-    if largest == 0.0:
-        return 0.0
-    scale = 2.0 ** math.frexp(largest)[1]
-    return scale * float(xp.linalg.vector_norm(wide / scale))
+    parts = (xp.real(wide), xp.imag(wide)) if dtype_name(wide) == "complex128" else (wide,)
+    exponent = binary_exponent(max(float(xp.max(xp.abs(part))) for part in parts))
+    scaled = times_power_of_two(wide, -exponent)
+    return float(xp.linalg.vector_norm(scaled)) * 2.0**exponent
+
+
+def binary_exponent(value: float) -> int:
+    """The ``e`` with ``1 <= value / 2**e < 2``; 0 for 0. ``2.0**e`` is in range for every finite value."""
+    return math.frexp(value)[1] - 1 if value > 0 else 0
+
+
+def times_power_of_two(array: Array, exponent: int) -> Array:
+    """``array * 2**exponent``, exact where the result is in range, even if ``2**exponent`` is not."""
+    if abs(exponent) > 1000:
+        half = exponent // 2
+        return array * 2.0**half * 2.0 ** (exponent - half)
+    return array * 2.0**exponent
+
+
+def interleave(matrix: Array, out: tuple[int, ...], in_: tuple[int, ...]) -> Array:
+    """The entries of a matrix (out, in) as a vector ordered by ``(out_1, in_1, ..., out_n, in_n)``."""
+    xp = namespace(matrix)
+    sizes = (*out, *in_)
+    # Axes of size 1 are left out: NumPy has no more than 64.
+    kept = [axis for axis, size in enumerate(sizes) if size > 1]
+    order = [axis for k in range(len(out)) for axis in (k, len(out) + k) if sizes[axis] > 1]
+    tensor = xp.reshape(matrix, tuple(sizes[axis] for axis in kept))
+    return xp.reshape(xp.permute_dims(tensor, tuple(kept.index(axis) for axis in order)), (-1,))
 
 
 def tails(values: np.ndarray) -> np.ndarray:
@@ -122,8 +175,8 @@ def tails(values: np.ndarray) -> np.ndarray:
     >>> tails(np.array([4.0, 3.0]))
     array([5., 3., 0.])
     """
-    squares = np.cumsum(values[::-1] ** 2)[::-1]
-    return np.sqrt(np.append(squares, 0.0))
+    # hypot, because squares of values beyond 1e154 or below 1e-162 are out of range.
+    return np.append(np.hypot.accumulate(values[::-1])[::-1], 0.0)
 
 
 @dataclass(frozen=True)
@@ -176,7 +229,12 @@ def singular_values(matrix: Array, *, gram: bool) -> np.ndarray:
 
 def qr(matrix: Array) -> tuple[Array, Array]:
     """``matrix == q @ r`` with orthonormal columns in ``q`` (m, min(m, k))."""
-    q, r = namespace(matrix).linalg.qr(matrix)
+    xp = namespace(matrix)
+    q, r = xp.linalg.qr(matrix)
+    if not bool(xp.all(xp.isfinite(q))):
+        # The complex QR of torch divides by zero at columns near the smallest positive number.
+        device = array_api_compat.device(matrix)
+        q, r = (xp.asarray(part, device=device) for part in np.linalg.qr(to_numpy(matrix)))
     return q, r
 
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpo_tn import network
-from mpo_tn._canonical import canonicalize
-from mpo_tn._compress import compress, spectra
+from mpo_tn._canonical import canonicalize, check_cores
+from mpo_tn._compress import compress, spectra, wide_chain
 from mpo_tn._decompose import decompose
 from mpo_tn.bounds import entropy
 from mpo_tn.chain import Chain
-from mpo_tn.linalg import Array, frobenius_norm, widen
+from mpo_tn.linalg import Array, frobenius_norm
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report, Truncation
 
@@ -70,12 +70,14 @@ class MPO(Chain):
         >>> bool(abs(np.linalg.norm(w - mpo.to_matrix()) - report.error) <= 1e-13 * report.norm)
         True
         """
-        chain, report = decompose(matrix, sites, truncation or Truncation(), spectra=spectra)
+        chain, report = decompose(matrix, sites, Truncation() if truncation is None else truncation, spectra=spectra)
         return cls(chain.cores, chain.canonical_interval), report
 
     def to_matrix(self) -> Array:
         """The dense matrix (out, in), contracted in the order of :meth:`plan` in the cores' own dtype."""
-        return network.contract_matrix(self.cores, self.plan())
+        matrix = network.contract_matrix(self.cores, self.plan())
+        # A single core is only reshaped, and the caller may write into what it gets.
+        return matrix * 1 if len(self) == 1 else matrix
 
     def plan(self) -> network.ContractionPlan:
         """How :meth:`to_matrix` contracts the network, with flops and peak bytes.
@@ -136,9 +138,10 @@ class MPO(Chain):
 
     def norm(self) -> float:
         """The Frobenius norm, in double precision: that of the core at the centre."""
-        center = self.center
-        chain = self if center is not None else canonicalize(self, len(self) - 1)
-        return frobenius_norm(widen(chain.cores[len(self) - 1 if center is None else center]))
+        check_cores(self)
+        if self.center is not None:
+            return frobenius_norm(self.cores[self.center])
+        return frobenius_norm(canonicalize(wide_chain(self), len(self) - 1).cores[-1])
 
     def spectra(self) -> list[np.ndarray]:
         """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first."""

@@ -94,11 +94,9 @@ def matrix_plan(chain: Chain) -> ContractionPlan:
 def contract_matrix(cores: Sequence[Array], plan: ContractionPlan) -> Array:
     """The dense matrix (out, in) of cores for which ``plan`` was made."""
     xp = namespace(cores[0])
-    # The outer bonds are 1 and carry nothing: drop them so that every index left is a leg or an inner bond.
-    n = len(cores)
     operands = [xp.reshape(core, shape) for core, shape in zip(cores, plan.shapes, strict=True)]
-    tensor = plan.contract(operands)
-    return xp.reshape(tensor, (math.prod(tensor.shape[:n]), math.prod(tensor.shape[n:])))
+    rows, columns = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
+    return xp.reshape(plan.contract(operands), (rows, columns))
 
 
 @lru_cache(maxsize=512)
@@ -106,10 +104,15 @@ def plan_for_shapes(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> Contr
     """The plan that contracts cores of these shapes, ``itemsize`` bytes an entry, to their dense matrix."""
     n = len(shapes)
     symbol = opt_einsum.get_symbol
-    outs, ins = [symbol(k) for k in range(n)], [symbol(n + k) for k in range(n)]
+    # Outer bonds and legs of size 1 carry nothing: without them, long chains stay below the 64 axes of NumPy.
+    outs = [symbol(k) if shape[1] > 1 else "" for k, shape in enumerate(shapes)]
+    ins = [symbol(n + k) if shape[2] > 1 else "" for k, shape in enumerate(shapes)]
     bonds = ["", *(symbol(2 * n + k) for k in range(n - 1)), ""]
     terms = [f"{bonds[k]}{outs[k]}{ins[k]}{bonds[k + 1]}" for k in range(n)]
-    inner = tuple(shape[int(k == 0) : 3 + int(k < n - 1)] for k, shape in enumerate(shapes))
+    inner = tuple(
+        tuple(size for size, index in zip(shape, (bonds[k], outs[k], ins[k], bonds[k + 1]), strict=True) if index)
+        for k, shape in enumerate(shapes)
+    )
     return plan_network(terms, "".join(outs + ins), inner, itemsize)
 
 

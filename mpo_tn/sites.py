@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 
 # Liu, Gao et al., ACL 2021, supplement, Tables 1 and 2, keyed by (out, in). These four reproduce the paper's counts.
 _PAPER_LEGS = {
@@ -119,7 +119,7 @@ class Sites:
         """
         if len(bonds) != len(self) - 1:
             raise MPOError(f"bonds={tuple(bonds)} has {len(bonds)} entries: {len(self)} sites have {len(self) - 1}")
-        around = (1, *bonds, 1)
+        around = (1, *(_positive(f"bond {k}", bond) for k, bond in enumerate(bonds)), 1)
         return sum(left * size * right for left, size, right in zip(around, self.sizes, around[1:], strict=False))
 
     def capped_bonds(self, cap: int) -> tuple[int, ...]:
@@ -128,6 +128,7 @@ class Sites:
         >>> Sites(out=(3, 4, 4, 4, 4), in_=(4, 4, 8, 6, 4)).capped_bonds(64)
         (12, 64, 64, 16)
         """
+        cap = _positive("cap", cap)
         return tuple(min(cap, full) for full in self.full_bonds)
 
     def largest_cap(self, max_parameters: float) -> int:
@@ -141,7 +142,7 @@ class Sites:
         """
         widest = max(self.full_bonds, default=1)
         least = self.num_parameters(self.capped_bonds(1))
-        if least > max_parameters:
+        if not least <= max_parameters:  # not a number, too
             raise MPOError(
                 f"legs out={self.out}, in_={self.in_} need {least} parameters at bond 1, more than the "
                 f"{max_parameters:g} asked for: keep more, or use other legs"
@@ -156,10 +157,22 @@ class Sites:
         return low
 
 
+def checked_sites(sites: object) -> Sites:
+    """The sites themselves.
+
+    Raises:
+        MPOError: they are none.
+    """
+    if not isinstance(sites, Sites):
+        raise MPOError(f"sites={sites!r} is not a Sites: pass Sites(out=..., in_=...) or Sites.balanced(out, in_)")
+    return sites
+
+
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+    number = whole_number(value)
+    if number is None or number < 1:
         raise MPOError(f"{name}={value!r} must be a positive integer")
-    return int(value)
+    return number
 
 
 def _checked_legs(name: str, legs: Sequence[int]) -> tuple[int, ...]:

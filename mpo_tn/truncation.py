@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,22 @@ class Truncation:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        bonds: Sequence[Any] = ()
-        if isinstance(self.max_bond, Sequence) and not isinstance(self.max_bond, str):
-            object.__setattr__(self, "max_bond", tuple(self.max_bond))
-            bonds = tuple(self.max_bond)
-        elif self.max_bond is not None:
-            bonds = (self.max_bond,)
-        for bond in bonds:
-            if isinstance(bond, bool) or not hasattr(bond, "__index__") or int(bond) < 1:
-                raise MPOError(f"max_bond={self.max_bond!r}: a bond must be a whole number of at least 1")
+        one_per_bond = isinstance(self.max_bond, Sequence) and not isinstance(self.max_bond, (str, bytes))
+        given: tuple[Any, ...] = tuple(self.max_bond) if one_per_bond else (self.max_bond,)  # type: ignore[arg-type]
+        if self.max_bond is not None:
+            bonds = tuple(number for number in map(whole_number, given) if number is not None and number >= 1)
+            if len(bonds) != len(given):
+                shown = given if one_per_bond else self.max_bond
+                raise MPOError(f"max_bond={shown!r}: a bond must be a whole number of at least 1")
+            object.__setattr__(self, "max_bond", bonds if one_per_bond else bonds[0])
         for name, value in (("rel_error", self.rel_error), ("abs_error", self.abs_error)):
             if value is not None and not (_is_real(value) and 0 < value < math.inf):
                 raise MPOError(
                     f"{name}={value!r} must be a positive, finite number; for no truncation leave it out (Truncation())"
                 )
+            if value is not None:
+                # A NumPy scalar of single precision would drag the budget down to its own range.
+                object.__setattr__(self, name, float(value))
         if self.rel_error is not None and self.rel_error >= 1:
             raise MPOError(
                 f"rel_error={self.rel_error!r} is not below 1: it is a fraction of the norm, so 0.05 means five per "
@@ -103,8 +106,19 @@ class Truncation:
         return min(budgets)
 
 
+def checked_truncation(truncation: object) -> Truncation:
+    """The truncation itself.
+
+    Raises:
+        MPOError: it is none.
+    """
+    if not isinstance(truncation, Truncation):
+        raise MPOError(f"truncation={truncation!r} is not a Truncation: pass Truncation(max_bond=...) or similar")
+    return truncation
+
+
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, numbers.Real)
 
 
 @dataclass(frozen=True)

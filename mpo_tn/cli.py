@@ -1,0 +1,250 @@
+"""The command line: arguments in, tables out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mpo_tn.exceptions import MPOError
+
+if TYPE_CHECKING:
+    from mpo_tn.report import DemoResult
+    from mpo_tn.torch import CompressionReport
+    from mpo_tn.torch.folder import MatrixSummary
+
+app = typer.Typer(
+    help="Turn the matrices of a pre-trained language model into matrix product operators, and say what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the report and the compressed model go.")] = Path("demo"),
+    model: Annotated[Path | None, typer.Option(help="A sentence encoder to use instead of the embedded one.")] = None,
+    keep: Annotated[list[float], typer.Option(help="Kept ratio; may be given several times.")] = [0.9, 0.8, 0.6],  # noqa: B006
+    sentences: Annotated[int, typer.Option(help="How many sentences to embed.")] = 160,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a real sentence encoder (all-MiniLM-L6-v2), measure what is left, save it and read it back."""
+    with _working(as_json) as track:
+        from mpo_tn.demo import run_demo
+
+        result = run_demo(
+            folder, source=model, keeps=tuple(keep), sentences=sentences, overwrite=overwrite, track=track
+        )
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _print_demo(result)
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the compressed model goes.")],
+    keep: Annotated[float | None, typer.Option(help="Parameters to keep of each matrix, for instance 0.6.")] = None,
+    bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")] = None,
+    sites: Annotated[str, typer.Option(help='Number of sites, or "low-rank".')] = "5",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help='Module name, dotted suffix or re:PATTERN; several allowed. [default: "all-linear"]'),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same grammar.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model folder into another that AutoModel.from_pretrained loads. Without a size it is exact."""
+    with _working(as_json) as track:
+        from mpo_tn.torch import MPOConfig
+        from mpo_tn.torch import compress as compress_model
+        from mpo_tn.torch.folder import check_model_target, load_model, save_model
+
+        config = MPOConfig(
+            target_modules=_targets(target), exclude_modules=tuple(exclude or ()), sites=_sites(sites), keep=keep,
+            bond=bond, tolerance=tolerance,
+        )  # fmt: skip
+        check_model_target(folder, model, overwrite=overwrite)
+        track("reading the model", 0, 1)
+        network = load_model(model)
+        report = compress_model(network, config, progress=lambda d, t, name: track(f"compressing {name}", d, t))
+        track("writing the model", 0, 1)
+        save_model(network, model, folder, overwrite=overwrite)
+        track("writing the model", 1, 1)
+    if as_json:
+        _print_json({"out": str(folder), **report.to_dict()})
+        return
+    _print_compression(report)
+    out.print(f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model folder, dense or compressed, or a name on the hub.")],
+    sites: Annotated[str, typer.Option(help='For a dense model: the legs to look at, a number or "low-rank".')] = "5",
+    target: Annotated[str, typer.Option(help="For a dense model: regular expression on module names.")] = ".*",
+    as_json: Json = False,
+) -> None:
+    """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
+    with _working(as_json) as track:
+        from mpo_tn.torch.folder import inspect_model, load_model
+
+        number = _sites(sites)
+        track("reading the model", 0, 1)
+        network = load_model(model)
+        rows = inspect_model(
+            network, target=target, sites=number, progress=lambda d, t, name: track(f"inspecting {name}", d, t)
+        )
+    if as_json:
+        _print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
+        return
+    _print_matrices(rows)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        app()
+    except (MPOError, OSError) as error:
+        err.print(f"mpo-tn: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@contextmanager
+def _working(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
+    """A progress bar on the error stream, one line a task; nothing but that reaches the terminal meanwhile."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
+        bar = progress.add_task("starting", total=None)
+
+        def track(what: str, done: int, total: int) -> None:
+            width = max(20, err.width - 50)
+            shown = what if len(what) <= width else f"{what[: width - 3]}..."
+            progress.update(bar, description=shown, completed=done, total=total)
+
+        # Loading torch and transformers takes seconds; the bar is up by then, and their own bars would tear it.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        yield track
+
+
+def _sites(text: str) -> int | str:
+    if text == "low-rank":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise MPOError(f'--sites {text!r} is neither a number nor "low-rank"') from None
+
+
+def _targets(given: list[str] | None) -> str | tuple[str, ...]:
+    return "all-linear" if not given or given == ["all-linear"] else tuple(given)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    # Straight to the stream: rich would wrap long lines and colour brackets.
+    sys.stdout.write(json.dumps(document, indent=2, default=float) + "\n")
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, side in columns:
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def _print_demo(result: DemoResult) -> None:
+    table = _table(
+        ("structure", "left"), ("kept\nmatrices", "right"), ("kept\nmodel", "right"), ("relative\nerror", "right"),
+        ("cosine", "right"), ("worst\ncosine", "right"), ("neigh-\nbours", "right"), ("rank\ncorr.", "right"),
+    )  # fmt: skip
+    for r in result.rows:
+        table.add_row(
+            r.structure, f"{r.kept:.3f}", f"{r.kept_model:.3f}", f"{r.rel_error:.3f}", f"{r.fidelity.cosine:.3f}",
+            f"{r.fidelity.worst_cosine:.3f}", f"{r.fidelity.neighbours:.3f}", f"{r.fidelity.rank_correlation:.3f}",
+        )  # fmt: skip
+    out.print(f"[bold]{result.model}[/bold]: {result.matrices} matrices, {result.sentences} sentences\n")
+    out.print(table)
+    for sentence in result.findings():
+        out.print(f"\n{sentence}", highlight=False)
+    phases = _table(("phase", "left"), ("seconds", "right"))
+    for name, seconds in [*result.phases, ("all", result.seconds)]:
+        phases.add_row(name, f"{seconds:.1f}")
+    out.print()
+    out.print(phases)
+    out.print(f"\nReport: {result.report}\nModel:  {result.saved}", highlight=False, soft_wrap=True)
+
+
+def _print_compression(report: CompressionReport) -> None:
+    table = _table(
+        ("module", "left"), ("out x in", "left"), ("legs out / in", "left"), ("bonds", "left"), ("kept", "right"),
+        ("error", "right"),
+    )  # fmt: skip
+    for layer in report.layers:
+        spec = layer.spec
+        shared = f" (+{len(layer.names) - 1} sharing it)" if len(layer.names) > 1 else ""
+        table.add_row(
+            layer.name + shared, f"{spec.out_features}x{spec.in_features}", _legs(spec.sites.out, spec.sites.in_),
+            _numbers(spec.bonds), f"{spec.kept:.3f}", f"{spec.rel_error:.3g}",
+        )  # fmt: skip
+    out.print(table)
+    for name, reason in report.skipped.items():
+        out.print(f"skipped {name}: {reason}", highlight=False, markup=False)
+    out.print(f"\n{report}\n", highlight=False)
+
+
+def _print_matrices(rows: list[MatrixSummary]) -> None:
+    table = _table(
+        ("module", "left"), ("out x in", "left"), ("legs out / in", "left"), ("bonds", "left"), ("kept", "right"),
+        ("error", "right"), ("flat", "right"), ("need", "right"),
+    )  # fmt: skip
+    for row in rows:
+        error = "-" if row.rel_error is None else f"{row.rel_error:.3g}"
+        table.add_row(
+            row.name, f"{row.shape[0]}x{row.shape[1]}", _legs(row.out, row.in_), _numbers(row.bonds),
+            f"{row.kept:.3f}", error, f"{row.flatness:.3f}", f"{row.needed}/{row.available}",
+        )  # fmt: skip
+    out.print(table)
+    if not rows[0].compressed:
+        out.print("\nDense model: legs and bonds are those it would have, and kept is at full bonds.")
+    out.print(
+        "flat: entropy of the widest bond over its greatest possible value; at 1 nothing can be cut cheaply.\n"
+        "need: how many singular values of that bond leave a relative error of a tenth, out of how many.",
+        highlight=False,
+    )
+
+
+def _legs(out_legs: tuple[int, ...], in_legs: tuple[int, ...]) -> str:
+    return (
+        f"{_numbers(out_legs)} / {_numbers(in_legs)}"
+        if out.width >= 120
+        else f"{_numbers(out_legs)}\n{_numbers(in_legs)}"
+    )
+
+
+def _numbers(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+if __name__ == "__main__":
+    main()
