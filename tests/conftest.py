@@ -1,0 +1,19 @@
+"""Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Matrices are tiny here: threads that wait for each other cost more than they bring.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+CI_EXAMPLES = 100
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "soak", deadline=None, max_examples=20 * CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
