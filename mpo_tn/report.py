@@ -37,8 +37,8 @@ class DemoRow:
 class DemoResult:
     """Everything the demo measured; the table and the page show nothing else.
 
-    ``flatness`` and ``needed`` are means over the matrices, as :class:`~mpo_tn.torch.folder.MatrixSummary` has them, first
-    on five sites, then for the matrix as it is. ``spectra`` are singular values by label, for the plot.
+    ``flatness`` and ``needed`` are means over the matrices (see :class:`~mpo_tn.torch.folder.MatrixSummary`), first on
+    five sites, then for the matrix as it is. ``spectra`` are singular values by label, for the plot.
     """
 
     model: str
@@ -81,8 +81,8 @@ class DemoResult:
             f"Decomposed exactly, {self.matrices} matrices come back with a relative error of at most "
             f"{self.round_trip_error:.1e} and hold {self.round_trip_kept:.3f} times their dense parameters: full bonds "
             "compress nothing.",
-            f"The spectra are flat: on five sites the widest bond needs {self.needed[0]:.0%} of its singular values for "
-            f"a tenth of the error, the plain matrix {self.needed[1]:.0%} (entropy {self.flatness[0]:.3f} and "
+            f"The spectra are flat: on five sites the widest bond needs {self.needed[0]:.0%} of its singular values "
+            f"for a tenth of the error, the plain matrix {self.needed[1]:.0%} (entropy {self.flatness[0]:.3f} and "
             f"{self.flatness[1]:.3f} of the greatest possible). Such a matrix does not compress for free.",
         ]
         for keep in dict.fromkeys(row.keep for row in self.rows):
@@ -98,7 +98,8 @@ class DemoResult:
         sentences.append(
             f"Saved and read back by AutoModel in a new process, the outputs are {same}. The weight file is "
             f"{self.bytes_saved / 1e6:.1f} MB where the dense one is {self.bytes_dense / 1e6:.1f} MB, a ratio of "
-            f"{self.bytes_saved / self.bytes_dense:.3f}; the whole model kept {self.saved_kept_model:.3f} of its parameters."
+            f"{self.bytes_saved / self.bytes_dense:.3f}; the whole model kept {self.saved_kept_model:.3f} of its "
+            "parameters."
         )
         return sentences
 
@@ -121,8 +122,8 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
              "rank correlation"),
             rows,
         ),
-        "<p class='note'>Kept: parameters after over before. Relative error: Frobenius, of all matrices together, exact. "
-        "Cosine: between dense and compressed sentence embeddings. Neighbours: share of the ten nearest sentences that "
+        "<p class='note'>Kept: parameters after over before. Relative error: Frobenius, of all matrices together, "
+        "exact. Cosine: between dense and compressed sentence embeddings. Neighbours: share of the ten nearest sentences that "
         "stay. Rank correlation: Spearman's, of all pairwise similarities. No tuning, no calibration data.</p>",
         f"<div class='plots'>{''.join(f'<figure>{svg}</figure>' for svg in _plots(result))}</div>",
         "<h2>Layers of the saved model</h2>",
