@@ -85,11 +85,14 @@ def test_scaling_by_a_power_of_two_scales_everything_exactly(problem, cap, power
     assert scaled_report.error == report.error * factor
     assert scaled_report.norm == report.norm * factor
     for k, (a, b) in enumerate(zip(plain.cores, scaled.cores, strict=True)):
-        assert np.array_equal(host(a) * (factor if k == plain.center else 1.0), host(b))
+        # Exact but for entries that leave the normal range.
+        tiny = float(np.finfo(problem.dtype).smallest_normal)
+        assert np.abs(host(a) * (factor if k == plain.center else 1.0) - host(b)).max() <= tiny * max(1.0, factor)
     small, small_report = plain.compress(Truncation(max_bond=1))
     scaled_small, scaled_small_report = scaled.compress(Truncation(max_bond=1))
     assert scaled_small_report.error == small_report.error * factor
-    assert np.array_equal(host(small.to_matrix()) * factor, host(scaled_small.to_matrix()))
+    difference = host(small.to_matrix()) * factor - host(scaled_small.to_matrix())
+    assert np.abs(difference).max() <= tiny * max(1.0, factor) * math.prod(plain.shape)
 
 
 @given(problems(kinds=("gaussian", "decaying")), st.floats(1e-3, 0.9), st.floats(1e-3, 1e3))
