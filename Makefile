@@ -29,7 +29,7 @@ tests: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
 notebooks: $(VENV)/.test
-	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 -p no:doctest notebooks
+	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 notebooks
 
 soak: $(VENV)/.test
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests

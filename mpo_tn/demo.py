@@ -162,9 +162,10 @@ def _look_at_spectra(bench: _Bench, result: DemoResult) -> None:
     example = find_units(dense, ENCODER)[0][0]
     matrix = example.matrix()
     rows, columns = (int(size) for size in matrix.shape)
+    short = ".".join(example.name.split(".")[-2:])
     noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     for label, legs in (("5 sites", Sites.balanced(rows, columns)), ("low rank", Sites.low_rank(rows, columns))):
-        result.spectra[f"{example.name}, {label}"] = max(unfolding_spectra(matrix, legs), key=len)
+        result.spectra[f"{short}, {label}"] = max(unfolding_spectra(matrix, legs), key=len)
         result.spectra[f"white noise, {label}"] = max(unfolding_spectra(noise, legs), key=len)
 
 

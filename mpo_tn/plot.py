@@ -31,7 +31,8 @@ def discarded(values: Mapping[str, np.ndarray], ax: Any = None) -> Any:
         tail = tails(line)
         ax.plot(np.arange(len(tail)) / len(line), tail / (tail[0] or 1.0), label=label)
     ax.set(xlabel="share of the values kept", ylabel="relative error", xlim=(0, 1), ylim=(0, 1.02))
-    ax.legend(frameon=False)
+    # The curves fill the diagonal whatever they are, so the legend goes below.
+    ax.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return ax
 
 

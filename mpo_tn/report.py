@@ -123,8 +123,8 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
             rows,
         ),
         "<p class='note'>Kept: parameters after over before. Relative error: Frobenius, of all matrices together, "
-        "exact. Cosine: between dense and compressed sentence embeddings. Neighbours: share of the ten nearest sentences that "
-        "stay. Rank correlation: Spearman's, of all pairwise similarities. No tuning, no calibration data.</p>",
+        "exact. Cosine: between dense and compressed sentence embeddings. Neighbours: share of the ten nearest "
+        "sentences that stay. Rank correlation: Spearman's, of all pairwise similarities. No tuning, no calibration data.</p>",
         f"<div class='plots'>{''.join(f'<figure>{svg}</figure>' for svg in _plots(result))}</div>",
         "<h2>Layers of the saved model</h2>",
         f"<p>{_text(result.saved_structure)} at kept {result.saved_keep:g}, in <code>{_text(result.saved)}</code>.</p>",
@@ -185,7 +185,7 @@ def _plots(result: DemoResult) -> list[str]:
     draw(
         "Relative error of the weights", lambda ax: plot.curves(lines("error"), xlabel=kept, ylabel="Frobenius", ax=ax)
     )
-    draw("What truncating one bond costs", lambda ax: plot.discarded(result.spectra, ax=ax))
+    draw("Cutting one bond, beside white noise", lambda ax: plot.discarded(result.spectra, ax=ax))
     return drawn
 
 
