@@ -167,7 +167,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2 if _is_wide() else 1, 0, 0))
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
     return table
@@ -197,15 +197,15 @@ def _print_demo(result: DemoResult) -> None:
 
 def _print_compression(report: CompressionReport) -> None:
     table = _table(
-        ("module", "left"), ("out x in", "left"), ("legs out / in", "left"), ("bonds", "left"), ("kept", "right"),
+        ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
         ("error", "right"),
     )  # fmt: skip
     for layer in report.layers:
         spec = layer.spec
         shared = f" (+{len(layer.names) - 1} sharing it)" if len(layer.names) > 1 else ""
         table.add_row(
-            layer.name + shared, f"{spec.out_features}x{spec.in_features}", _legs(spec.sites.out, spec.sites.in_),
-            _numbers(spec.bonds), f"{spec.kept:.3f}", f"{spec.rel_error:.3g}",
+            _name(layer.name) + shared, f"{spec.out_features}x{spec.in_features}",
+            _legs(spec.sites.out, spec.sites.in_), _numbers(spec.bonds), f"{spec.kept:.3f}", f"{spec.rel_error:.3g}",
         )  # fmt: skip
     out.print(table)
     for name, reason in report.skipped.items():
@@ -215,13 +215,13 @@ def _print_compression(report: CompressionReport) -> None:
 
 def _print_matrices(rows: list[MatrixSummary]) -> None:
     table = _table(
-        ("module", "left"), ("out x in", "left"), ("legs out / in", "left"), ("bonds", "left"), ("kept", "right"),
+        ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
         ("error", "right"), ("flat", "right"), ("need", "right"),
     )  # fmt: skip
     for row in rows:
         error = "-" if row.rel_error is None else f"{row.rel_error:.3g}"
         table.add_row(
-            row.name, f"{row.shape[0]}x{row.shape[1]}", _legs(row.out, row.in_), _numbers(row.bonds),
+            _name(row.name), f"{row.shape[0]}x{row.shape[1]}", _legs(row.out, row.in_), _numbers(row.bonds),
             f"{row.kept:.3f}", error, f"{row.flatness:.3f}", f"{row.needed}/{row.available}",
         )  # fmt: skip
     out.print(table)
@@ -235,11 +235,21 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
 
 
 def _legs(out_legs: tuple[int, ...], in_legs: tuple[int, ...]) -> str:
-    return (
-        f"{_numbers(out_legs)} / {_numbers(in_legs)}"
-        if out.width >= 120
-        else f"{_numbers(out_legs)}\n{_numbers(in_legs)}"
-    )
+    separator = " / " if _is_wide() else "\n"
+    return f"{_numbers(out_legs)}{separator}{_numbers(in_legs)}"
+
+
+def _name(name: str) -> str:
+    """A module's name, on two lines where the terminal is narrow: broken at the dot nearest its middle."""
+    dots = [position for position, letter in enumerate(name) if letter == "."]
+    if _is_wide() or not dots:
+        return name
+    middle = min(dots, key=lambda position: abs(2 * position - len(name))) + 1
+    return name[:middle] + "\n" + name[middle:]
+
+
+def _is_wide() -> bool:
+    return out.width >= 120
 
 
 def _numbers(values: tuple[int, ...]) -> str:

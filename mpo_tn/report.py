@@ -124,7 +124,8 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         ),
         "<p class='note'>Kept: parameters after over before. Relative error: Frobenius, of all matrices together, "
         "exact. Cosine: between dense and compressed sentence embeddings. Neighbours: share of the ten nearest "
-        "sentences that stay. Rank correlation: Spearman's, of all pairwise similarities. No tuning, no calibration data.</p>",
+        "sentences that stay. Rank correlation: Spearman's, of all pairwise similarities. No tuning, no calibration "
+        "data.</p>",
         f"<div class='plots'>{''.join(f'<figure>{svg}</figure>' for svg in _plots(result))}</div>",
         "<h2>Layers of the saved model</h2>",
         f"<p>{_text(result.saved_structure)} at kept {result.saved_keep:g}, in <code>{_text(result.saved)}</code>.</p>",
