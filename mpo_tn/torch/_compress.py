@@ -21,6 +21,17 @@ from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import Unit, find_units
 from mpo_tn.truncation import Report, Truncation
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
 Progress = Callable[[int, int, str], None]
 """Called with how many units are done, how many there are, and the name of the next (or last) one."""
 
@@ -132,7 +143,7 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
 
     Returns:
         Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.
-        Bias, dtype, device, ``requires_grad`` and training mode of each module are kept.
+        Bias, dtype, device, ``requires_grad``, training mode and hooks of each module are kept.
 
     Guarantee: if anything is wrong the model is left as it was; modules are only swapped once all are decomposed. A
     transformers model can be saved with ``save_pretrained`` afterwards.
@@ -203,6 +214,8 @@ def _compress_unit(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.
             tied_to=None if position == 0 else unit.name,
         )
         built = build(own, cores, bias=getattr(module, "bias", None))
+        for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
+            built.__dict__[table] = module.__dict__[table]
         modules.append(built.train(module.training))
     first = modules[0]
     assert isinstance(first, MPOLayer)

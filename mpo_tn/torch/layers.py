@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
-from mpo_tn.network import contract_matrix, plan_for_shapes
+from mpo_tn.network import plan_for_shapes
 from mpo_tn.torch.config import ModuleSpec
 
 # An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
@@ -49,10 +51,17 @@ class MPOLayer(nn.Module):
             raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
         self.cores = nn.ParameterList(cores)
         self._plan = plan_for_shapes(spec.core_shapes, cores[0].element_size())
+        self._padded_shape = spec.sites.shape
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix (out, in), contracted from the cores and cropped to the module's own size; differentiable."""
-        matrix = contract_matrix(tuple(self.cores), self._plan)
+        # The plan's steps with torch's own function: what finds the array library does not trace.
+        live = [core.reshape(shape) for core, shape in zip(self.cores, self._plan.shapes, strict=True)]
+        with _no_autocast(live[0].device):
+            for step in self._plan.steps:
+                second, first = live.pop(step.second), live.pop(step.first)
+                live.append(torch.tensordot(first, second, dims=step.axes))  # pyright: ignore[reportArgumentType]
+        matrix = live[0].permute(self._plan.order).reshape(self._padded_shape)
         return matrix[: self.spec.out_features, : self.spec.in_features]
 
     def mpo(self) -> MPO:
@@ -144,17 +153,28 @@ class MPOEmbedding(MPOLayer):
         Raises:
             IndexError: an id that is negative or not below ``num_embeddings`` (outside of tracing).
         """
+        if torch.compiler.is_compiling():  # how many ids are unique depends on data
+            return self._rows(ids.reshape(-1)).reshape(*ids.shape, self.embedding_dim)
         unique, inverse = torch.unique(ids, return_inverse=True)
-        if unique.numel() and not torch.compiler.is_compiling():
+        if unique.numel():
             least, largest = int(unique[0]), int(unique[-1])
             if least < 0 or largest >= self.num_embeddings:
                 bad = least if least < 0 else largest
                 raise IndexError(f"id {bad} is out of range: the table has ids 0 to {self.num_embeddings - 1}")
-        rows = table_rows(tuple(self.cores), unique)[:, : self.embedding_dim]
+        return self._rows(unique)[inverse]
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        with _no_autocast(ids.device):
+            rows = table_rows(tuple(self.cores), ids)[:, : self.embedding_dim]
         if self.padding_idx is not None:
-            padding = (unique == self.padding_idx).unsqueeze(1)
+            padding = (ids == self.padding_idx).unsqueeze(1)
             rows = torch.where(padding, rows.detach(), rows)
-        return rows[inverse]
+        return rows
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Contract in the dtype of the cores: autocast then rounds the weight once, as it does a dense one."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 def table_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
@@ -164,17 +184,19 @@ def table_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tenso
     """
     slice_entries = max(core.shape[0] * core.shape[2] * core.shape[3] for core in cores)
     at_once = max(1, _GATHERED_ENTRIES // slice_entries)
-    if rows.numel() <= at_once:
+    if torch.compiler.is_compiling() or rows.numel() <= at_once:  # a graph must not depend on how many rows there are
         return _contract_rows(cores, rows)
     return torch.cat([_contract_rows(cores, chunk) for chunk in rows.split(at_once)])
 
 
 def _contract_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     legs = [core.shape[1] for core in cores]
+    columns = 1
     partial = cores[0].new_ones(rows.numel(), 1, 1)  # (row, columns so far, bond)
     for k, core in enumerate(cores):
         digit = rows // math.prod(legs[k + 1 :]) % legs[k]
         left, _, in_, right = core.shape
-        slices = core.transpose(0, 1)[digit].reshape(-1, left, in_ * right)  # (row, bond, in_k * next bond)
-        partial = torch.bmm(partial, slices).reshape(rows.numel(), -1, right)
-    return partial.reshape(rows.numel(), -1)
+        slices = core.transpose(0, 1)[digit].reshape(rows.numel(), left, in_ * right)  # (row, bond, in_k * next bond)
+        columns *= in_
+        partial = torch.bmm(partial, slices).reshape(rows.numel(), columns, right)
+    return partial.reshape(rows.numel(), columns)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -138,6 +140,8 @@ def _cannot_be_mpo(module: nn.Module) -> str | None:
         return "its weight is computed from something else (a parametrization)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
+    if weight.numel() == 0:
+        return f"its weight has no entries: {tuple(weight.shape)}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rescales the table in place"
     if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
@@ -146,14 +150,35 @@ def _cannot_be_mpo(module: nn.Module) -> str | None:
 
 
 def _read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
-    """Linears whose weight their parent hands to a fused kernel."""
+    """Modules whose weight their parent hands to a fused kernel or reads in its own code."""
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
-        if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-            for child in parent.children():
-                if isinstance(child, nn.Linear):
-                    found[child] = f"nn.{type(parent).__name__} reads its weight directly"
+        fused = isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
+        read = _weights_read_by(type(parent))
+        for name, child in parent.named_children():
+            if name in read or (fused and isinstance(child, nn.Linear)):
+                found[child] = f"{type(parent).__name__} reads its weight directly"
     return found
+
+
+@cache
+def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
+    """The children of which a class reads ``self.child.weight`` outside of initialisation, going by its source.
+
+    The feed-forward layer of T5 does so to learn a dtype, the head of MobileBERT to concatenate two weights.
+    """
+    read: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, function in vars(base).items():
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is None or "init" in name or not {"self", "weight"} <= {*code.co_varnames, *code.co_names}:
+                continue
+            try:
+                source = inspect.getsource(code)
+            except OSError:  # typed at a prompt, or shipped without source
+                continue
+            read.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
+    return frozenset(read)
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:

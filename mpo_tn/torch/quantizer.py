@@ -59,6 +59,10 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
             for name, spec in (modules or {}).items()
         }
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Like a dictionary's: transformers asks so when the configuration of a loaded model is passed on."""
+        return getattr(self, key, default)
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
         return {
@@ -96,6 +100,7 @@ class MPOHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            _require_complete(model, self.quantization_config.modules)
             # Names as this class knows them, so that saving it again writes them right.
             attach(model, self.quantization_config.config)
         else:
@@ -158,9 +163,11 @@ def attach(model: Any, config: MPOConfig) -> None:
         if isinstance(module, MPOLayer):
             names[module] = name
     hf_config = MPOQuantizationConfig(config, {name: module.spec for module, name in names.items()})
+    # In place: the model around a compressed base model has the same object, and saves with it.
     model.config.quantization_config = hf_config
     model.hf_quantizer = MPOHfQuantizer(hf_config, pre_quantized=True)
-    model.is_quantized = True
+    # Cores are ordinary parameters: half() and float() may cast them, which they refuse to quantized models.
+    model.is_quantized = False
     model.quantization_method = hf_config.quant_method
     _retie(model)
 
@@ -191,6 +198,42 @@ def _local_names(model: Any, modules: dict[str, ModuleSpec]) -> dict[str, Module
     }
     # Owners of cores first, so that the modules tied to them find the cores built.
     return dict(sorted(local.items(), key=lambda item: item[1].tied_to is not None))
+
+
+def _require_complete(model: nn.Module, modules: dict[str, ModuleSpec]) -> None:
+    """Refuse cores that no file held: unlike a fresh head they cannot start from random numbers.
+
+    transformers marks every tensor that it read, and only warns of the others.
+    """
+    unread = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    for name in unread:
+        owner, cores, _ = name.rpartition(".cores.")
+        if cores and isinstance(model.get_submodule(owner), MPOLayer):
+            raise MPOError(
+                f"{name} is not in the files: the folder is incomplete, or it is not the model that config.json "
+                "describes (tie_word_embeddings changed, or a configuration shared with a compressed model)"
+            )
+    # A module of another head is no concern of this class; one that should be where a weight is missing is.
+    roots = {name.partition(".")[0]: name for name in unread}
+    for name in modules:
+        root = name.partition(".")[0]
+        if root in roots and not any(_has_module(model, spelling) for spelling in _spellings(model, name)):
+            raise MPOError(
+                f"config.json lists {name} as compressed, which {type(model).__name__} does not have, and "
+                f"{roots[root]} is not in the files: the folder is damaged"
+            )
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _spellings(model: Any, name: str) -> list[str]:
