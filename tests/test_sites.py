@@ -104,3 +104,9 @@ def test_low_rank_and_numpy_integers():
     assert sites == Sites((2, 3), (4, 5))
     assert all(type(leg) is int for pair in sites for leg in pair)
     assert hash(sites) == hash(Sites((2, 3), (4, 5)))
+
+
+@given(legs(), st.integers(1, 40))
+def test_largest_cap_may_spend_the_whole_budget(sites, cap):
+    budget = sites.num_parameters(sites.capped_bonds(cap))
+    assert sites.num_parameters(sites.capped_bonds(sites.largest_cap(budget))) == budget

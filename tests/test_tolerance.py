@@ -119,3 +119,20 @@ def test_tolerance_below_machine_precision(dtype):
         allowed = below * report.norm
         with pytest.raises(MPOError, match=f"{re.escape(repr(allowed))}.*{dtype}"):
             make(Truncation(abs_error=allowed))
+
+
+@pytest.mark.parametrize("wide_first", [True, False])
+def test_widest_bond_comes_last(wide_first):
+    """The narrow bond is cut first and gets an equal share only; the wide one may use all that is left."""
+    side = (3, 2, 2) if wide_first else (2, 2, 3)
+    sites = Sites(side, side)
+    wide, narrow = (0, 1) if wide_first else (1, 0)
+    assert sites.full_bonds[wide] > sites.full_bonds[narrow]
+    w = np.random.default_rng(2).standard_normal(sites.shape)
+    beyond = 0
+    for rel_error in np.linspace(0.05, 0.9, 60):
+        _, report = MPO.from_matrix(w, sites, Truncation(rel_error=float(rel_error)))
+        share = rel_error * report.norm / math.sqrt(2)
+        assert report.bonds[narrow].discarded_norm <= share * (1 + BUDGET_ROUNDING)
+        beyond += report.bonds[wide].discarded_norm > share
+    assert beyond > 10
