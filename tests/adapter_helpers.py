@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from strategies import slack
+from tiny_models import tiny
 from torch import nn
 
 from mpo_tn.torch import CompressionReport, MPOConfig, MPOLayer, compress
@@ -73,3 +75,17 @@ class Snapshot:
             assert value.device == state[name].device
             if value.device.type != "meta":
                 assert torch.equal(value.nan_to_num(7.0), state[name].nan_to_num(7.0))
+
+
+def small(family: str = "bert", *, tied: bool = True, **config: Any) -> Any:
+    """A compressed tiny model, its word table included."""
+    model = tiny(family, tied=tied)
+    compress(model, MPOConfig(**{"target_modules": r".*(?<!position_embeddings)", "sites": 3, "bond": 5, **config}))
+    return model
+
+
+def roundtrip(model: Any, folder: Path, **options: Any) -> Any:
+    model.save_pretrained(folder)
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values())
+    return loaded.eval()

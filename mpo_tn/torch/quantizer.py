@@ -242,14 +242,12 @@ def _spellings(model: Any, name: str) -> list[str]:
 
 
 def _nothing_to_initialise(model: Any, name: str) -> None:
-    """Keep ``_init_weights`` of GPT-2 and its like away from ``parent.c_proj.weight``.
+    """Keep ``_init_weights`` of GPT-2, T5 and their like away from ``parent.c_proj.weight``.
 
     They are asked to initialise the parent of every layer. A parent that owns no tensor has nothing to initialise.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
-    if parent is not model and not any(
-        True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
-    ):
+    if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
         parent._is_hf_initialized = True
 
 
