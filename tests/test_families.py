@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -128,6 +129,19 @@ def test_loading_with_another_dtype_and_device_map(tmp_path: Path) -> None:
     model = small()
     loaded = roundtrip(model, tmp_path, dtype=torch.bfloat16, device_map="cpu")
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_cores_are_fetched(place: str, tmp_path: Path) -> None:
+    model = small()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, device_map="cpu").eval()
+    if place == "cpu":
+        loaded = accelerate.cpu_offload(loaded, torch.device("cpu"))
+    else:
+        loaded = accelerate.disk_offload(loaded, str(tmp_path / "offload"), torch.device("cpu"))
+    assert {core.device.type for core in loaded.get_input_embeddings().cores} == {"meta"}
+    assert torch.equal(outputs(loaded), outputs(model))
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

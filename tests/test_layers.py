@@ -121,6 +121,13 @@ def test_an_id_outside_the_table(bad: int) -> None:
         layer(torch.tensor([3, bad]))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
+def test_ids_are_int32_or_int64_as_for_a_dense_table(dtype: torch.dtype) -> None:
+    layer, _ = compressed(embedding(50, 8))
+    with pytest.raises(MPOError, match=f"{dtype}.*int64"):
+        layer(torch.tensor([1, 0, 1]).to(dtype))
+
+
 def test_the_padding_id_takes_no_gradient() -> None:
     dense = embedding(12, 6, padding_idx=5)
     layer, _ = compressed(dense, bond=3)

@@ -215,14 +215,32 @@ def test_a_unit_with_a_partner_that_cannot_follow_is_skipped_whole() -> None:
     assert model["odd"].weight is model["a"].weight
 
 
-def test_excluding_one_side_of_a_tie_keeps_the_tie() -> None:
-    """The side that is asked for pulls the other along; excluding both sides leaves both."""
-    config = {"target_modules": ["word_embeddings"], "sites": 3, "bond": 4}
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
+def test_a_partner_that_needs_its_table_keeps_the_unit_dense(options: dict[str, object]) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(4, 6), "table": nn.Embedding(6, 4, **options), "b": nn.Linear(4, 4)})
+    model["head"].weight = model["table"].weight
+    report = compress(model, MPOConfig(target_modules=["head", "b"], sites=2))
+    assert list(report.skipped) == ["head"]
+    assert "table" in report.skipped["head"]
+    assert type(model["table"]) is nn.Embedding
+    assert model["head"].weight is model["table"].weight
+
+
+@pytest.mark.parametrize("excluded", [["decoder"], ["word_embeddings"], ["decoder", "word_embeddings"]])
+def test_excluding_either_side_of_a_tie_leaves_both_dense(excluded: list[str]) -> None:
     model = tiny("bert")
-    compress(model, MPOConfig(**config, exclude_modules=["decoder"]))
+    target = ["word_embeddings", "decoder", "query"]
+    report = compress(model, MPOConfig(target_modules=target, exclude_modules=excluded, sites=3, bond=4))
+    assert len(report.layers) == 2
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if len(excluded) == 1:
+        assert excluded[0] in report.skipped["bert.embeddings.word_embeddings"]
+
+
+def test_naming_one_side_of_a_tie_takes_both() -> None:
+    model = tiny("bert")
+    compress(model, MPOConfig(target_modules=["word_embeddings"], sites=3, bond=4))
     assert isinstance(model.get_output_embeddings(), MPOLinear)
-    with pytest.raises(MPOError, match="no module"):
-        compress(tiny("bert"), MPOConfig(**config, exclude_modules=["word_embeddings"]))
 
 
 def test_parts_with_one_weight_in_two_layouts_are_skipped() -> None:

@@ -23,7 +23,7 @@ class MPOConfig:
         target_modules: PEFT's grammar. A list holds exact names or dotted suffixes; a string is a regular expression
             on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads.
             An entry that starts with ``re:`` is a regular expression anywhere. Embeddings have to be named.
-        exclude_modules: the same grammar; what matches is left alone.
+        exclude_modules: the same grammar; what matches is left alone, and so is what shares its weight.
         sites: the number of sites, ``"low-rank"`` for the two-site chain that is a plain low-rank factorisation, or
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.
         keep: parameters of the cores as a fraction of the dense weight, bias apart; the largest single cap on the bonds

@@ -25,6 +25,18 @@ class NoDenseWeightError(MPOError, AttributeError):
     """Something asked a module for the dense weight that it does not have."""
 
 
+class Cores(nn.ParameterList):
+    """The cores of a module, read through :meth:`forward`.
+
+    accelerate keeps what it offloads on the meta device and fetches it when ``forward`` of its owner runs; read
+    without that, offloaded cores would turn results into noise.
+    """
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """The cores, first to last."""
+        return tuple(self)
+
+
 class MPOLayer(nn.Module):
     """A module whose matrix (out, in) is a chain of cores. It has no ``weight``; see :meth:`dense_weight`.
 
@@ -49,14 +61,14 @@ class MPOLayer(nn.Module):
         shapes = tuple(tuple(core.shape) for core in cores)
         if shapes != spec.core_shapes:
             raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
-        self.cores = nn.ParameterList(cores)
+        self.cores = Cores(cores)
         self._plan = plan_for_shapes(spec.core_shapes, cores[0].element_size())
         self._padded_shape = spec.sites.shape
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix (out, in), contracted from the cores and cropped to the module's own size; differentiable."""
         # The plan's steps with torch's own function: what finds the array library does not trace.
-        live = [core.reshape(shape) for core, shape in zip(self.cores, self._plan.shapes, strict=True)]
+        live = [core.reshape(shape) for core, shape in zip(self.cores.forward(), self._plan.shapes, strict=True)]
         with _no_autocast(live[0].device):
             for step in self._plan.steps:
                 second, first = live.pop(step.second), live.pop(step.first)
@@ -66,7 +78,7 @@ class MPOLayer(nn.Module):
 
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
-        return MPO(tuple(core.detach() for core in self.cores))
+        return MPO(tuple(core.detach() for core in self.cores.forward()))
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -152,7 +164,10 @@ class MPOEmbedding(MPOLayer):
 
         Raises:
             IndexError: an id that is negative or not below ``num_embeddings`` (outside of tracing).
+            MPOError: ids that are not int32 or int64.
         """
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise MPOError(f"ids are {ids.dtype}: a table takes torch.int64 or torch.int32")
         if torch.compiler.is_compiling():  # how many ids are unique depends on data
             return self._rows(ids.reshape(-1)).reshape(*ids.shape, self.embedding_dim)
         unique, inverse = torch.unique(ids, return_inverse=True)
@@ -165,7 +180,7 @@ class MPOEmbedding(MPOLayer):
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         with _no_autocast(ids.device):
-            rows = table_rows(tuple(self.cores), ids)[:, : self.embedding_dim]
+            rows = table_rows(self.cores.forward(), ids)[:, : self.embedding_dim]
         if self.padding_idx is not None:
             padding = (ids == self.padding_idx).unsqueeze(1)
             rows = torch.where(padding, rows.detach(), rows)

@@ -70,7 +70,8 @@ def find_units(
 ) -> tuple[list[Unit], dict[str, str]]:
     """The units that ``target`` means, in order of first occurrence, and what matched but cannot be an MPO, with why.
 
-    Modules that share a weight with a matched one belong to its unit, so that ties survive.
+    Modules that share a weight with a matched one belong to its unit, so that ties survive; if one of them is excluded
+    or cannot be an MPO, the unit is left alone.
 
     Raises:
         MPOError: nothing that can be compressed matches.
@@ -81,8 +82,11 @@ def find_units(
     heads = _head_modules(model) if target == "all-linear" else set[nn.Module]()
     reserved = _read_by_parent(model)
 
+    def excluded(module: nn.Module) -> bool:
+        return any(matches(name, exclude) for name in names[module] if exclude)
+
     def wanted(module: nn.Module) -> bool:
-        if any(matches(name, exclude) for name in names[module] if exclude):
+        if excluded(module):
             return False
         if target == "all-linear":
             return kind_of(module) in ("linear", "conv1d") and module not in heads
@@ -107,11 +111,11 @@ def find_units(
         unit = Unit(
             weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners)
         )
-        stuck = [m for m in owners if kind_of(m) is None or m in reserved]
+        stuck = [m for m in owners if m in reserved or _cannot_be_mpo(m) or excluded(m)]
         mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
         if stuck or mixed:
             skipped[unit.name] = (
-                f"its weight is shared with {', '.join(n[0] for n in unit.names[1:])}, which cannot follow"
+                f"its weight is shared by {', '.join(n[0] for n in unit.names)}, and not all of them can or may be MPOs"
             )
         else:
             units.append(unit)
