@@ -21,8 +21,9 @@ class Truncation:
         abs_error: the total Frobenius error allowed, ``> 0``. With both tolerances the smaller budget holds.
         strict: raise if ``max_bond`` stops a tolerance from being met, instead of reporting it.
 
-    A tolerance is one budget for the whole chain. It is spent bond by bond: each bond may use an equal share of what
-    is left, and the widest bond comes last and may use all of it. No bond is ever cut below 1.
+    A tolerance is one budget for the whole chain. It is spent bond by bond: each bond may use an equal share (of the
+    square) of what is left, and the last one all of it. ``MPO.from_matrix`` comes to the widest bond last,
+    ``MPO.compress`` goes from the first bond to the last. No bond is ever cut below 1.
 
     Raises:
         MPOError: a bond below 1, or a tolerance that is not positive and finite.

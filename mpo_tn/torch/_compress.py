@@ -14,7 +14,6 @@ from torch.nn import functional
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
-from mpo_tn.sites import Sites
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
 from mpo_tn.torch.legs import legs_for
@@ -262,8 +261,3 @@ def _cropped_error(mpo: MPO, report: Report, out: int, in_: int) -> tuple[float,
     if outside > report.error:
         return report.floor, False
     return math.sqrt((report.error - outside) * (report.error + outside)), report.exact
-
-
-def uniform_bonds(sites: Sites, keep: float, out: int, in_: int) -> tuple[int, ...]:
-    """The bonds that ``keep`` gives on these legs for a matrix of the size (out, in)."""
-    return sites.capped_bonds(sites.largest_cap(keep * out * in_))

@@ -21,8 +21,8 @@ def legs_for(out: int, in_: int, sites: int | str | Sites) -> Sites:
 
     >>> legs_for(30522, 384, 5)
     Sites(out=(2, 4, 477, 4, 2), in_=(2, 4, 6, 4, 2))
-    >>> legs_for(257, 384, 3).shape
-    (272, 384)
+    >>> legs_for(257, 384, 3).shape, legs_for(30000, 128, 5).out
+    ((272, 384), (5, 10, 10, 10, 6))
     """
     if isinstance(sites, Sites):
         if sites.shape != (out, in_):
@@ -32,8 +32,6 @@ def legs_for(out: int, in_: int, sites: int | str | Sites) -> Sites:
         return sites
     if isinstance(sites, str):
         return Sites.low_rank(out, in_)
-    if Sites.balanced(out, in_, sites) == Sites.balanced(padded_size(out, sites), padded_size(in_, sites), sites):
-        return Sites.balanced(out, in_, sites)
     return Sites.balanced(padded_size(out, sites), padded_size(in_, sites), sites)
 
 
