@@ -166,8 +166,8 @@ def _print_json(document: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2, default=float) + "\n")
 
 
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2 if _is_wide() else 1, 0, 0))
+def _table(*columns: tuple[str, str], gap: int = 2) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
     return table
@@ -216,7 +216,7 @@ def _print_compression(report: CompressionReport) -> None:
 def _print_matrices(rows: list[MatrixSummary]) -> None:
     table = _table(
         ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
-        ("error", "right"), ("flat", "right"), ("need", "right"),
+        ("error", "right"), ("flat", "right"), ("need", "right"), gap=2 if _is_wide() else 1,
     )  # fmt: skip
     for row in rows:
         error = "-" if row.rel_error is None else f"{row.rel_error:.3g}"
