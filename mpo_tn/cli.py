@@ -254,7 +254,3 @@ def _is_wide() -> bool:
 
 def _numbers(values: tuple[int, ...]) -> str:
     return ",".join(map(str, values))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import subprocess
@@ -87,6 +88,8 @@ def run_demo(
     Raises:
         MPOError: no model, a ratio out of range, ``out`` in use.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MPOError("the demo draws its report with matplotlib, which is not installed: pip install 'mpo-tn[demo]'")
     check_target(out, overwrite=overwrite, marker="report.html", keep=source)
     for keep in keeps:
         MPOConfig(keep=keep)  # refuse a bad ratio before the work starts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
@@ -184,18 +184,17 @@ class Report:
         Two sweeps project onto spaces that need not commute, so only the triangle inequality holds:
         ``error <= earlier.error + self.error``, and ``exact`` is False unless one of them cut nothing.
         """
+        both: dict[str, Any] = {
+            "norm": earlier.norm,
+            "bonds": self.bonds,
+            "floor": earlier.floor + self.floor,
+            "tolerance_met": earlier.tolerance_met and self.tolerance_met,
+            "notes": earlier.notes + self.notes,
+        }
+        if self.error == 0 or earlier.error == 0:
+            return replace(earlier if self.error == 0 else self, **both)
         error = earlier.error + self.error
-        return Report(
-            error=error,
-            norm=earlier.norm,
-            bonds=self.bonds,
-            bound=error,
-            lower_bound=0.0 if error else error,
-            floor=earlier.floor + self.floor,
-            exact=self.exact and earlier.exact and (earlier.error == 0 or self.error == 0),
-            tolerance_met=earlier.tolerance_met and self.tolerance_met,
-            notes=earlier.notes + self.notes,
-        )
+        return Report(error=error, bound=error, lower_bound=0.0, exact=False, **both)
 
     def __str__(self) -> str:
         relation = "=" if self.exact else "<="

@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_nothing(dense_folder: Path, tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    command = [sys.executable, "-m", "mpo_tn.cli", "compress", dense_folder, tmp_path / "out", "--keep", "0.5"]
+    command = [sys.executable, "-m", "mpo_tn", "compress", dense_folder, tmp_path / "out", "--keep", "0.5"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2, done.stderr
@@ -220,6 +220,17 @@ def test_a_crash_that_is_not_ours_leaves_nothing_either(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), written_beside(tmp_path / "out"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_one_sentence(tmp_path: Path) -> None:
+    """A package of the core alone has the command, but not what it needs."""
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mpo_tn", "inspect", "x"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr == "mpo-tn: typer is not installed; this command needs: pip install 'mpo-tn[torch]'\n"
 
 
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:

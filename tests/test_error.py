@@ -104,8 +104,12 @@ def test_two_sweeps_obey_the_triangle_inequality_only(problem, caps, caps_after)
     total = later.after(report)
     assert fro(problem.host - dense(second.cores)) <= total.error + 2 * problem.slack
     assert total.error == report.error + later.error
-    assert total.bound == total.error
-    assert total.lower_bound == 0.0
+    if report.error > 0 and later.error > 0:
+        assert total.bound == total.error
+        assert total.lower_bound == 0.0
+    else:  # one sweep did it all, so what it certified still holds
+        one = later if report.error == 0 else report
+        assert (total.lower_bound, total.bound) == (one.lower_bound, one.bound)
     assert total.norm == report.norm
     assert total.floor == report.floor + later.floor
     assert total.exact == (report.error == 0 or later.error == 0)
