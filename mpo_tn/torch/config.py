@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -124,11 +124,19 @@ class MPOConfig:
         """The same as a transformers quantization config, for ``from_pretrained(quantization_config=...)``.
 
         Raises:
-            ImportError: transformers is not installed.
+            MPOError: transformers is not installed.
         """
-        from mpo_tn.torch.quantizer import MPOQuantizationConfig
+        if not _hf_wrappers:
+            raise MPOError("there is no transformers to make a quantization config for: pip install 'mpo-tn[torch]'")
+        return _hf_wrappers[-1](self)
 
-        return MPOQuantizationConfig(config=self)
+
+_hf_wrappers: list[Callable[[MPOConfig], Any]] = []
+
+
+def wrap_for_hf(wrapper: Callable[[MPOConfig], Any]) -> None:
+    """Let ``wrapper`` make what :meth:`MPOConfig.to_hf` returns; the module that knows transformers calls this."""
+    _hf_wrappers.append(wrapper)
 
 
 def _is_number(value: object) -> bool:

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch._compress import build, compress, on_compressed
-from mpo_tn.torch.config import ModuleSpec, MPOConfig
+from mpo_tn.torch.config import ModuleSpec, MPOConfig, wrap_for_hf
 from mpo_tn.torch.layers import MPOLayer
 
 FORMAT_VERSION = 1
@@ -140,6 +140,7 @@ class MPOHfQuantizer(HfQuantizer):
 # Called rather than used as decorators, which would hide the types of the classes.
 register_quantization_config("mpo")(MPOQuantizationConfig)
 register_quantizer("mpo")(MPOHfQuantizer)
+wrap_for_hf(MPOQuantizationConfig)
 
 
 def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
