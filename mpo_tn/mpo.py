@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import numpy as np
 
-from mpo_tn import network
+from mpo_tn import _algebra, network
 from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import compress, spectra, wide_chain
 from mpo_tn._decompose import decompose
+from mpo_tn._operators import Operators
 from mpo_tn.bounds import entropy
-from mpo_tn.chain import Chain
 from mpo_tn.linalg import Array, frobenius_norm
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report, Truncation
 
 
-class MPO(Chain):
+class MPO(Operators):
     """A matrix product operator (tensor-train matrix). Immutable: every verb returns a new one.
 
     Build one with :meth:`from_matrix`, or from cores of shape (bond_{k-1}, out_k, in_k, bond_k) with ``MPO(cores)``,
     which claims no canonical form.
+
+    With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn._operators.Operators`.
 
     >>> import numpy as np
     >>> from mpo_tn import MPO, Sites, Truncation
@@ -33,8 +36,59 @@ class MPO(Chain):
     True
     """
 
-    __array_ufunc__: ClassVar[None] = None
-    """NumPy must not take ``array * mpo`` apart entry by entry."""
+    @classmethod
+    def from_cores(cls, cores: Iterable[Array]) -> Self:
+        """An MPO of cores (bond_{k-1}, out_k, in_k, bond_k), outer bonds 1, that claims no canonical form.
+
+        >>> import numpy as np
+        >>> MPO.from_cores([np.ones((1, 2, 3, 4)), np.ones((4, 2, 2, 1))]).shape
+        (4, 6)
+        """
+        return cls(tuple(cores))
+
+    @classmethod
+    def identity(cls, sites: Sites, *, dtype: Any = None, like: Any = None) -> Self:
+        """The identity matrix, exactly, with bonds of 1.
+
+        Args:
+            sites: legs with ``out_k == in_k``.
+            dtype: a dtype or its name; that of ``like`` if ``None``, else float64.
+            like: an array or an MPO whose library and device the result gets; NumPy if ``None``.
+
+        Raises:
+            MPOError: a site that is not square, or a dtype that the library does not have.
+
+        >>> MPO.identity(Sites((2, 3), (2, 3)), dtype="float32")
+        MPO(6 x 6, out=(2, 3), in_=(2, 3), bonds=(1,), center=None, 13 float32 parameters)
+        """
+        return cls(tuple(_algebra.identity_cores(sites, dtype, like)))
+
+    @classmethod
+    def random(cls, sites: Sites, bonds: int | Sequence[int], *, seed: int, dtype: Any = "float64") -> Self:
+        """Gaussian NumPy cores such that the entries of the matrix have mean 0 and variance 1.
+
+        ``bonds`` is one number per bond, or one number that caps the full bonds. The same seed gives the same bits.
+
+        Raises:
+            MPOError: bonds that are not positive integers or not one per bond, or a seed that is no whole number.
+
+        >>> MPO.random(Sites((2, 2, 2), (2, 2, 2)), bonds=3, seed=0).bonds
+        (3, 3)
+        """
+        return cls(tuple(_algebra.random_cores(sites, bonds, seed, dtype)))
+
+    @classmethod
+    def low_rank(cls, left: Array, right: Array) -> Self:
+        """The two-site MPO with legs (out, 1), (1, in) of ``left @ right``, shapes (out, rank) and (rank, in).
+
+        Raises:
+            MPOError: factors that do not match, or of mixed libraries, dtypes or devices.
+
+        >>> import numpy as np
+        >>> MPO.low_rank(np.ones((6, 2)), np.ones((2, 8)))
+        MPO(6 x 8, out=(6, 1), in_=(1, 8), bonds=(2,), center=None, 28 float64 parameters)
+        """
+        return cls(tuple(_algebra.low_rank_cores(left, right)))
 
     @classmethod
     def from_matrix(
@@ -73,21 +127,42 @@ class MPO(Chain):
         chain, report = decompose(matrix, sites, Truncation() if truncation is None else truncation, spectra=spectra)
         return cls(chain.cores, chain.canonical_interval), report
 
-    def to_matrix(self) -> Array:
+    def to_matrix(self, *, memory_limit: int | None = None) -> Array:
         """The dense matrix (out, in), contracted in the order of :meth:`plan` in the cores' own dtype."""
-        matrix = network.contract_matrix(self.cores, self.plan())
+        matrix = network.contract_matrix(self.cores, self.plan(memory_limit=memory_limit))
         # A single core is only reshaped, and the caller may write into what it gets.
         return matrix * 1 if len(self) == 1 else matrix
 
-    def plan(self) -> network.ContractionPlan:
-        """How :meth:`to_matrix` contracts the network, with flops and peak bytes.
+    def plan(self, *, batch: int | None = None, memory_limit: int | None = None) -> network.ContractionPlan:
+        """How :meth:`to_matrix`, or :meth:`apply` for ``batch`` columns, contracts: path, flops, peak bytes. Cached.
+
+        Raises:
+            MPOError: no order found keeps the peak, operands and result included, within ``memory_limit`` bytes.
 
         >>> import numpy as np
         >>> mpo, _ = MPO.from_matrix(np.eye(16), Sites.balanced(16, 16, n=2))
         >>> print(mpo.plan())
         1 pairwise steps, 8.19e+03 flops, largest intermediate 256 entries, peak 0.00781 MiB
+        >>> mpo.compress(Truncation(max_bond=1))[0].plan(batch=1).flops
+        256
         """
-        return network.matrix_plan(self)
+        return network.plan_for_chain(self, batch, memory_limit)
+
+    def apply(self, x: Array, *, memory_limit: int | None = None) -> Array:
+        """``self @ x`` for ``x`` of shape (in,) or (in, batch), without building the matrix or anything of its size.
+
+        The result, (out,) or (out, batch), is computed in the cores' own dtype. ``plan(batch=...)`` tells the flops
+        and the peak bytes. With many columns and wide bonds ``to_matrix() @ x`` can cost fewer flops.
+
+        Raises:
+            MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met.
+
+        >>> import numpy as np
+        >>> mpo = MPO.low_rank(np.ones((4, 1)), np.ones((1, 6)))
+        >>> mpo @ np.ones(6), (mpo @ np.ones((6, 5))).shape, np.ones(4) @ mpo
+        (array([6., 6., 6., 6.]), (4, 5), array([4., 4., 4., 4., 4., 4.]))
+        """
+        return _algebra.apply(self, x, memory_limit)
 
     def to_nodes(self) -> list[Any]:
         """The chain as a TensorNetwork graph: fresh nodes in order, axes ``left, out, in, right``, bonds connected.
@@ -150,6 +225,44 @@ class MPO(Chain):
     def entropies(self) -> list[float]:
         """The entanglement entropy of every bond in nats, see :func:`mpo_tn.bounds.entropy`."""
         return [entropy(values) for values in self.spectra()]
+
+    def distance(self, other: MPO) -> float:
+        """``|self - other|`` in the Frobenius norm, in double precision, by QR of the difference.
+
+        Its error is of the order of ``eps * (|self| + |other|)`` for canonical MPOs; inner products would leave
+        ``sqrt(eps)``. Cost: about ``6 n p d**3`` flops, d the sum of the two bonds.
+
+        Raises:
+            MPOError: legs, libraries, dtypes or devices that differ, or cores that are not finite.
+
+        >>> a = MPO.random(Sites((2, 2), (2, 2)), 4, seed=0)
+        >>> a.distance(a.canonicalize(0)) < 1e-14
+        True
+        """
+        return _algebra.distance(self, other)
+
+    def inner(self, other: MPO) -> float | complex:
+        """``sum conj(self) * other`` over all entries, ``tr(self.H @ other)``, in double precision.
+
+        Cost: ``2 sum_k p_k (a_{k-1} b_{k-1} b_k + a_{k-1} a_k b_k)`` flops for site sizes p, bonds a and b; nothing of
+        the size of the matrix is built.
+
+        Raises:
+            MPOError: as for :meth:`distance`.
+
+        >>> eye = MPO.identity(Sites((2, 3), (2, 3)))
+        >>> eye.inner(eye), eye.trace()
+        (6.0, 6.0)
+        """
+        return _algebra.inner(self, other)
+
+    def trace(self) -> float | complex:
+        """The trace, in double precision, in ``2 sum_k bond_{k-1} bond_k`` flops and the sums over the legs.
+
+        Raises:
+            MPOError: a site whose legs differ, or cores that are not finite.
+        """
+        return _algebra.trace(self)
 
     def __repr__(self) -> str:
         rows, columns = self.shape

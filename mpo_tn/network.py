@@ -12,9 +12,13 @@ from typing import Any
 import opt_einsum
 
 from mpo_tn.chain import Chain
+from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import Array, dtype_name, namespace
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+
+_MOST_OPERANDS_FOR_DP = 12
+"""Dynamic programming looks at every connected part of the network, and a vector connects all subsets of the cores."""
 
 
 def to_nodes(chain: Chain) -> list[Any]:
@@ -70,9 +74,15 @@ class ContractionPlan:
         """Bytes alive at the worst moment, operands and result included."""
         return self.peak_entries * self.itemsize
 
-    def contract(self, operands: Sequence[Array]) -> Array:
-        """Carry out the plan with plain pairwise ``tensordot``; the same bits every time."""
-        xp = namespace(operands[0])
+    def contract(self, operands: Sequence[Array], xp: Any = None) -> Array:
+        """Carry out the plan with plain pairwise ``tensordot``; the same bits every time.
+
+        Args:
+            operands: arrays of :attr:`shapes`, in that order.
+            xp: what has ``tensordot(a, b, axes=)`` and ``permute_dims(a, axes)``; found from the operands if ``None``.
+                Finding it is not traceable by ``torch.compile``.
+        """
+        xp = namespace(operands[0]) if xp is None else xp
         live = list(operands)
         for step in self.steps:
             second, first = live.pop(step.second), live.pop(step.first)
@@ -86,22 +96,47 @@ class ContractionPlan:
         )
 
 
-def matrix_plan(chain: Chain) -> ContractionPlan:
-    """The plan that contracts a chain to its dense matrix, cached."""
-    return plan_for_shapes(tuple(tuple(core.shape) for core in chain.cores), _BYTES[dtype_name(chain.cores[0])])
+def plan_for_chain(chain: Chain, batch: int | None = None, memory_limit: int | None = None) -> ContractionPlan:
+    """The plan for the dense matrix of a chain, or for its product with ``batch`` columns; cached. See `MPO.plan`."""
+    for name, value in (("batch", batch), ("memory_limit", memory_limit)):
+        number = whole_number(value)
+        if value is not None and (number is None or number < 1):
+            raise MPOError(f"{name}={value!r} must be a positive integer")
+    shapes = tuple(tuple(int(size) for size in core.shape) for core in chain.cores)
+    return plan_for_shapes(shapes, _BYTES[dtype_name(chain.cores[0])], batch, memory_limit)
 
 
-def contract_matrix(cores: Sequence[Array], plan: ContractionPlan) -> Array:
-    """The dense matrix (out, in) of cores for which ``plan`` was made."""
-    xp = namespace(cores[0])
+def contract_matrix(cores: Sequence[Array], plan: ContractionPlan, xp: Any = None) -> Array:
+    """The dense matrix (out, in) of cores for which ``plan`` was made. See :meth:`ContractionPlan.contract`."""
+    xp = namespace(cores[0]) if xp is None else xp
     operands = [xp.reshape(core, shape) for core, shape in zip(cores, plan.shapes, strict=True)]
-    rows, columns = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
-    return xp.reshape(plan.contract(operands), (rows, columns))
+    rows, columns = math.prod([core.shape[1] for core in cores]), math.prod([core.shape[2] for core in cores])
+    return xp.reshape(plan.contract(operands, xp), (rows, columns))
+
+
+def contract_application(cores: Sequence[Array], x: Array, plan: ContractionPlan) -> Array:
+    """The product (out, batch) of the matrix of cores and ``x`` (in, batch), for which ``plan`` was made."""
+    xp = namespace(x)
+    operands = [xp.reshape(operand, shape) for operand, shape in zip((*cores, x), plan.shapes, strict=True)]
+    return xp.reshape(plan.contract(operands, xp), (math.prod(core.shape[1] for core in cores), x.shape[1]))
 
 
 @lru_cache(maxsize=512)
-def plan_for_shapes(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> ContractionPlan:
-    """The plan that contracts cores of these shapes, ``itemsize`` bytes an entry, to their dense matrix."""
+def plan_for_shapes(
+    shapes: tuple[tuple[int, ...], ...], itemsize: int, batch: int | None = None, memory_limit: int | None = None
+) -> ContractionPlan:
+    """The plan for cores of these shapes, ``itemsize`` bytes an entry.
+
+    ::
+
+          out_1    out_2    out_3
+            |        |        |
+            T_1------T_2------T_3
+            |        |        |
+          in_1     in_2     in_3              without a batch the plan ends here: the dense matrix
+            |        |        |
+            +--------x--------+--- batch
+    """
     n = len(shapes)
     symbol = opt_einsum.get_symbol
     # Outer bonds and legs of size 1 carry nothing: without them, long chains stay below the 64 axes of NumPy.
@@ -113,23 +148,82 @@ def plan_for_shapes(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> Contr
         tuple(size for size, index in zip(shape, (bonds[k], outs[k], ins[k], bonds[k + 1]), strict=True) if index)
         for k, shape in enumerate(shapes)
     )
-    return plan_network(terms, "".join(outs + ins), inner, itemsize)
+    if batch is None:
+        return plan_network(terms, "".join(outs + ins), inner, itemsize, memory_limit=memory_limit)
+    column = symbol(3 * n) if batch > 1 else ""
+    x = tuple(shape[2] for shape in shapes if shape[2] > 1) + ((batch,) if batch > 1 else ())
+    dense = math.prod(shape[1] * shape[2] for shape in shapes)
+    return plan_network(
+        [*terms, "".join(ins) + column],
+        "".join(outs) + column,
+        (*inner, x),
+        itemsize,
+        memory_limit=memory_limit,
+        cap_without_last=dense,
+    )
 
 
 def plan_network(
-    terms: Sequence[str], output: str, shapes: tuple[tuple[int, ...], ...], itemsize: int
+    terms: Sequence[str],
+    output: str,
+    shapes: tuple[tuple[int, ...], ...],
+    itemsize: int,
+    *,
+    memory_limit: int | None = None,
+    cap_without_last: int | None = None,
 ) -> ContractionPlan:
-    """Plan a network in which every index joins two operands or appears in the output."""
+    """Plan a network in which every index joins two operands or appears in the output.
+
+    Args:
+        terms: the indices of every operand.
+        output: the indices of the result.
+        shapes: the shape of every operand.
+        itemsize: bytes an entry.
+        memory_limit: peak bytes allowed, operands and result included.
+        cap_without_last: what is contracted without the last operand stays below so many entries.
+
+    Of opt_einsum's paths and two plain sweeps, that with the fewest flops among those allowed.
+
+    Raises:
+        MPOError: no path found stays within ``memory_limit``.
+    """
+    plain = memory_limit is None and cap_without_last is None
+    optimizers: list[Any] = ["auto"]
+    if not plain and len(terms) <= _MOST_OPERANDS_FOR_DP:
+        optimizers += [opt_einsum.DynamicProgramming(minimize=goal) for goal in ("flops", "size")]
     equation = f"{','.join(terms)}->{output}"
+    paths: list[Any] = [opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=o)[0] for o in optimizers]
+    if not plain and len(terms) > 1:
+        # The last operand takes in the others one by one, from the last or from the first.
+        steps = range(len(terms) - 1, 0, -1)
+        paths += [[(k - 1, k) for k in steps], [(0, k) for k in steps]]
+    # With a limit of its own opt_einsum would join many operands at once, which tensordot cannot: hence no limit there.
+    found = [_lowered(terms, output, shapes, itemsize, path) for path in paths if all(len(pair) <= 2 for pair in path)]
+    allowed = [plan for plan, apart in found if cap_without_last is None or apart < cap_without_last]
+    if memory_limit is not None:
+        need = min(plan.peak_bytes for plan in allowed)
+        if need > memory_limit:
+            raise MPOError(
+                f"memory_limit={memory_limit} bytes cannot be met: contracting {equation} with shapes {shapes} needs "
+                f"{need} bytes, operands and result included: allow more, use fewer columns at a time, or smaller bonds"
+            )
+        allowed = [plan for plan in allowed if plan.peak_bytes <= memory_limit]
+    return min(allowed, key=lambda plan: (plan.flops, plan.peak_entries))
+
+
+def _lowered(
+    terms: Sequence[str], output: str, shapes: tuple[tuple[int, ...], ...], itemsize: int, path: Sequence[Any]
+) -> tuple[ContractionPlan, int]:
+    """The plan that follows a pairwise path, and its largest intermediate in which the last operand has no part."""
     sizes = dict(zip("".join(terms), itertools.chain.from_iterable(shapes), strict=True))
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
 
     def entries(term: str) -> int:
         return math.prod(sizes[index] for index in term)
 
     live = list(terms)
+    has_last = [False] * (len(terms) - 1) + [True]
     steps: list[Step] = []
-    flops, largest, alive = 0, 0, sum(entries(term) for term in terms)
+    flops, largest, apart, alive = 0, 0, 0, sum(entries(term) for term in terms)
     peak = alive
     given = len(terms)
     for pair in path:
@@ -142,6 +236,8 @@ def plan_network(
         result = "".join(index for index in a + b if index not in shared)
         flops += (2 if shared else 1) * entries(result) * math.prod(sizes[index] for index in shared)
         largest = max(largest, entries(result))
+        has_last.append(any([has_last.pop(second), has_last.pop(first)]))
+        apart = apart if has_last[-1] else max(apart, entries(result))
         peak = max(peak, alive + entries(result))
         # Operands belong to the caller and stay alive; intermediates are freed once used.
         operands_left = sum(1 for position in (first, second) if position < given)
@@ -152,8 +248,8 @@ def plan_network(
     order = tuple(live[0].index(index) for index in output)
     # The final transposition copies the result once.
     peak = max(peak, alive + entries(output))
-    return ContractionPlan(
-        equation=equation,
+    plan = ContractionPlan(
+        equation=f"{','.join(terms)}->{output}",
         shapes=shapes,
         path=tuple(tuple(pair) for pair in path),
         steps=tuple(steps),
@@ -163,3 +259,4 @@ def plan_network(
         peak_entries=peak,
         itemsize=itemsize,
     )
+    return plan, apart

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
-from mpo_tn.network import plan_for_shapes
+from mpo_tn.network import contract_matrix, plan_for_shapes
 from mpo_tn.torch.config import ModuleSpec
 
 # An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
@@ -23,6 +23,17 @@ _GATHERED_ENTRIES = 2**24
 
 class NoDenseWeightError(MPOError, AttributeError):
     """Something asked a module for the dense weight that it does not have."""
+
+
+class _Torch:
+    """The three functions that a contraction needs: the search for an array's own library is not traceable."""
+
+    reshape = staticmethod(torch.reshape)
+    permute_dims = staticmethod(torch.permute)
+
+    @staticmethod
+    def tensordot(a: torch.Tensor, b: torch.Tensor, axes: Any) -> torch.Tensor:
+        return torch.tensordot(a, b, dims=axes)
 
 
 class Cores(nn.ParameterList):
@@ -63,17 +74,12 @@ class MPOLayer(nn.Module):
             raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
         self.cores = Cores(cores)
         self._plan = plan_for_shapes(spec.core_shapes, cores[0].element_size())
-        self._padded_shape = spec.sites.shape
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix (out, in), contracted from the cores and cropped to the module's own size; differentiable."""
-        # The plan's steps with torch's own function: what finds the array library does not trace.
-        live = [core.reshape(shape) for core, shape in zip(self.cores.forward(), self._plan.shapes, strict=True)]
-        with _no_autocast(live[0].device):
-            for step in self._plan.steps:
-                second, first = live.pop(step.second), live.pop(step.first)
-                live.append(torch.tensordot(first, second, dims=step.axes))  # pyright: ignore[reportArgumentType]
-        matrix = live[0].permute(self._plan.order).reshape(self._padded_shape)
+        cores = self.cores.forward()
+        with _no_autocast(cores[0].device):
+            matrix = contract_matrix(cores, self._plan, _Torch)
         return matrix[: self.spec.out_features, : self.spec.in_features]
 
     def mpo(self) -> MPO:

@@ -1,0 +1,295 @@
+"""Sums, products, adjoints and inner products of chains, and chains built from nothing. What they claim is honest.
+
+A result claims a canonical form only where the operation keeps it: that of a sum or a product is unknown, that of a
+multiple, a transpose or a conjugate is the one of the chain it came from.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from mpo_tn import network
+from mpo_tn._canonical import ChainT, canonicalize, check_cores
+from mpo_tn.chain import Chain
+from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.linalg import (
+    Array,
+    binary_exponent,
+    describe,
+    dtype_name,
+    frobenius_norm,
+    namespace,
+    times_power_of_two,
+    widen,
+)
+from mpo_tn.sites import Sites, checked_sites
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+_COMPLEX = {"float32": "complex64", "float64": "complex128"}
+
+
+def add(a: ChainT, b: Chain) -> ChainT:
+    """``a + b``, every bond the sum of the two.
+
+    ::
+
+        [A_1 B_1] -- [A_2  0 ] -- [A_3]
+                     [ 0  B_2]    [B_3]
+    """
+    _check_same_kind("add", a.cores[0], b.cores[0])
+    _check_same_legs("add", a, b)
+    last = len(a) - 1
+    if last == 0:
+        return a.with_cores([a.cores[0] + b.cores[0]], None)
+    xp = namespace(a.cores[0])
+    cores: list[Array] = []
+    for k, (core, other) in enumerate(zip(a.cores, b.cores, strict=True)):
+        if k == 0:
+            cores.append(xp.concat([core, other], axis=3))
+        elif k == last:
+            cores.append(xp.concat([core, other], axis=0))
+        else:
+            upper = xp.concat([core, _zeros(core, (core.shape[0], *core.shape[1:3], other.shape[3]))], axis=3)
+            lower = xp.concat([_zeros(core, (other.shape[0], *core.shape[1:3], core.shape[3])), other], axis=3)
+            cores.append(xp.concat([upper, lower], axis=0))
+    return a.with_cores(cores, None)
+
+
+def subtract(a: ChainT, b: Chain) -> ChainT:
+    """``a - b``."""
+    return add(a, scaled(b, -1.0, operator.mul))
+
+
+def scaled(chain: ChainT, number: complex, act: Callable[[Any, Any], Any]) -> ChainT:
+    """``act(chain, number)`` for multiplication or division: one core inside the canonical interval takes it all."""
+    xp = namespace(chain.cores[0])
+    cores = list(chain.cores)
+    if isinstance(number, complex) and not dtype_name(cores[0]).startswith("complex"):
+        wider = _COMPLEX.get(dtype_name(cores[0]))
+        if wider is None:
+            raise MPOError(f"{number!r} times an MPO of {describe(cores[0])}: there is no complex half precision")
+        cores = [xp.astype(core, getattr(xp, wider)) for core in cores]
+    if not abs(number) <= float(xp.finfo(cores[0].dtype).max) or (act is operator.truediv and number == 0):
+        raise MPOError(f"an MPO cannot be scaled by {number!r}: it is zero or beyond the range of {describe(cores[0])}")
+    low, _ = chain.canonical_interval
+    cores[low] = act(cores[low], number)
+    return chain.with_cores(cores, chain.canonical_interval)
+
+
+def multiply(a: ChainT, b: Chain) -> ChainT:
+    """``a @ b`` site by site, every bond the product of the two."""
+    _check_same_kind("multiply", a.cores[0], b.cores[0])
+    _check_number_of_sites("multiply", a, b)
+    for k, (left, right) in enumerate(zip(a.sites, b.sites, strict=True)):
+        if left[1] != right[0]:
+            raise MPOError(
+                f"cannot multiply: site {k} has legs (out, in) = {left} on the left and {right} on the right, and the "
+                "in leg of the left is not the out leg of the right"
+            )
+    xp = namespace(a.cores[0])
+    cores: list[Array] = []
+    for core, other in zip(a.cores, b.cores, strict=True):
+        left, out, _, right = core.shape
+        left_b, _, in_, right_b = other.shape
+        both = xp.permute_dims(xp.tensordot(core, other, axes=((2,), (1,))), (0, 3, 1, 4, 2, 5))
+        cores.append(xp.reshape(both, (left * left_b, out, in_, right * right_b)))
+    return a.with_cores(cores, None)
+
+
+def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
+    """The matrix times ``x``, of shape (in,) or (in, batch), without building the matrix. See `MPO.apply`."""
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise MPOError("a MaskedArray has entries without a value: fill them first, for instance with x.filled(0)")
+        x = np.asarray(x)
+    _check_same_kind("apply", chain.cores[0], x)
+    shape = tuple(int(size) for size in x.shape)
+    rows, columns = chain.shape
+    if len(shape) not in (1, 2) or shape[0] != columns:
+        raise MPOError(
+            f"an array of shape {shape} cannot be multiplied by a matrix of shape {(rows, columns)}: expected "
+            f"({columns},) or ({columns}, batch)"
+        )
+    batch = shape[1] if len(shape) == 2 else 1
+    # An empty batch is contracted like a single column: there is no order in which it costs anything.
+    if batch == 0:
+        return _zeros(x, (rows, 0))
+    plan = network.plan_for_chain(chain, batch, memory_limit)
+    xp = namespace(x)
+    y = network.contract_application(chain.cores, xp.reshape(x, (columns, batch)), plan)
+    return y if len(shape) == 2 else xp.reshape(y, (rows,))
+
+
+def apply_from_left(chain: Chain, x: Array) -> Array:
+    """``x`` of shape (out,) or (batch, out) times the matrix."""
+    rows, columns = chain.shape
+    if x.ndim not in (1, 2) or int(x.shape[-1]) != rows:
+        raise MPOError(
+            f"an array of shape {tuple(x.shape)} cannot multiply a matrix of shape {(rows, columns)} from the left: "
+            f"expected ({rows},) or (batch, {rows})"
+        )
+    return apply(transpose(chain), x) if x.ndim == 1 else apply(transpose(chain), x.T).T
+
+
+def transpose(chain: ChainT) -> ChainT:
+    """Swap the legs of every site. The canonical form stays: it does not tell rows from columns."""
+    xp = namespace(chain.cores[0])
+    return chain.with_cores((xp.permute_dims(core, (0, 2, 1, 3)) for core in chain.cores), chain.canonical_interval)
+
+
+def conj(chain: ChainT) -> ChainT:
+    """Conjugate every core. The canonical form stays."""
+    return chain.with_cores(map(_conj, chain.cores), chain.canonical_interval)
+
+
+def trace(chain: Chain) -> float | complex:
+    """The trace, in double precision, as a product of matrices: one a site."""
+    check_cores(chain)
+    for k, (out, in_) in enumerate(chain.sites):
+        if out != in_:
+            raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
+    xp = namespace(chain.cores[0])
+    wide, exponent = _normalised(chain)
+    partial = None
+    for core in wide:
+        matrix = xp.linalg.trace(xp.permute_dims(core, (0, 3, 1, 2)))
+        partial = matrix if partial is None else partial @ matrix
+    return _number(partial, exponent)
+
+
+def inner(a: Chain, b: Chain) -> float | complex:
+    """``sum conj(a) * b`` over all entries, in double precision, from the first site to the last."""
+    _check_same_kind("take the inner product", a.cores[0], b.cores[0])
+    _check_same_legs("take the inner product", a, b)
+    check_cores(a)
+    check_cores(b)
+    xp = namespace(a.cores[0])
+    (wide_a, exponent_a), (wide_b, exponent_b) = _normalised(a), _normalised(b)
+    partial = None  # (bond of a, bond of b)
+    for core, other in zip(wide_a, wide_b, strict=True):
+        if partial is None:
+            partial = xp.ones((1, 1), dtype=core.dtype, device=array_api_compat.device(core))
+        partial = xp.tensordot(_conj(core), xp.tensordot(partial, other, axes=1), axes=((0, 1, 2), (0, 1, 2)))
+    return _number(partial, exponent_a + exponent_b)
+
+
+def distance(a: Chain, b: Chain) -> float:
+    """``|a - b|`` by QR of the difference chain, in double precision."""
+    check_cores(a)
+    check_cores(b)
+    difference = Chain(tuple(map(widen, subtract(a, b).cores)))
+    return frobenius_norm(canonicalize(difference, len(a) - 1).cores[-1])
+
+
+def identity_cores(sites: Sites, dtype: Any, like: Any) -> list[Array]:
+    """Cores of the identity matrix, all bonds 1, in the library and on the device of ``like``."""
+    sites = checked_sites(sites)
+    for k, (out, in_) in enumerate(sites):
+        if out != in_:
+            raise MPOError(f"the identity needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
+    model = like.cores[0] if isinstance(like, Chain) else np.empty(0) if like is None else like
+    xp = namespace(model)
+    wanted = model.dtype if dtype is None else _dtype(xp, dtype)
+    device = array_api_compat.device(model)
+    return [xp.reshape(xp.eye(out, dtype=wanted, device=device), (1, out, out, 1)) for out in sites.out]
+
+
+def random_cores(sites: Sites, bonds: int | Sequence[int], seed: int, dtype: Any) -> list[Array]:
+    """Gaussian NumPy cores whose matrix has entries of mean 0 and variance 1."""
+    sites = checked_sites(sites)
+    number = whole_number(seed)
+    if number is None or number < 0:
+        raise MPOError(f"seed={seed!r} must be a whole number of at least 0")
+    given = tuple(bonds) if isinstance(bonds, Sequence) and not isinstance(bonds, str) else None
+    inner_bonds = sites.capped_bonds(bonds) if given is None else tuple(map(whole_number, given))  # type: ignore[arg-type]
+    if any(bond is None or bond < 1 for bond in inner_bonds) or len(inner_bonds) != len(sites) - 1:
+        raise MPOError(f"bonds={bonds!r} must be {len(sites) - 1} positive integers, or one number that caps them all")
+    wanted = _dtype(namespace(np.empty(0)), dtype)
+    rng = np.random.default_rng(number)
+    ends: list[Any] = [1, *inner_bonds, 1]
+    cores: list[Array] = []
+    for k, (out, in_) in enumerate(sites):
+        parts = rng.standard_normal((2, ends[k], out, in_, ends[k + 1])) / math.sqrt(ends[k])
+        core = (parts[0] + 1j * parts[1]) / math.sqrt(2) if np.dtype(wanted).kind == "c" else parts[0]
+        cores.append(core.astype(wanted))
+    return cores
+
+
+def low_rank_cores(left: Array, right: Array) -> list[Array]:
+    """The two cores of ``left @ right``."""
+    left, right = (np.asarray(factor) if isinstance(factor, np.ndarray) else factor for factor in (left, right))
+    _check_same_kind("multiply the factors", left, right)
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise MPOError(
+            f"left of shape {tuple(left.shape)} and right of shape {tuple(right.shape)} are no factors: expected "
+            "(out, rank) and (rank, in)"
+        )
+    xp = namespace(left)
+    return [xp.reshape(left, (1, left.shape[0], 1, -1)), xp.reshape(right, (-1, 1, right.shape[1], 1))]
+
+
+def _check_same_kind(verb: str, a: Array, b: Array) -> None:
+    if describe(a) != describe(b):
+        raise MPOError(f"cannot {verb}: {describe(a)} and {describe(b)}: use one library, dtype and device")
+
+
+def _check_number_of_sites(verb: str, a: Chain, b: Chain) -> None:
+    if len(a) != len(b):
+        raise MPOError(f"cannot {verb}: {len(a)} sites on the left, {a.sites}, and {len(b)} on the right, {b.sites}")
+
+
+def _check_same_legs(verb: str, a: Chain, b: Chain) -> None:
+    _check_number_of_sites(verb, a, b)
+    for k, (left, right) in enumerate(zip(a.sites, b.sites, strict=True)):
+        if left != right:
+            raise MPOError(f"cannot {verb}: site {k} has legs (out, in) = {left} on the left and {right} on the right")
+
+
+def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
+    return namespace(like).zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def _conj(array: Array) -> Array:
+    if not dtype_name(array).startswith("complex"):
+        return array
+    conjugate = namespace(array).conj(array)
+    # torch only marks a tensor as conjugate, and neither NumPy nor files understand the mark.
+    return conjugate.resolve_conj() if hasattr(conjugate, "resolve_conj") else conjugate
+
+
+def _normalised(chain: Chain) -> tuple[list[Array], int]:
+    """Cores in double precision, each of norm between 1 and 2 (or 0), and the power of two that was taken out."""
+    wide = [widen(core) for core in chain.cores]
+    exponents = [binary_exponent(frobenius_norm(core)) for core in wide]
+    return [times_power_of_two(core, -e) for core, e in zip(wide, exponents, strict=True)], sum(exponents)
+
+
+def _number(partial: Any, exponent: int) -> float | complex:
+    """The single entry of ``partial`` times a power of two."""
+    value = partial[0, 0].item()
+    try:
+        if isinstance(value, complex):
+            return complex(math.ldexp(value.real, exponent), math.ldexp(value.imag, exponent))
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        raise MPOError(f"the result, {value:.6g} * 2**{exponent}, overflows double precision: scale a core") from None
+
+
+def _dtype(xp: Any, dtype: Any) -> Any:
+    """The dtype of one library that has the name of ``dtype``, which may be a name or a dtype of another library."""
+    name = str(dtype).rsplit(".", maxsplit=1)[-1]
+    if name not in _DTYPES:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = ""
+    found = getattr(xp, name, None) if name in _DTYPES else None
+    if found is None:
+        raise MPOError(f"dtype={dtype!r} is none that {xp.__name__} has among {', '.join(_DTYPES)}")
+    return found

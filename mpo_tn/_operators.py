@@ -1,0 +1,123 @@
+"""Operators: a chain that Python's ``+ - * / @`` understand."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from array_api_compat import is_array_api_obj
+
+from mpo_tn import _algebra
+from mpo_tn.chain import Chain
+from mpo_tn.exceptions import MPOError
+
+
+class Operators(Chain):
+    """What makes an MPO usable like a matrix.
+
+    ========================  ==========================================  ===================  ==================
+    expression                result                                      bonds                canonical interval
+    ========================  ==========================================  ===================  ==================
+    ``a + b``, ``a - b``      the sum, the difference                     the sums of both     claims nothing
+    ``c * a, a * c, a / c``   the multiple, complex if ``c`` is           as before            kept
+    ``-a, a.T, a.H``          the negative, the transpose, the adjoint    as before            kept
+    ``a @ b``                 the matrix product                          the products         claims nothing
+    ``a @ x``                 :meth:`~mpo_tn.MPO.apply`: (in,) or (in, batch)         an array             -
+    ``x @ a``                 ``a.T @ x.T``, transposed: (out,) or        an array             -
+                              (batch, out)
+    ========================  ==========================================  ===================  ==================
+
+    Sums cost no flops; ``a @ b`` costs ``2 sum_k a_{k-1} a_k b_{k-1} b_k out_k mid_k in_k`` for bonds a and b.
+
+    Raises:
+        MPOError: libraries, dtypes or devices that differ, legs that do not fit (it names the site), an array of a
+            wrong shape, or a factor that is no number: a bool, a string, an array with axes.
+        TypeError: an operand that is none of these at all.
+
+    >>> import numpy as np
+    >>> from mpo_tn import MPO, Sites
+    >>> a = MPO.random(Sites((2, 3), (2, 2)), 4, seed=0)
+    >>> b = 2 * (a - a.conj() / 2) @ a.T
+    >>> b.shape, b.bonds
+    ((6, 6), (32,))
+    >>> bool(np.allclose(b.to_matrix(), a.to_matrix() @ a.to_matrix().T))
+    True
+    """
+
+    __array_ufunc__: ClassVar[None] = None
+    """NumPy must not take ``array * mpo`` apart entry by entry."""
+
+    @property
+    def T(self) -> Self:  # noqa: N802
+        """The transpose: the legs of every site swap, the canonical interval stays."""
+        return _algebra.transpose(self)
+
+    @property
+    def H(self) -> Self:  # noqa: N802
+        """The adjoint: :attr:`T` of :meth:`conj`."""
+        return _algebra.conj(_algebra.transpose(self))
+
+    def conj(self) -> Self:
+        """The complex conjugate; real cores are shared."""
+        return _algebra.conj(self)
+
+    def __add__(self, other: Any) -> Self:
+        if not isinstance(other, Chain):
+            return NotImplemented
+        return _algebra.add(self, other)
+
+    def __sub__(self, other: Any) -> Self:
+        if not isinstance(other, Chain):
+            return NotImplemented
+        return _algebra.subtract(self, other)
+
+    def __neg__(self) -> Self:
+        return _algebra.scaled(self, -1.0, operator.mul)
+
+    def __mul__(self, factor: Any) -> Self:
+        number = checked_scalar(factor)
+        if number is None:
+            return NotImplemented
+        return _algebra.scaled(self, number, operator.mul)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Self:
+        number = checked_scalar(divisor)
+        if number is None:
+            return NotImplemented
+        return _algebra.scaled(self, number, operator.truediv)
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, Chain):
+            return _algebra.multiply(self, other)
+        return _algebra.apply(self, other) if is_array_api_obj(other) else NotImplemented
+
+    def __rmatmul__(self, x: Any) -> Any:
+        return _algebra.apply_from_left(self, x) if is_array_api_obj(x) else NotImplemented
+
+
+def checked_scalar(value: Any) -> float | complex | None:
+    """The scalar as a Python number, or None if it is nothing that multiplies.
+
+    Raises:
+        MPOError: a bool, a string, an array with axes, a tensor that requires grad, a number out of range.
+    """
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        raise MPOError(f"{value!r} of type {type(value).__name__} is no scalar: multiply by a number")
+    array: Any = value
+    if is_array_api_obj(value) and not isinstance(value, np.generic):
+        if array.ndim or getattr(array, "requires_grad", False):
+            raise MPOError(
+                f"an array of shape {tuple(array.shape)} is no plain scalar: multiply by a number, or use @ for the "
+                "matrix product"
+            )
+        return checked_scalar(array.item())
+    try:
+        if isinstance(value, numbers.Real):
+            return float(value)
+        return complex(value) if isinstance(value, numbers.Complex) else None
+    except OverflowError:
+        raise MPOError("an integer beyond the range of double precision is no scalar that an MPO can take") from None
