@@ -42,8 +42,7 @@ def add(a: ChainT, b: Chain) -> ChainT:
         [A_1 B_1] -- [A_2  0 ] -- [A_3]
                      [ 0  B_2]    [B_3]
     """
-    _check_same_kind("add", a.cores[0], b.cores[0])
-    _check_same_legs("add", a, b)
+    _check_pair("add", a, b, same_legs=True)
     last = len(a) - 1
     if last == 0:
         return a.with_cores([a.cores[0] + b.cores[0]], None)
@@ -84,14 +83,7 @@ def scaled(chain: ChainT, number: complex, act: Callable[[Any, Any], Any]) -> Ch
 
 def multiply(a: ChainT, b: Chain) -> ChainT:
     """``a @ b`` site by site, every bond the product of the two."""
-    _check_same_kind("multiply", a.cores[0], b.cores[0])
-    _check_number_of_sites("multiply", a, b)
-    for k, (left, right) in enumerate(zip(a.sites, b.sites, strict=True)):
-        if left[1] != right[0]:
-            raise MPOError(
-                f"cannot multiply: site {k} has legs (out, in) = {left} on the left and {right} on the right, and the "
-                "in leg of the left is not the out leg of the right"
-            )
+    _check_pair("multiply", a, b, same_legs=False)
     xp = namespace(a.cores[0])
     cores: list[Array] = []
     for core, other in zip(a.cores, b.cores, strict=True):
@@ -165,8 +157,7 @@ def trace(chain: Chain) -> float | complex:
 
 def inner(a: Chain, b: Chain) -> float | complex:
     """``sum conj(a) * b`` over all entries, in double precision, from the first site to the last."""
-    _check_same_kind("take the inner product", a.cores[0], b.cores[0])
-    _check_same_legs("take the inner product", a, b)
+    _check_pair("take the inner product", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
     xp = namespace(a.cores[0])
@@ -181,10 +172,11 @@ def inner(a: Chain, b: Chain) -> float | complex:
 
 def distance(a: Chain, b: Chain) -> float:
     """``|a - b|`` by QR of the difference chain, in double precision."""
+    _check_pair("take the distance", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
-    difference = Chain(tuple(map(widen, subtract(a, b).cores)))
-    return frobenius_norm(canonicalize(difference, len(a) - 1).cores[-1])
+    wide = [Chain(tuple(map(widen, chain.cores))) for chain in (a, b)]
+    return frobenius_norm(canonicalize(subtract(*wide), len(a) - 1).cores[-1])
 
 
 def identity_cores(sites: Sites, dtype: Any, like: Any) -> list[Array]:
@@ -239,16 +231,19 @@ def _check_same_kind(verb: str, a: Array, b: Array) -> None:
         raise MPOError(f"cannot {verb}: {describe(a)} and {describe(b)}: use one library, dtype and device")
 
 
-def _check_number_of_sites(verb: str, a: Chain, b: Chain) -> None:
+def _check_pair(verb: str, a: Chain, b: Chain, *, same_legs: bool) -> None:
+    if not isinstance(b, Chain):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MPOError(f"cannot {verb}: {b!r} of type {type(b).__name__} is not an MPO")
+    _check_same_kind(verb, a.cores[0], b.cores[0])
     if len(a) != len(b):
         raise MPOError(f"cannot {verb}: {len(a)} sites on the left, {a.sites}, and {len(b)} on the right, {b.sites}")
-
-
-def _check_same_legs(verb: str, a: Chain, b: Chain) -> None:
-    _check_number_of_sites(verb, a, b)
     for k, (left, right) in enumerate(zip(a.sites, b.sites, strict=True)):
-        if left != right:
-            raise MPOError(f"cannot {verb}: site {k} has legs (out, in) = {left} on the left and {right} on the right")
+        if left != right if same_legs else left[1] != right[0]:
+            need = "equal legs are" if same_legs else "an in leg on the left equal to the out leg on the right is"
+            raise MPOError(
+                f"cannot {verb}: site {k} has legs (out, in) = {left} on the left and {right} on the right, and {need} "
+                "needed"
+            )
 
 
 def _zeros(like: Array, shape: tuple[int, ...]) -> Array:

@@ -93,10 +93,10 @@ class Operators(Chain):
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, Chain):
             return _algebra.multiply(self, other)
-        return _algebra.apply(self, other) if is_array_api_obj(other) else NotImplemented
+        return _algebra.apply(self, other) if is_array(other) else NotImplemented
 
     def __rmatmul__(self, x: Any) -> Any:
-        return _algebra.apply_from_left(self, x) if is_array_api_obj(x) else NotImplemented
+        return _algebra.apply_from_left(self, x) if is_array(x) else NotImplemented
 
 
 def checked_scalar(value: Any) -> float | complex | None:
@@ -108,7 +108,7 @@ def checked_scalar(value: Any) -> float | complex | None:
     if isinstance(value, (bool, np.bool_, str, bytes)):
         raise MPOError(f"{value!r} of type {type(value).__name__} is no scalar: multiply by a number")
     array: Any = value
-    if is_array_api_obj(value) and not isinstance(value, np.generic):
+    if is_array(value) and not isinstance(value, np.generic):
         if array.ndim or getattr(array, "requires_grad", False):
             raise MPOError(
                 f"an array of shape {tuple(array.shape)} is no plain scalar: multiply by a number, or use @ for the "
@@ -121,3 +121,8 @@ def checked_scalar(value: Any) -> float | complex | None:
         return complex(value) if isinstance(value, numbers.Complex) else None
     except OverflowError:
         raise MPOError("an integer beyond the range of double precision is no scalar that an MPO can take") from None
+
+
+def is_array(value: object) -> bool:
+    """Whether a value is an array of some library; array_api_compat does not count all subclasses of NumPy's."""
+    return isinstance(value, np.ndarray) or is_array_api_obj(value)

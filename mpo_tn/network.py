@@ -114,11 +114,11 @@ def contract_matrix(cores: Sequence[Array], plan: ContractionPlan, xp: Any = Non
     return xp.reshape(plan.contract(operands, xp), (rows, columns))
 
 
-def contract_application(cores: Sequence[Array], x: Array, plan: ContractionPlan) -> Array:
+def contract_application(cores: Sequence[Array], x: Array, plan: ContractionPlan, xp: Any = None) -> Array:
     """The product (out, batch) of the matrix of cores and ``x`` (in, batch), for which ``plan`` was made."""
-    xp = namespace(x)
+    xp = namespace(x) if xp is None else xp
     operands = [xp.reshape(operand, shape) for operand, shape in zip((*cores, x), plan.shapes, strict=True)]
-    return xp.reshape(plan.contract(operands, xp), (math.prod(core.shape[1] for core in cores), x.shape[1]))
+    return xp.reshape(plan.contract(operands, xp), (math.prod([core.shape[1] for core in cores]), x.shape[1]))
 
 
 @lru_cache(maxsize=512)

@@ -247,5 +247,5 @@ def test_error_is_a_value_error_and_nothing_is_mutable():
         with pytest.raises(AttributeError, match=name):
             setattr(thing, name, None)
     assert isinstance(mpo.cores, tuple)
-    with pytest.raises(TypeError):
+    with pytest.raises(MPOError, match=re.escape("shape (2,)")):
         np.ones(2) * mpo
