@@ -253,9 +253,8 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 def _conj(array: Array) -> Array:
     if not dtype_name(array).startswith("complex"):
         return array
-    conjugate = namespace(array).conj(array)
-    # torch only marks a tensor as conjugate, and neither NumPy nor files understand the mark.
-    return conjugate.resolve_conj() if hasattr(conjugate, "resolve_conj") else conjugate
+    # Not torch's own, which only marks a tensor as conjugate: neither NumPy nor files understand the mark.
+    return namespace(array).conj(array)
 
 
 def _normalised(chain: Chain) -> tuple[list[Array], int]:
