@@ -95,7 +95,7 @@ def multiply(a: ChainT, b: Chain) -> ChainT:
 
 
 def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
-    """The matrix times ``x``, of shape (in,) or (in, batch), without building the matrix. See `MPO.apply`."""
+    """The matrix times ``x``, of shape (in,) or (in, batch), as one network. See `MPO.apply`."""
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             raise MPOError("a MaskedArray has entries without a value: fill them first, for instance with x.filled(0)")

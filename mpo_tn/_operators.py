@@ -17,17 +17,17 @@ from mpo_tn.exceptions import MPOError
 class Operators(Chain):
     """What makes an MPO usable like a matrix.
 
-    ========================  ==========================================  ===================  ==================
-    expression                result                                      bonds                canonical interval
-    ========================  ==========================================  ===================  ==================
-    ``a + b``, ``a - b``      the sum, the difference                     the sums of both     claims nothing
-    ``c * a, a * c, a / c``   the multiple, complex if ``c`` is           as before            kept
-    ``-a, a.T, a.H``          the negative, the transpose, the adjoint    as before            kept
-    ``a @ b``                 the matrix product                          the products         claims nothing
-    ``a @ x``                 :meth:`~mpo_tn.MPO.apply`: (in,) or (in, batch)         an array             -
-    ``x @ a``                 ``a.T @ x.T``, transposed: (out,) or        an array             -
+    ========================  ========================================  ===============  ==================
+    expression                result                                    bonds            canonical interval
+    ========================  ========================================  ===============  ==================
+    ``a + b``, ``a - b``      the sum, the difference                   sums of both     claims nothing
+    ``c * a, a * c, a / c``   the multiple, complex if ``c`` is         as before        kept
+    ``-a, a.T, a.H``          the negative, the transpose, the adjoint  as before        kept
+    ``a @ b``                 the matrix product                        products         claims nothing
+    ``a @ x``                 array, see :meth:`mpo_tn.MPO.apply`       (none)           (none)
+    ``x @ a``                 ``a.T @ x.T`` transposed, for (out,) or   (none)           (none)
                               (batch, out)
-    ========================  ==========================================  ===================  ==================
+    ========================  ========================================  ===============  ==================
 
     Sums cost no flops; ``a @ b`` costs ``2 sum_k a_{k-1} a_k b_{k-1} b_k out_k mid_k in_k`` for bonds a and b.
 

@@ -149,10 +149,10 @@ class MPO(Operators):
         return network.plan_for_chain(self, batch, memory_limit)
 
     def apply(self, x: Array, *, memory_limit: int | None = None) -> Array:
-        """``self @ x`` for ``x`` of shape (in,) or (in, batch), without building the matrix or anything of its size.
+        """``self @ x`` for ``x`` of shape (in,) or (in, batch), as one network: the matrix is not built for a vector.
 
-        The result, (out,) or (out, batch), is computed in the cores' own dtype. ``plan(batch=...)`` tells the flops
-        and the peak bytes. With many columns and wide bonds ``to_matrix() @ x`` can cost fewer flops.
+        For a batch it is built only if that takes fewer flops and no more memory than going from core to core. The
+        result, (out,) or (out, batch), has the cores' own dtype; ``plan(batch=...)`` tells flops and peak bytes.
 
         Raises:
             MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met.

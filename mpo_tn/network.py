@@ -160,6 +160,7 @@ def plan_for_shapes(
         itemsize,
         memory_limit=memory_limit,
         cap_without_last=dense,
+        strict=batch == 1,
     )
 
 
@@ -171,6 +172,7 @@ def plan_network(
     *,
     memory_limit: int | None = None,
     cap_without_last: int | None = None,
+    strict: bool = True,
 ) -> ContractionPlan:
     """Plan a network in which every index joins two operands or appears in the output.
 
@@ -180,7 +182,8 @@ def plan_network(
         shapes: the shape of every operand.
         itemsize: bytes an entry.
         memory_limit: peak bytes allowed, operands and result included.
-        cap_without_last: what is contracted without the last operand stays below so many entries.
+        cap_without_last: what is contracted without the last operand stays below so many entries ...
+        strict: ... always; otherwise unless more of them cost fewer flops and no more memory.
 
     Of opt_einsum's paths and two plain sweeps, that with the fewest flops among those allowed.
 
@@ -200,6 +203,9 @@ def plan_network(
     # With a limit of its own opt_einsum would join many operands at once, which tensordot cannot: hence no limit there.
     found = [_lowered(terms, output, shapes, itemsize, path) for path in paths if all(len(pair) <= 2 for pair in path)]
     allowed = [plan for plan, apart in found if cap_without_last is None or apart < cap_without_last]
+    if not strict:
+        peak = min(allowed, key=_cost).peak_entries
+        allowed += [plan for plan, _ in found if plan.peak_entries <= peak]
     if memory_limit is not None:
         need = min(plan.peak_bytes for plan in allowed)
         if need > memory_limit:
@@ -208,7 +214,11 @@ def plan_network(
                 f"{need} bytes, operands and result included: allow more, use fewer columns at a time, or smaller bonds"
             )
         allowed = [plan for plan in allowed if plan.peak_bytes <= memory_limit]
-    return min(allowed, key=lambda plan: (plan.flops, plan.peak_entries))
+    return min(allowed, key=_cost)
+
+
+def _cost(plan: ContractionPlan) -> tuple[int, int]:
+    return plan.flops, plan.peak_entries
 
 
 def _lowered(
