@@ -128,7 +128,11 @@ class MPO(Operators):
         return cls(chain.cores, chain.canonical_interval), report
 
     def to_matrix(self, *, memory_limit: int | None = None) -> Array:
-        """The dense matrix (out, in), contracted in the order of :meth:`plan` in the cores' own dtype."""
+        """The dense matrix (out, in), contracted in the order of :meth:`plan` in the cores' own dtype.
+
+        Raises:
+            MPOError: ``memory_limit`` (bytes, for cores, intermediates and the matrix) cannot be met.
+        """
         matrix = network.contract_matrix(self.cores, self.plan(memory_limit=memory_limit))
         # A single core is only reshaped, and the caller may write into what it gets.
         return matrix * 1 if len(self) == 1 else matrix
@@ -151,8 +155,8 @@ class MPO(Operators):
     def apply(self, x: Array, *, memory_limit: int | None = None) -> Array:
         """``self @ x`` for ``x`` of shape (in,) or (in, batch), as one network: the matrix is not built for a vector.
 
-        For a batch it is built only if that takes fewer flops and no more memory than going from core to core. The
-        result, (out,) or (out, batch), has the cores' own dtype; ``plan(batch=...)`` tells flops and peak bytes.
+        For a batch it is built only if that saves flops or memory and costs more of neither. The result, (out,) or
+        (out, batch), has the cores' own dtype; ``plan(batch=...)`` tells flops and peak bytes.
 
         Raises:
             MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met.

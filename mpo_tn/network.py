@@ -183,7 +183,7 @@ def plan_network(
         itemsize: bytes an entry.
         memory_limit: peak bytes allowed, operands and result included.
         cap_without_last: what is contracted without the last operand stays below so many entries ...
-        strict: ... always; otherwise unless more of them cost fewer flops and no more memory.
+        strict: ... always; otherwise unless more of them save flops or memory and cost more of neither.
 
     Of opt_einsum's paths and two plain sweeps, that with the fewest flops among those allowed.
 
