@@ -16,6 +16,7 @@ from mpo_tn.linalg import (
     left_factor,
     namespace,
     singular_values,
+    storage_notes,
     tails,
     times_power_of_two,
     widen,
@@ -28,7 +29,7 @@ def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
     truncation = checked_truncation(truncation)
     n = len(chain)
     caps = truncation.caps(n - 1)
-    notes: list[str] = []
+    notes = storage_notes(chain.cores[0])
     if chain.center is None:
         notes.append(f"brought to canonical form first; the canonical interval was {chain.canonical_interval}")
     start = canonicalize(wide_chain(chain), 0)
@@ -58,7 +59,7 @@ def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
         cores[k + 1] = xp.tensordot(adjoint(u) @ group, cores[k + 1], axes=1)
     cores[-1] = cores[-1] * scale
     swept = canonicalize(start.with_cores(cores, (n - 1, n - 1)), chain.sites.center)
-    result = stored(swept, chain.dtype)
+    result = stored(swept, chain.cores[0])
     return result, sweep_report(steps, norm, n, precision, truncation, notes)
 
 

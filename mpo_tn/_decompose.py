@@ -20,9 +20,9 @@ from mpo_tn.linalg import (
     eps,
     frobenius_norm,
     interleave,
-    is_half,
     left_factor,
     namespace,
+    storage_notes,
     tails,
     times_power_of_two,
     widen,
@@ -59,10 +59,9 @@ def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: b
 
     center = sites.center
     cores[center] = cores[center] * scale
-    chain = stored(Chain(tuple(cores), (center, center)), matrix.dtype)
+    chain = stored(Chain(tuple(cores), (center, center)), matrix)
 
-    if is_half(matrix):
-        notes.append(f"computed in float64, stored as {dtype_name(matrix)}")
+    notes += storage_notes(matrix)
     if spectra:
         original = bounds.unfolding_spectra(matrix, sites)
         steps = [
