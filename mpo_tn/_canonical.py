@@ -81,7 +81,9 @@ def stored(chain: ChainT, like: Array) -> ChainT:
         wide[center] = times_power_of_two(wide[center], -(share * len(wide) + rest))
         wide = [times_power_of_two(core, share + int(k < rest)) for k, core in enumerate(wide)]
     elif frobenius_norm(wide[center]) > float(xp.finfo(like.dtype).max):
-        raise MPOError(f"the norm {frobenius_norm(wide[center]):.6g} is beyond the range of {like.dtype}: scale the matrix")
+        raise MPOError(
+            f"the norm {frobenius_norm(wide[center]):.6g} is beyond the range of {like.dtype}: scale the matrix"
+        )
     cores = tuple(restored(core, like) for core in wide)
     return chain.with_cores(cores, None if half else chain.canonical_interval)
 
