@@ -24,7 +24,7 @@ from mpo_tn.exceptions import MPOError
 Array = Any
 """A NumPy array, a torch tensor or a JAX array. The array API standard has no static type that all satisfy."""
 
-_EPS = {
+EPS = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
     "float32": 2.0**-23,
@@ -69,7 +69,7 @@ def dtype_name(array: Array) -> str:
 
 def eps(array: Array) -> float:
     """The machine precision of the array's dtype."""
-    return _EPS[dtype_name(array)]
+    return EPS[dtype_name(array)]
 
 
 def is_half(array: Array) -> bool:
@@ -91,10 +91,10 @@ def describe(array: Array) -> str:
 
 def check_dtype(array: Array, what: str) -> None:
     """Refuse dtypes that are not floating-point or complex, or wider than double precision."""
-    if dtype_name(array) not in _EPS:
+    if dtype_name(array) not in EPS:
         raise MPOError(
             f"{what} of dtype {dtype_name(array)} cannot be decomposed: convert it first, for instance with "
-            f"w.astype('float64'); supported are {', '.join(_EPS)}"
+            f"w.astype('float64'); supported are {', '.join(EPS)}"
         )
 
 
