@@ -181,7 +181,8 @@ def to_jax(array: np.ndarray, device: Any = None) -> Array:
             f"JAX cannot hold {dtype_name(array)} with x64 switched off: call "
             'jax.config.update("jax_enable_x64", True) first, or use another dtype or library'
         )
-    return jax.numpy.asarray(array, device=device)
+    # jax.numpy.asarray would compile a program for every new shape.
+    return jax.device_put(array, device)
 
 
 def storage_notes(array: Array) -> list[str]:
@@ -206,8 +207,8 @@ def adjoint(matrix: Array) -> Array:
 
 def frobenius_norm(array: Array) -> float:
     """The 2-norm of all entries, accumulated in double precision; infinite only if it is beyond that range itself."""
-    xp = namespace(array)
     wide = widen(array)
+    xp = namespace(wide)
     parts = (xp.real(wide), xp.imag(wide)) if dtype_name(wide) == "complex128" else (wide,)
     exponent = binary_exponent(max(float(xp.max(xp.abs(part))) for part in parts))
     scaled = times_power_of_two(wide, -exponent)
