@@ -98,7 +98,8 @@ class MPO(Operators):
         """Decompose a dense matrix, exactly or truncated.
 
         Args:
-            matrix: shape (out, in) = (rows, columns), NumPy or torch, floating-point or complex.
+            matrix: shape (out, in) = (rows, columns), NumPy, torch or JAX, floating-point or complex. A JAX array is
+                factorised on the host, whatever x64 says.
             sites: legs whose products are exactly the matrix shape.
             truncation: what may be cut; ``None`` keeps the full bonds.
             spectra: also compute the singular values of every original unfolding, which sharpens ``report.bound`` and
@@ -115,7 +116,7 @@ class MPO(Operators):
         Raises:
             MPOError: NaN or infinite entries, no entries, not two-dimensional, an integer, boolean or object dtype,
                 legs that do not multiply to the shape, a tolerance below machine precision, or a tensor that requires
-                grad.
+                grad or is traced by JAX.
 
         >>> import numpy as np
         >>> w = 1 / (1 + np.add.outer(np.arange(16.0), np.arange(16.0)))

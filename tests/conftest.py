@@ -1,4 +1,5 @@
-"""Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh."""
+"""Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh;
+`few` is for repeating tests in another setting."""
 
 import os
 
@@ -18,5 +19,8 @@ settings.register_profile(
 )
 settings.register_profile(
     "soak", deadline=None, max_examples=20 * CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "few", derandomize=True, deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
