@@ -74,19 +74,14 @@ def eps(array: Array) -> float:
 
 def is_half(array: Array) -> bool:
     """Whether the array is float16 or bfloat16, in which nothing can be factorised."""
-    return is_half_dtype(array.dtype)
-
-
-def is_half_dtype(dtype: Any) -> bool:
-    """Whether the dtype of some library is float16 or bfloat16."""
-    return str(dtype).rsplit(".", maxsplit=1)[-1] in ("float16", "bfloat16")
+    return dtype_name(array) in ("float16", "bfloat16")
 
 
 def describe(array: Array) -> str:
     """Library, dtype and device, as far as they matter: ``"numpy float64"``, ``"torch float32 on cuda:0"``."""
+    kind = f"{library(array)} {dtype_name(array)}"
     device = str(array_api_compat.device(array))
-    shown = "" if device == "cpu" or is_traced(array) else f" on {device}"
-    return f"{library(array)} {dtype_name(array)}{shown}"
+    return kind if device == "cpu" or is_traced(array) else f"{kind} on {device}"
 
 
 def check_dtype(array: Array, what: str) -> None:
