@@ -227,3 +227,30 @@ assert all(np.array_equal(a, b) for a, b in zip(mpo.cores, spread.cores))
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "float64", "complex128"])
+def test_algebra(x64, dtype):
+    with jax.enable_x64(x64 or dtype in DOUBLE):
+        a, b = (random_chain(Sites((2, 3), (2, 3)), 2, seed, dtype, "jax") for seed in (0, 1))
+        x, y = dense(a.cores), dense(b.cores)
+        gauge = np.prod([fro(host(core)) for core in (*a.cores, *b.cores)])
+        vector = jnp.ones(6, dtype)
+        for found, expected in (
+            ((a + b).to_matrix(), x + y),
+            ((a - b).to_matrix(), x - y),
+            ((2.5 * a / 2).to_matrix(), 1.25 * x),
+            ((a @ b).to_matrix(), x @ y),
+            ((a @ vector)[:, None], x.sum(axis=1, keepdims=True)),
+            ((vector @ a)[None], x.sum(axis=0, keepdims=True)),
+            (a.H.to_matrix(), x.conj().T),
+        ):
+            assert isinstance(found, jax.Array)
+            assert found.dtype == dtype
+            assert fro(host(found) - expected) <= slack(dtype, 36, gauge)
+        # Numbers come in double precision, whatever x64 says.
+        assert abs(a.inner(b) - np.vdot(x, y)) <= slack("float64", 36, gauge)
+        assert abs(a.trace() - np.trace(x)) <= slack("float64", 36, gauge)
+        assert abs(a.distance(b) - fro(x - y)) <= slack("float64", 36, gauge)
+        assert np.array_equal(MPO.identity(Sites((2, 3), (2, 3)), like=a).to_matrix(), np.eye(6))
