@@ -6,6 +6,7 @@ import numpy as np
 
 from mpo_tn._canonical import ChainT, canonicalize, shift_right, stored
 from mpo_tn._decompose import Budget, sweep_report
+from mpo_tn.bounds import Spectra
 from mpo_tn.chain import Chain
 from mpo_tn.linalg import (
     adjoint,
@@ -33,6 +34,9 @@ def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
     if chain.center is None:
         notes.append(f"brought to canonical form first; the canonical interval was {chain.canonical_interval}")
     start = canonicalize(wide_chain(chain), 0)
+    known = None if truncation.max_parameters is None else spectra(start)
+    if known is not None and truncation.max_parameters is not None:
+        caps = known.bonds_for(truncation.max_parameters, caps)
     cores = list(start.cores)
     norm = frobenius_norm(cores[0])
     precision = eps(chain.cores[0])
@@ -54,7 +58,8 @@ def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
         tail = tails(factor.values)
         kept = budget.keep(tail, caps[k])
         u = factor.u[:, :kept]
-        steps.append(BondReport(kept, len(factor.values), float(tail[kept]) * scale))
+        eps_k = None if known is None else known.tail(k, kept)
+        steps.append(BondReport(kept, len(factor.values), float(tail[kept]) * scale, eps_k))
         cores[k] = xp.reshape(u, (left, out, in_, kept))
         cores[k + 1] = xp.tensordot(adjoint(u) @ group, cores[k + 1], axes=1)
     cores[-1] = cores[-1] * scale
@@ -63,7 +68,7 @@ def compress(chain: ChainT, truncation: Truncation) -> tuple[ChainT, Report]:
     return result, sweep_report(steps, norm, n, precision, truncation, notes)
 
 
-def spectra(chain: Chain) -> list[np.ndarray]:
+def spectra(chain: Chain) -> Spectra:
     """The singular values of every bond, ``n - 1`` host arrays, largest first.
 
     Each has ``min`` of the bond and what its neighbours allow as its length.
@@ -75,7 +80,7 @@ def spectra(chain: Chain) -> list[np.ndarray]:
         cores[k], cores[k + 1] = shift_right(cores[k], cores[k + 1])
         left = cores[k + 1].shape[0]
         found.append(singular_values(xp.reshape(cores[k + 1], (left, -1)), gram=False))
-    return found
+    return Spectra(found, chain.sites)
 
 
 def wide_chain(chain: ChainT) -> ChainT:

@@ -50,6 +50,9 @@ def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: b
         raise MPOError(
             f"the norm of the matrix of shape {tuple(matrix.shape)} overflows double precision: scale it down"
         )
+    known = bounds.unfolding_spectra(matrix, sites) if spectra or truncation.max_parameters is not None else None
+    if known is not None and truncation.max_parameters is not None:
+        caps = known.bonds_for(truncation.max_parameters, caps)
     exponent = binary_exponent(norm)
     scale = 2.0**exponent
     tensor = interleave(times_power_of_two(widen(matrix), -exponent), sites.out, sites.in_)
@@ -62,11 +65,10 @@ def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: b
     chain = stored(Chain(tuple(cores), (center, center)), matrix)
 
     notes += storage_notes(matrix)
-    if spectra:
-        original = bounds.unfolding_spectra(matrix, sites)
+    if known is not None:
         steps = [
-            BondReport(s.kept, s.available, s.discarded_norm * scale, float(tails(values)[s.kept]))
-            for s, values in zip(steps, original, strict=True)
+            BondReport(s.kept, s.available, s.discarded_norm * scale, known.tail(k, s.kept))
+            for k, s in enumerate(steps)
         ]
     else:
         steps = [BondReport(s.kept, s.available, s.discarded_norm * scale) for s in steps]
@@ -158,13 +160,13 @@ def sweep_report(
         MPOError: ``truncation.strict`` and the tolerance was missed.
     """
     error = math.hypot(*(step.discarded_norm for step in steps))
-    floor = precision * math.sqrt(n) * norm
+    floor = bounds.float_floor(precision, n, norm)
     allowed = truncation.budget(norm, 0.0, "")
     met = error <= allowed * (1 + 1e-12)
     if not met and truncation.strict:
         raise MPOError(
-            f"max_bond={truncation.max_bond} leaves an error of {error:.6g}, above the {allowed:.6g} allowed: raise "
-            "max_bond or the tolerance, or use strict=False to accept it"
+            f"{truncation.limit} leaves an error of {error:.6g}, above the {allowed:.6g} allowed: raise "
+            "it or the tolerance, or use strict=False to accept it"
         )
     measured = [step.discarded_norm if step.tail is None else step.tail for step in steps]
     return Report(

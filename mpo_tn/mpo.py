@@ -6,14 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-import numpy as np
-
 from mpo_tn import _algebra, _storage, network
 from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import compress, spectra, wide_chain
 from mpo_tn._decompose import decompose
 from mpo_tn._operators import Operators
-from mpo_tn.bounds import entropy
+from mpo_tn.bounds import Spectra, entropy
 from mpo_tn.linalg import Array, frobenius_norm
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report, Truncation
@@ -256,8 +254,11 @@ class MPO(Operators):
             return frobenius_norm(self.cores[self.center])
         return frobenius_norm(canonicalize(wide_chain(self), len(self) - 1).cores[-1])
 
-    def spectra(self) -> list[np.ndarray]:
-        """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first."""
+    def spectra(self) -> Spectra:
+        """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first.
+
+        Once they are known, ``spectra.what_if(bonds)`` bounds the error of any cut in about a microsecond.
+        """
         return spectra(self)
 
     def entropies(self) -> list[float]:
