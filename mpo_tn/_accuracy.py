@@ -1,4 +1,4 @@
-"""Distances measured rather than bounded: between chains, after a cast, and in the operator norm."""
+"""Distances measured rather than bounded: after a cast, and in the operator norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from mpo_tn._algebra import apply, conj, transpose
 from mpo_tn._canonical import check_cores
+from mpo_tn._compress import wide_chain
 from mpo_tn.bounds import float_floor
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
@@ -30,28 +32,6 @@ from mpo_tn.linalg import (
 
 _UNIFORM_ROUNDING = math.sqrt(3 / (96 * math.log(2)))
 """The rms relative rounding error over eps, mantissas being log-uniform: ``sqrt(E[m**-2] / 12)``, about 0.21."""
-
-
-def difference_norm(first: Chain, second: Chain) -> float:
-    """``|first - second|`` in the Frobenius norm, in double precision, by QR of the difference chain.
-
-    ::
-
-        [r_a r_b] -- [A_k  . ]      the factor R of what is behind travels along, so that nothing cancels
-                     [ .  B_k]      before the last site
-
-    Accurate to about ``eps(float64) * (|first| + |second|)`` for chains with a centre, where inner products leave
-    ``sqrt(eps)``. Cost: about ``4 sum_k p_k d_k**3`` flops, d_k the sum of the two bonds.
-    """
-    pairs = zip(map(widen, first.cores), map(widen, second.cores), strict=True)
-    r_a = r_b = None
-    for k, (a, b) in enumerate(pairs):
-        xp = namespace(a)
-        a, b = (a, -b) if r_a is None else (xp.tensordot(r_a, a, axes=1), xp.tensordot(r_b, b, axes=1))
-        if k == len(first) - 1:
-            return frobenius_norm(a + b)
-        r_a, r_b = _split(xp.concat([a, b], axis=3), int(a.shape[3]))
-    raise AssertionError("a chain has at least one core")
 
 
 def cast_error(chain: Chain, dtype: Any) -> float:
@@ -154,16 +134,19 @@ def operator_norm(
     if not isinstance(failure, float) or not 0 < failure < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MPOError(f"failure={failure!r} is a probability, above 0 and below 1")
     check_cores(chain)
-    terms = [_Product.of_chain(chain)]
-    if minus is not None:
-        other = _Product.of_chain(minus) if isinstance(minus, Chain) else _Product.of_matrix(minus)
-        if other.shape != chain.shape or other.like != describe(chain.cores[0]):
+    # A dense matrix is a chain of one site.
+    terms = [chain] if minus is None else [chain, minus if isinstance(minus, Chain) else _one_site(check_matrix(minus))]
+    for other in terms[1:]:
+        check_cores(other)
+        like, expected = describe(other.cores[0]), describe(chain.cores[0])
+        if other.shape != chain.shape or like != expected:
             raise MPOError(
-                f"the MPO is {describe(chain.cores[0])} of shape {chain.shape}, what to subtract is {other.like} of "
-                f"shape {other.shape}: use one shape, library, dtype and device"
+                f"the MPO is {expected} of shape {chain.shape}, what to subtract is {like} of shape {other.shape}: use "
+                "one shape, library, dtype and device"
             )
-        terms.append(other)
-    first = terms[0].factors[0]
+    forward = [wide_chain(term) for term in terms]
+    backward = [conj(transpose(term)) for term in forward]
+    first = forward[0].cores[0]
     xp = namespace(first)
     columns = chain.shape[1]
     rng = np.random.default_rng(seed)
@@ -172,8 +155,8 @@ def operator_norm(
     vector = xp.asarray(vector, device=array_api_compat.device(first))
 
     def times(x: Array, conjugate: bool) -> Array:
-        y = terms[0].times(x, conjugate)
-        return y - terms[1].times(x, conjugate) if len(terms) > 1 else y
+        parts = [apply(term, x) for term in (backward if conjugate else forward)]
+        return parts[0] - parts[1] if len(parts) > 1 else parts[0]
 
     alphas, betas, exhausted = _bidiagonal(times, vector, min(steps, columns))
     k = len(alphas)
@@ -187,6 +170,10 @@ def operator_norm(
     root = math.log(1.648 * math.sqrt(size) / failure) / (2 * k - 1)
     upper = lower / math.sqrt(1 - root**2) if root < 1 else math.inf
     return OperatorNorm(lower, upper, failure, k)
+
+
+def _one_site(matrix: Array) -> Chain:
+    return Chain((namespace(matrix).reshape(matrix, (1, *matrix.shape, 1)),))
 
 
 def _bidiagonal(times: Any, vector: Array, steps: int) -> tuple[list[float], list[float], bool]:
@@ -222,38 +209,3 @@ def _orthogonalised(vector: Array, basis: list[Array]) -> tuple[Array, float]:
         for _ in range(2):
             vector = vector - columns @ (adjoint(columns) @ vector)
     return vector, frobenius_norm(vector)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """Something to multiply vectors by: cores, or a single matrix, in double precision."""
-
-    factors: tuple[Array, ...]
-    shape: tuple[int, int]
-    like: str
-
-    @classmethod
-    def of_chain(cls, chain: Chain) -> _Product:
-        check_cores(chain)
-        return cls(tuple(map(widen, chain.cores)), chain.shape, describe(chain.cores[0]))
-
-    @classmethod
-    def of_matrix(cls, matrix: Array) -> _Product:
-        matrix = check_matrix(matrix)
-        rows, columns = (int(size) for size in matrix.shape)
-        core = widen(matrix)
-        return cls((namespace(core).reshape(core, (1, rows, columns, 1)),), (rows, columns), describe(matrix))
-
-    def times(self, x: Array, conjugate: bool) -> Array:
-        """The matrix times a vector, or its adjoint times a vector, one site at a time."""
-        xp = namespace(x)
-        y = xp.reshape(x, (1, 1, -1))  # (legs done, bond, legs to do)
-        for core in self.factors:
-            if conjugate:
-                core = xp.permute_dims(xp.conj(core) if dtype_name(core).startswith("complex") else core, (0, 2, 1, 3))
-            left, _, in_, right = core.shape
-            y = xp.reshape(y, (y.shape[0], left, in_, -1))
-            y = xp.tensordot(y, core, axes=((1, 2), (0, 2)))  # (done, to do, out, right)
-            y = xp.permute_dims(y, (0, 2, 3, 1))
-            y = xp.reshape(y, (-1, right, y.shape[3]))
-        return xp.reshape(y, (-1,))

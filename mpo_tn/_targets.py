@@ -7,7 +7,7 @@ from typing import Protocol
 
 import array_api_compat
 
-from mpo_tn._accuracy import difference_norm
+from mpo_tn._algebra import distance
 from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import wide_chain
 from mpo_tn.chain import Chain
@@ -108,7 +108,7 @@ class ChainTarget:
         return xp.tensordot(block, right, axes=((-1,), (1,)))
 
     def error(self, cores: list[Array]) -> float:
-        return difference_norm(self.chain, Chain(tuple(cores)))
+        return distance(self.chain, Chain(tuple(cores)))
 
 
 def target_of(target: Array | Chain, chain: Chain) -> Target:
