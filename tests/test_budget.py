@@ -51,6 +51,17 @@ def test_bonds_against_brute_force(spectra, share):
             assert sites.num_parameters(wider) > budget
 
 
+@given(small_spectra(), st.data())
+def test_a_budget_that_some_bonds_use_up_exactly(spectra, data):
+    sites = spectra.sites
+    widest = [len(part) for part in spectra]
+    budget = sites.num_parameters([data.draw(st.integers(1, size)) for size in widest])
+    bonds = spectra.bonds_for(budget)
+    for k, bond in enumerate(bonds):
+        wider = [b + (j == k) for j, b in enumerate(bonds)]
+        assert bond == widest[k] or sites.num_parameters(wider) > budget
+
+
 @given(small_spectra(), st.floats(0, 1), st.integers(1, 4))
 def test_caps_hold_too(spectra, share, cap):
     sites = spectra.sites
