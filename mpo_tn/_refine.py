@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import array_api_compat
+import numpy as np
 
 from mpo_tn._canonical import ChainT, canonicalize, check_cores, stored
 from mpo_tn._compress import compress, wide_chain
@@ -29,6 +30,7 @@ from mpo_tn.linalg import (
     left_factor,
     namespace,
     qr,
+    restored,
     tails,
     widen,
 )
@@ -101,7 +103,7 @@ def fit(
         errors.append(goal.error(search.cores))
         converged = errors[-2] - errors[-1] <= tol * errors[-2] or errors[-1] <= floor
     moved = canonicalize(wide.with_cores(search.cores, (0, 0)), start.sites.center)
-    result = stored(moved, start.dtype)
+    result = stored(moved, start.cores[0])
     error = goal.error([widen(core) for core in result.cores])
     return result, FitReport(error, goal.norm, tuple(errors), converged, result.bonds, floor)
 
@@ -131,14 +133,16 @@ def refit(chain: ChainT, k: int, target: Array | Chain) -> tuple[ChainT, FitRepo
     core = core if back is None else to_right(core, _pseudo_inverse(back, cutoff))
     before = goal.error(cores)
     cores[site] = core
-    xp = namespace(core)
-    largest = float(xp.max(xp.abs(core)))
-    if not largest <= float(namespace(chain.cores[site]).finfo(chain.dtype).max):
-        raise MPOError(f"the best core {site} has entries of size {largest:.6g}, beyond the range of {chain.dtype}")
+    with np.errstate(over="ignore"):
+        new = restored(core, chain.cores[site])
+    if not bool(namespace(new).all(namespace(new).isfinite(new))):
+        raise MPOError(
+            f"the best core {site} has entries of size {float(namespace(core).max(namespace(core).abs(core))):.6g}, "
+            f"beyond the range of {chain.dtype}: scale the other cores"
+        )
     low, high = chain.canonical_interval
-    new = list(chain.cores)
-    new[site] = xp.astype(core, chain.dtype)
-    result = chain.with_cores(new, (min(low, site), max(high, site)))
+    kept = (*chain.cores[:site], new, *chain.cores[site + 1 :])
+    result = chain.with_cores(kept, (min(low, site), max(high, site)))
     errors = (before, goal.error(cores))
     error = goal.error([widen(part) for part in result.cores])
     floor = float_floor(chain.dtype, len(chain), goal.norm)

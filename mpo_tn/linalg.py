@@ -82,9 +82,9 @@ def machine_eps(dtype: Any) -> float:
         return dtype
     # NumPy's scalar types are classes, which show more than their name.
     name = getattr(dtype, "__name__", None) or str(dtype).rsplit(".", maxsplit=1)[-1]
-    if name not in _EPS:
-        raise MPOError(f"dtype={dtype!r} is not one of {', '.join(_EPS)}")
-    return _EPS[name]
+    if name not in EPS:
+        raise MPOError(f"dtype={dtype!r} is not one of {', '.join(EPS)}")
+    return EPS[name]
 
 
 def is_half(array: Array) -> bool:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from strategies import EPS, C, dense, fro, host, legs, make, problems, random_chain, slack, unfoldings
 
 from mpo_tn import MPO, FitReport, MPOError, Sites, Truncation
+from mpo_tn.linalg import library
+from mpo_tn.testing import to_backend
 
 BONDS = st.integers(1, 4)
 WIDTHS = st.sampled_from((1, 2))
@@ -18,7 +20,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def same_kind(array, like):
-    return torch.from_numpy(array) if isinstance(like, torch.Tensor) else array
+    return to_backend(array, library(like), str(array.dtype))
 
 
 @given(problems(), BONDS, WIDTHS)
@@ -85,7 +87,7 @@ def test_two_sites_find_the_bonds_of_the_target(sites, bond, seed, dtype, as_tor
     # A bond grows by the legs beside it, and not at all past a site without any.
     sites = Sites(tuple(max(2, out) for out in sites.out[:4]), sites.in_[:4])
     w = dense(random_chain(sites, bond, seed, dtype).cores).astype(dtype)
-    like = torch.ones(1) if as_torch else None
+    like = torch.ones(1) if as_torch else w
     start = MPO([same_kind(host(core).astype(dtype), like) for core in random_chain(sites, 1, seed + 1, dtype).cores])
     fitted, report = start.fit(same_kind(w, like), sites=2, sweeps=6)
     ranks = [np.linalg.matrix_rank(m, tol=1e-4 * fro(host(w))) for m in unfoldings(host(w), sites)]

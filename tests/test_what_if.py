@@ -13,6 +13,8 @@ from strategies import EPS, HALF_EPS, C, dense, fro, host, legs, make, problems,
 from mpo_tn import MPO, ErrorBounds, MPOError, Sites, Spectra, Truncation
 from mpo_tn._accuracy import cast_error_estimate
 from mpo_tn.bounds import error_bounds, float_floor, unfolding_spectra
+from mpo_tn.linalg import library
+from mpo_tn.testing import to_backend
 
 BONDS = st.lists(st.integers(1, 9), min_size=5, max_size=5)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -48,7 +50,7 @@ def test_the_lower_bound_holds_for_every_chain_with_these_bonds(problem, bonds, 
     assume(problem.norm > 0)
     spectra = unfolding_spectra(problem.matrix, problem.sites)
     some = random_chain(problem.sites, bonds[0], seed)
-    fitted, report = MPO([torch_like(core, problem) for core in some.cores]).fit(problem.matrix, sweeps=1)
+    fitted, report = MPO([like_matrix(core, problem) for core in some.cores]).fit(problem.matrix, sweeps=1)
     lower = spectra.what_if(fitted.bonds).lower
     assert lower <= report.error + problem.slack
     if lower > problem.slack:
@@ -57,9 +59,8 @@ def test_the_lower_bound_holds_for_every_chain_with_these_bonds(problem, bonds, 
         assert ratio >= 1 - problem.slack / lower
 
 
-def torch_like(core, problem):
-    core = host(core).astype(problem.dtype)
-    return torch.from_numpy(core) if isinstance(problem.matrix, torch.Tensor) else core
+def like_matrix(core, problem):
+    return to_backend(host(core), library(problem.matrix), problem.dtype)
 
 
 @given(problems(min_sites=2), BONDS)
