@@ -12,7 +12,6 @@ import numpy as np
 from mpo_tn._algebra import apply, conj, transpose
 from mpo_tn._canonical import check_cores
 from mpo_tn._compress import wide_chain
-from mpo_tn.bounds import float_floor
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
@@ -69,7 +68,7 @@ def cast_error(chain: Chain, dtype: Any) -> float:
 def cast_error_estimate(dtype: Any, n: int, norm: float) -> float:
     """What storing ``n`` cores of a chain with a centre in another dtype may be expected to cost, without looking.
 
-    ``sqrt(3 / (96 ln 2)) * eps * sqrt(n) * norm``, which is 0.21 of :func:`mpo_tn.bounds.float_floor`: every entry is
+    ``sqrt(3 / (96 ln 2)) * eps * sqrt(n) * norm``, about ``0.21 eps sqrt(n) norm``: every entry is
     off by an independent relative error, uniform within half a unit in the last place, and mantissas are log-uniform.
     At the centre of a canonical chain the error of one core, whatever its bonds, is then ``0.21 * eps * norm``, and
     those of different cores are uncorrelated. An estimate: entries that share one mantissa, that the dtype represents
@@ -78,7 +77,7 @@ def cast_error_estimate(dtype: Any, n: int, norm: float) -> float:
     >>> round(cast_error_estimate("bfloat16", 4, 1.0), 5)
     0.00332
     """
-    return _UNIFORM_ROUNDING * float_floor(dtype, n, norm)
+    return _UNIFORM_ROUNDING * machine_eps(dtype) * math.sqrt(n) * norm
 
 
 def _cast(core: Array, dtype: Any, k: int) -> Array:

@@ -23,6 +23,8 @@ from mpo_tn.linalg import (
 )
 from mpo_tn.sites import Sites, checked_sites
 
+_ARITHMETIC = 16 * 2.0**-52
+
 
 class ErrorBounds(NamedTuple):
     """What is known of an error before anything is cut.
@@ -175,11 +177,12 @@ def _ratio(error: float, lower: float) -> float:
 
 
 def float_floor(dtype: Any, n: int, norm: float) -> float:
-    """``eps * sqrt(n) * norm``: what rounding ``n`` cores to a dtype adds to an error, at most in practice.
+    """``(eps + 16 eps(float64)) * sqrt(n) * norm``: what storage and arithmetic add to an error, at most in practice.
 
-    Each core of a canonical chain adds an independent error of about ``0.21 * eps * norm``, whatever its bonds (see
-    :func:`mpo_tn._accuracy.cast_error_estimate`), and the arithmetic in double precision far less unless the dtype is
-    double. An error below this floor is not distinguished from zero.
+    Each stored core of a canonical chain adds an independent error of about ``0.21 * eps * norm``, whatever its bonds
+    (see :func:`mpo_tn._accuracy.cast_error_estimate`). The arithmetic is in double precision and matters only if the
+    dtype is double too; exact decompositions of Gaussian matrices from 16x16 to 768x3072 were measured to be off by 2.5
+    to 11.3 ``eps * sqrt(n) * norm``. An error below this floor is not distinguished from zero.
 
     Args:
         dtype: a dtype of some library, its name, or its machine precision.
@@ -189,10 +192,10 @@ def float_floor(dtype: Any, n: int, norm: float) -> float:
     Raises:
         MPOError: a dtype that is not floating-point or complex.
 
-    >>> float_floor("float32", 4, 1.0) == 2 * 2.0**-23
-    True
+    >>> f"{float_floor('float32', 4, 1.0):.3g}", f"{float_floor('float64', 4, 1.0):.3g}"
+    ('2.38e-07', '7.55e-15')
     """
-    return machine_eps(dtype) * math.sqrt(n) * norm
+    return (machine_eps(dtype) + _ARITHMETIC) * math.sqrt(n) * norm
 
 
 def unfolding_spectra(matrix: Array, sites: Sites) -> Spectra:

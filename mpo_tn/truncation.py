@@ -163,7 +163,7 @@ class Report:
         lower_bound: no MPO with these bonds can have a smaller error: ``max_k eps_k`` (``max_k e_k`` without spectra).
         exact: whether ``error`` is an equality rather than a bound.
         tolerance_met: whether the tolerance was met; True when none was given.
-        floor: the size of what rounding and the storage dtype add to ``error``, ``eps * sqrt(n) * norm``.
+        floor: the size of what rounding and the storage dtype add to ``error``, :func:`mpo_tn.bounds.float_floor`.
         notes: anything out of the ordinary, such as an upcast or a factorisation that had to be repeated.
 
     For one sweep ``error**2 == sum_k bonds[k].discarded_norm**2`` and

@@ -59,3 +59,13 @@ def test_norm_is_shared_out_evenly(which):
     assert max(sizes) <= 2 * 2 * min(sizes)
     small, _ = mpo.compress(Truncation(max_bond=1))
     assert all(np.isfinite(host(core)).all() for chain in (mpo, small, mpo.canonicalize(1)) for core in chain.cores)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_floor_covers_what_storage_and_arithmetic_add(dtype, n):
+    """In double precision the arithmetic is the larger part; the floor used to leave it out."""
+    matrix = np.random.default_rng(0).standard_normal((192, 192)).astype(dtype)
+    mpo, report = MPO.from_matrix(matrix, Sites.balanced(192, 192, n))
+    rebuilt = MPO([core.astype(np.float64) for core in mpo.cores]).to_matrix()
+    assert np.linalg.norm(rebuilt - matrix.astype(np.float64)) <= report.floor
