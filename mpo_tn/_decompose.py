@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mpo_tn import bounds
 from mpo_tn._canonical import stored
+from mpo_tn._factor import Factor, Method, Request, checked_method, factor
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
@@ -21,7 +23,6 @@ from mpo_tn.linalg import (
     frobenius_norm,
     interleave,
     is_half,
-    left_factor,
     namespace,
     tails,
     times_power_of_two,
@@ -30,12 +31,24 @@ from mpo_tn.linalg import (
 from mpo_tn.sites import Sites, checked_sites
 from mpo_tn.truncation import BondReport, Report, Truncation, checked_truncation
 
+BondCallback = Callable[[int, BondReport], object]
+"""Called after each bond with its index and what happened there, in the order of the sweep."""
 
-def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: bool = False) -> tuple[Chain, Report]:
+
+def decompose(
+    matrix: Array,
+    sites: Sites,
+    truncation: Truncation,
+    *,
+    spectra: bool = False,
+    method: Method = "auto",
+    callback: BondCallback | None = None,
+) -> tuple[Chain, Report]:
     """Decompose a dense matrix. See :meth:`mpo_tn.MPO.from_matrix`, which says what is guaranteed."""
     matrix = check_matrix(matrix)
     sites = checked_sites(sites)
     truncation = checked_truncation(truncation)
+    chosen = checked_method(method)
     if sites.shape != tuple(matrix.shape):
         raise MPOError(
             f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is "
@@ -54,24 +67,23 @@ def decompose(matrix: Array, sites: Sites, truncation: Truncation, *, spectra: b
     scale = 2.0**exponent
     tensor = interleave(times_power_of_two(widen(matrix), -exponent), sites.out, sites.in_)
     budget.scale(scale)
-    gram = dtype_name(matrix) not in ("float64", "complex128")
-    cores, steps, notes = _peel(tensor, sites, caps, budget, gram=gram)
+    single = dtype_name(matrix) not in ("float64", "complex128")
+    sweep = Sweep(caps, budget, chosen, single, scale, callback)
+    cores = _peel(tensor, sites, sweep)
 
     center = sites.center
     cores[center] = cores[center] * scale
     chain = stored(Chain(tuple(cores), (center, center)), matrix.dtype)
 
     if is_half(matrix):
-        notes.append(f"computed in float64, stored as {dtype_name(matrix)}")
+        sweep.notes.append(f"computed in float64, stored as {dtype_name(matrix)}")
     if spectra:
         original = bounds.unfolding_spectra(matrix, sites)
-        steps = [
-            BondReport(s.kept, s.available, s.discarded_norm * scale, float(tails(values)[s.kept]))
-            for s, values in zip(steps, original, strict=True)
+        sweep.steps = [
+            replace(step, tail=float(tails(values)[step.kept]))
+            for step, values in zip(sweep.steps, original, strict=True)
         ]
-    else:
-        steps = [BondReport(s.kept, s.available, s.discarded_norm * scale) for s in steps]
-    return chain, sweep_report(steps, norm, len(sites), eps(matrix), truncation, notes)
+    return chain, sweep.report(norm, eps(matrix), truncation)
 
 
 @dataclass
@@ -85,6 +97,11 @@ class Budget:
         """Measure in multiples of ``unit`` from now on."""
         self.error /= unit
 
+    @property
+    def share(self) -> float:
+        """What the next bond may cut; infinite where only bonds are capped."""
+        return self.error / math.sqrt(self.bonds_left)
+
     def keep(self, tail: np.ndarray, cap: int | None) -> int:
         """How many singular values the next bond keeps: its share of the budget, then its cap, at least one.
 
@@ -92,8 +109,8 @@ class Budget:
         """
         rank = len(tail) - 1
         if math.isfinite(self.error):
-            share = self.error / math.sqrt(self.bonds_left)
-            rank = int((tail > share).sum())
+            # An approximate method may know the first values only.
+            rank = min(rank, int((tail > self.share).sum()))
         if cap is not None:
             rank = min(rank, cap)
         rank = max(rank, 1)
@@ -104,9 +121,57 @@ class Budget:
         return rank
 
 
-def _peel(
-    tensor: Array, sites: Sites, caps: tuple[int | None, ...], budget: Budget, *, gram: bool
-) -> tuple[list[Array], list[BondReport], list[str]]:
+class Sweep:
+    """What the steps of one truncating sweep share, and what they leave behind: reports and notes.
+
+    Args:
+        caps: the largest number of columns at each bond.
+        budget: the error still to be spent, in multiples of ``scale``.
+        method: see :func:`mpo_tn._factor.factor`.
+        single: the data had 32 bits or fewer.
+        scale: what matrices were divided by.
+        callback: see :data:`BondCallback`.
+    """
+
+    def __init__(
+        self,
+        caps: tuple[int | None, ...],
+        budget: Budget,
+        method: Method,
+        single: bool,
+        scale: float,
+        callback: BondCallback | None,
+    ) -> None:
+        self.caps = caps
+        self.budget = budget
+        self.method: Method = method
+        self.single = single
+        self.scale = scale
+        self.callback = callback
+        self.steps: list[BondReport] = [BondReport(1, 1, 0.0)] * len(caps)
+        self.notes: list[str] = []
+        self.optimal = True
+
+    def cut(self, group: Array, bond: int) -> tuple[Array, Factor]:
+        """The basis (m, kept) that the budget and the cap leave of ``group`` (m, k), and where it comes from."""
+        found = factor(group, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+        if found.note:
+            self.notes.append(f"bond {bond}: {found.note}")
+        kept = self.budget.keep(found.tail, self.caps[bond])
+        missed = float(found.tail[kept])
+        self.optimal = self.optimal and (found.optimal or missed == 0.0)
+        self.steps[bond] = BondReport(kept, found.available, missed * self.scale, method=found.method)
+        if self.callback is not None:
+            self.callback(bond, self.steps[bond])
+        return found.basis(kept), found
+
+    def report(self, norm: float, precision: float, truncation: Truncation) -> Report:
+        """See :func:`sweep_report`; without bounds where a bond was not cut in the best way."""
+        report = sweep_report(self.steps, norm, len(self.caps) + 1, precision, truncation, self.notes)
+        return report if self.optimal else replace(report, bound=None, lower_bound=None)
+
+
+def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
     """Split sites off both ends until the centre is left.
 
     ::
@@ -122,32 +187,21 @@ def _peel(
     low, high = 0, len(sites) - 1
     left = right = 1
     cores: list[Array] = [None] * len(sites)
-    steps: list[BondReport] = [BondReport(1, 1, 0.0)] * (len(sites) - 1)
-    notes: list[str] = []
-
-    def take(group: Array, bond: int) -> Array:
-        factor = left_factor(group, gram=gram)
-        if factor.note:
-            notes.append(f"bond {bond}: {factor.note}")
-        tail = tails(factor.values)
-        kept = budget.keep(tail, caps[bond])
-        steps[bond] = BondReport(kept, len(factor.values), float(tail[kept]))
-        return factor.u[:, :kept]
-
     while low < high:
         from_left = low < center and (high == center or left * sizes[low] <= right * sizes[high])
         if from_left:
             group = xp.reshape(tensor, (left * sizes[low], -1))
-            u = take(group, low)
+            u, found = sweep.cut(group, low)
             cores[low] = xp.reshape(u, (left, sites.out[low], sites.in_[low], u.shape[1]))
-            tensor, left, low = adjoint(u) @ group, u.shape[1], low + 1
+            tensor, left, low = found.project(u, group), u.shape[1], low + 1
         else:
             group = xp.reshape(tensor, (-1, sizes[high] * right))
-            v = adjoint(take(adjoint(group), high - 1))
+            u, found = sweep.cut(adjoint(group), high - 1)
+            v = adjoint(u)
             cores[high] = xp.reshape(v, (v.shape[0], sites.out[high], sites.in_[high], right))
-            tensor, right, high = group @ adjoint(v), v.shape[0], high - 1
+            tensor, right, high = adjoint(found.project(u, adjoint(group))), v.shape[0], high - 1
     cores[center] = xp.reshape(tensor, (left, sites.out[center], sites.in_[center], right))
-    return cores, steps, notes
+    return cores
 
 
 def sweep_report(
