@@ -10,7 +10,7 @@ import numpy as np
 
 from mpo_tn import bounds
 from mpo_tn._canonical import stored
-from mpo_tn._factor import Factor, Method, Request, checked_method, factor
+from mpo_tn._factor import Method, Request, checked_method, factor
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
@@ -23,13 +23,23 @@ from mpo_tn.linalg import (
     frobenius_norm,
     interleave,
     is_half,
+    left_factor,
     namespace,
+    narrow,
     tails,
     times_power_of_two,
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
 from mpo_tn.truncation import BondReport, Report, Truncation, checked_truncation
+
+SAFE_NORMS = (1e-60, 1e60)
+"""Norms of matrices that need no scaling before they are multiplied with themselves."""
+
+LIGHT_SIZE, LIGHT_NORMS = 2**16, (1e-25, 1e25)
+"""Single precision matrices of at least so many entries, and of these norms, are multiplied in single precision: what
+rounding adds stays far below the guarantee, which grows with the square root of the size. Factorisations are double all
+the same."""
 
 BondCallback = Callable[[int, BondReport], object]
 """Called after each bond with its index and what happened there, in the order of the sweep."""
@@ -58,21 +68,26 @@ def decompose(
     norm = frobenius_norm(matrix)
     budget = Budget(truncation.budget(norm, eps(matrix), dtype_name(matrix)), len(sites) - 1)
 
-    # A power of two, so that scaling is exact; it keeps squares of huge or tiny entries within range.
     if norm == math.inf:
         raise MPOError(
             f"the norm of the matrix of shape {tuple(matrix.shape)} overflows double precision: scale it down"
         )
-    exponent = binary_exponent(norm)
+    # A power of two, so that scaling is exact; it keeps squares of huge or tiny entries within range.
+    exponent = 0 if SAFE_NORMS[0] < norm < SAFE_NORMS[1] else binary_exponent(norm)
     scale = 2.0**exponent
-    tensor = interleave(times_power_of_two(widen(matrix), -exponent), sites.out, sites.in_)
-    budget.scale(scale)
     single = dtype_name(matrix) not in ("float64", "complex128")
+    tensor = interleave(matrix, sites.out, sites.in_)
+    light = (
+        single and chosen != "svd" and math.prod(sites.shape) >= LIGHT_SIZE and LIGHT_NORMS[0] < norm < LIGHT_NORMS[1]
+    )
+    tensor = narrow(tensor) if light and chosen != "svd" else widen(tensor)
+    tensor = times_power_of_two(tensor, -exponent) if exponent else tensor
+    budget.scale(scale)
     sweep = Sweep(caps, budget, chosen, single, scale, callback)
     cores = _peel(tensor, sites, sweep)
 
     center = sites.center
-    cores[center] = cores[center] * scale
+    cores[center] = cores[center] * scale if exponent else cores[center]
     chain = stored(Chain(tuple(cores), (center, center)), matrix.dtype)
 
     if is_half(matrix):
@@ -152,18 +167,36 @@ class Sweep:
         self.notes: list[str] = []
         self.optimal = True
 
-    def cut(self, group: Array, bond: int) -> tuple[Array, Factor]:
-        """The basis (m, kept) that the budget and the cap leave of ``group`` (m, k), and where it comes from."""
-        found = factor(group, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+    def passes(self, shape: tuple[int, ...], bond: int) -> bool:
+        """Whether nothing can be cut at a bond between so many rows and columns; if so it is reported as full."""
+        rows, columns = shape
+        cap = self.caps[bond]
+        if rows > columns or math.isfinite(self.budget.error) or (cap is not None and cap < rows):
+            return False
+        self.budget.bonds_left -= 1
+        self._record(bond, BondReport(rows, rows, 0.0, method="full"))
+        return True
+
+    def cut(self, group: Array, bond: int) -> tuple[Array, Array]:
+        """The basis ``u`` (m, kept) that the budget and the cap leave of ``group`` (m, k), and ``u^H group``."""
+        wide = widen(group)
+        found = factor(wide, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
         if found.note:
             self.notes.append(f"bond {bond}: {found.note}")
         kept = self.budget.keep(found.tail, self.caps[bond])
         missed = float(found.tail[kept])
         self.optimal = self.optimal and (found.optimal or missed == 0.0)
-        self.steps[bond] = BondReport(kept, found.available, missed * self.scale, method=found.method)
+        self._record(bond, BondReport(kept, found.available, missed * self.scale, method=found.method))
+        u = found.basis(kept)
+        xp = namespace(group)
+        if found.image is not None:
+            return u, xp.astype(found.image[:kept, :], group.dtype, copy=False)
+        return u, adjoint(xp.astype(u, group.dtype, copy=False)) @ group
+
+    def _record(self, bond: int, step: BondReport) -> None:
+        self.steps[bond] = step
         if self.callback is not None:
-            self.callback(bond, self.steps[bond])
-        return found.basis(kept), found
+            self.callback(bond, step)
 
     def report(self, norm: float, precision: float, truncation: Truncation) -> Report:
         """See :func:`sweep_report`; without bounds where a bond was not cut in the best way."""
@@ -180,28 +213,83 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
 
     Every step is an orthogonal projection, left ones nested, right ones nested, and left commutes with right, so the
     squared errors of the steps add up to the squared total error.
+
+    A site whose bond cannot be cut waits for the next one and is split off from that one's small basis: the large
+    tensor is read less often, and the product is the same.
     """
     xp = namespace(tensor)
     sizes = sites.sizes
     center = sites.center
     low, high = 0, len(sites) - 1
     left = right = 1
+    waiting_left: list[int] = []
+    waiting_right: list[int] = []
     cores: list[Array] = [None] * len(sites)
+
     while low < high:
-        from_left = low < center and (high == center or left * sizes[low] <= right * sizes[high])
-        if from_left:
+        if low < center and (high == center or left * sizes[low] <= right * sizes[high]):
             group = xp.reshape(tensor, (left * sizes[low], -1))
-            u, found = sweep.cut(group, low)
-            cores[low] = xp.reshape(u, (left, sites.out[low], sites.in_[low], u.shape[1]))
-            tensor, left, low = found.project(u, group), u.shape[1], low + 1
+            waiting_left.append(low)
+            if low + 1 < center and sweep.passes(group.shape, low):
+                left = group.shape[0]
+            else:
+                u, tensor = sweep.cut(group, low)
+                left = u.shape[1]
+                _split_left(u, tensor, waiting_left, sites, cores)
+                waiting_left = []
+            low += 1
         else:
-            group = xp.reshape(tensor, (-1, sizes[high] * right))
-            u, found = sweep.cut(adjoint(group), high - 1)
-            v = adjoint(u)
-            cores[high] = xp.reshape(v, (v.shape[0], sites.out[high], sites.in_[high], right))
-            tensor, right, high = adjoint(found.project(u, adjoint(group))), v.shape[0], high - 1
+            group = adjoint(xp.reshape(tensor, (-1, sizes[high] * right)))
+            waiting_right.append(high)
+            if high - 1 > center and sweep.passes(group.shape, high - 1):
+                right = group.shape[0]
+            else:
+                u, rest = sweep.cut(group, high - 1)
+                right = u.shape[1]
+                _split_right(adjoint(u), rest, waiting_right, sites, cores)
+                tensor, waiting_right = adjoint(rest), []
+            high -= 1
     cores[center] = xp.reshape(tensor, (left, sites.out[center], sites.in_[center], right))
     return cores
+
+
+def _split_left(basis: Array, rest: Array, waiting: list[int], sites: Sites, cores: list[Array]) -> None:
+    """Cores of sites that waited, and of the last one, from the basis (rows of all of them, bond) they share.
+
+    Bonds in between are full, so any complete basis will do: that of the singular vectors is the usual gauge.
+    """
+    xp = namespace(basis)
+    bond = 1 if waiting[0] == 0 else int(cores[waiting[0] - 1].shape[3])
+    weights = _row_norms(rest, basis)
+    for site in waiting[:-1]:
+        rows = bond * sites.sizes[site]
+        weighted = xp.reshape(basis * weights, (rows, -1))
+        turn = left_factor(weighted @ adjoint(weighted), gram=False).u
+        cores[site] = xp.reshape(turn, (bond, sites.out[site], sites.in_[site], rows))
+        basis = xp.reshape(adjoint(turn) @ xp.reshape(basis, (rows, -1)), (-1, basis.shape[1]))
+        bond = rows
+    cores[waiting[-1]] = xp.reshape(basis, (bond, sites.out[waiting[-1]], sites.in_[waiting[-1]], basis.shape[1]))
+
+
+def _split_right(basis: Array, rest: Array, waiting: list[int], sites: Sites, cores: list[Array]) -> None:
+    """The mirror image of :func:`_split_left`, for a basis (bond, columns of all sites)."""
+    xp = namespace(basis)
+    bond = 1 if waiting[0] == len(sites) - 1 else int(cores[waiting[0] + 1].shape[0])
+    weights = xp.reshape(_row_norms(rest, basis), (-1, 1))
+    for site in waiting[:-1]:
+        columns = sites.sizes[site] * bond
+        weighted = xp.reshape(basis * weights, (-1, columns))
+        turn = left_factor(adjoint(weighted) @ weighted, gram=False).u
+        cores[site] = xp.reshape(adjoint(turn), (columns, sites.out[site], sites.in_[site], bond))
+        basis = xp.reshape(xp.reshape(basis, (-1, columns)) @ turn, (basis.shape[0], -1))
+        bond = columns
+    cores[waiting[-1]] = xp.reshape(basis, (basis.shape[0], sites.out[waiting[-1]], sites.in_[waiting[-1]], bond))
+
+
+def _row_norms(rest: Array, basis: Array) -> Array:
+    """The norms of rows in the dtype of the basis: how much each of its vectors weighs."""
+    xp = namespace(rest)
+    return xp.astype(xp.linalg.vector_norm(rest, axis=1), basis.dtype)
 
 
 def sweep_report(

@@ -18,12 +18,14 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,
     adjoint,
+    binary_exponent,
     frobenius_norm,
     left_factor,
     namespace,
     narrow,
     qr,
     tails,
+    times_power_of_two,
     to_numpy,
     triangle,
     widen,
@@ -78,10 +80,6 @@ class Factor:
     method: str
     note: str | None = None
     image: Array | None = None
-
-    def project(self, basis: Array, matrix: Array) -> Array:
-        """``u^H z`` for ``u = basis(r)`` that was asked for."""
-        return adjoint(basis) @ matrix if self.image is None else self.image[: basis.shape[1], :]
 
 
 def checked_method(method: str) -> Method:
@@ -199,9 +197,16 @@ def _start(matrix: Array, columns: int) -> Array:
     return xp.astype(xp.asarray(gaussian, device=array_api_compat.device(matrix)), matrix.dtype)
 
 
+def _working(matrix: Array, *, single: bool) -> Array:
+    """What a basis is searched in: a good basis needs no more digits than the data have."""
+    if not single:
+        return matrix
+    return narrow(times_power_of_two(matrix, -binary_exponent(frobenius_norm(matrix))))
+
+
 def _randomized(matrix: Array, columns: int, *, single: bool) -> Array:
     """Subspace iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 2011, Algorithm 4.4)."""
-    work = narrow(matrix) if single else matrix
+    work = _working(matrix, single=single)
     start = _start(work, _room("randomized", columns))
     basis, _ = qr(work @ start)
     for _ in range(POWERS):
@@ -215,7 +220,7 @@ def _krylov(matrix: Array, columns: int, *, single: bool) -> Array:
     ``q_j^H z`` is both what block j captures and what the next block grows from.
     """
     xp = namespace(matrix)
-    work = narrow(matrix) if single else matrix
+    work = _working(matrix, single=single)
     block, _ = qr(work @ _start(work, _room("krylov", columns)))
     width = block.shape[1]
     basis, image = block, adjoint(block) @ work

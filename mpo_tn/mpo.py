@@ -124,7 +124,8 @@ class MPO(Operators):
         Guarantee: both ends are peeled inward in one sweep, so ``report.error**2 == sum_k e_k**2`` is the exact squared
         Frobenius error up to ``report.floor``, and at most ``sqrt(n-1)`` times that of the best MPO with these bonds
         (Oseledets, SIAM J. Sci. Comput. 33, 2011). Full bonds reproduce the matrix to
-        ``4 * eps(dtype) * sqrt(size) * norm``. The work is done in double precision whatever the dtype.
+        ``4 * eps(dtype) * sqrt(size) * norm``. Factorisations are done in double precision whatever the dtype; large
+        single precision matrices are multiplied in single precision (not by ``method="svd"``).
 
         Raises:
             MPOError: NaN or infinite entries, no entries, not two-dimensional, an integer, boolean or object dtype,

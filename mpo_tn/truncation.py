@@ -128,7 +128,7 @@ class BondReport:
 
     ``discarded_norm`` is the 2-norm of the values actually cut (``e_k``). ``tail`` is the 2-norm of the values of the
     *original* unfolding beyond ``kept`` (``eps_k``), known only when spectra were asked for. ``method`` is the one that
-    was used, which ``auto`` and a fallback choose.
+    was used, which ``auto`` and a fallback choose, or ``"full"`` where nothing could be cut and nothing was factorised.
     """
 
     kept: int
