@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 
 import array_api_compat
 import numpy as np
 
 from mpo_tn._canonical import ChainT, canonicalize, check_cores, shift_right, stored
-from mpo_tn._decompose import BondCallback, Budget, Sweep
+from mpo_tn._decompose import LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn._factor import Method, checked_method
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError
@@ -22,6 +23,7 @@ from mpo_tn.linalg import (
     frobenius_norm,
     left_factor,
     namespace,
+    narrow,
     singular_values,
     times_power_of_two,
     triangle,
@@ -46,8 +48,10 @@ def compress(
     n = len(chain)
     precision = eps(chain.cores[0])
     single = dtype_name(chain.cores[0]) not in ("float64", "complex128")
-    cores, exponent = _unit_cores(chain)
-    rights = _right_factors(cores, chain.canonical_interval[1], gram=method == "gram" or (single and method != "svd"))
+    gram = method == "gram" or (single and method != "svd")
+    light = gram and single and math.prod(chain.shape) >= LIGHT_SIZE
+    cores, exponent = _unit_cores(chain, narrow if light else widen)
+    rights = _right_factors(cores, chain.canonical_interval[1], gram=gram)
 
     size = frobenius_norm(_times(cores[0], rights[0]))
     exponent += binary_exponent(size)
@@ -67,18 +71,19 @@ def compress(
     for k in range(n - 1):
         left, out, in_, _ = cores[k].shape
         u, _ = sweep.cut(_rows(_times(cores[k], rights[k])), k)
-        rest = adjoint(u) @ _rows(cores[k])
+        rest = adjoint(xp.astype(u, cores[k].dtype, copy=False)) @ _rows(cores[k])
         cores[k] = xp.reshape(u, (left, out, in_, u.shape[1]))
         cores[k + 1] = xp.tensordot(rest, cores[k + 1], axes=1)
+    cores = [widen(core) for core in cores]
     cores[-1] = times_power_of_two(cores[-1], exponent)
     swept = canonicalize(chain.with_cores(cores, (n - 1, n - 1)), chain.sites.center)
     return stored(swept, chain.dtype), sweep.report(norm, precision, truncation)
 
 
-def _unit_cores(chain: Chain) -> tuple[list[Array], int]:
-    """The cores in double precision, of norms near one where they are no isometries, and the power of two left out."""
+def _unit_cores(chain: Chain, convert: Callable[[Array], Array]) -> tuple[list[Array], int]:
+    """The cores, converted, of norms near one where they are no isometries, and the power of two left out."""
     low, high = chain.canonical_interval
-    cores = [widen(core) for core in chain.cores]
+    cores = [convert(core) for core in chain.cores]
     total = 0
     for k in range(low, high + 1):
         exponent = binary_exponent(frobenius_norm(cores[k]))
@@ -97,8 +102,9 @@ def _right_factors(cores: list[Array], last: int, *, gram: bool) -> list[Array |
     for k in range(last, 0, -1):
         columns = xp.reshape(_times(cores[k], factors[k]), (cores[k].shape[0], -1))
         if columns.shape[0] < columns.shape[1] and gram:
-            found = left_factor(columns, gram=True)
-            columns = found.u * xp.asarray(found.values, device=array_api_compat.device(found.u))
+            found = left_factor(widen(columns), gram=True)
+            weighted = found.u * xp.asarray(found.values, device=array_api_compat.device(found.u))
+            columns = xp.astype(weighted, columns.dtype, copy=False)
         elif columns.shape[0] < columns.shape[1]:
             columns = adjoint(triangle(adjoint(columns)))
         factors[k - 1] = columns

@@ -87,7 +87,7 @@ def decompose(
     cores = _peel(tensor, sites, sweep)
 
     center = sites.center
-    cores[center] = cores[center] * scale if exponent else cores[center]
+    cores[center] = widen(cores[center]) * scale
     chain = stored(Chain(tuple(cores), (center, center)), matrix.dtype)
 
     if is_half(matrix):
@@ -177,21 +177,24 @@ class Sweep:
         self._record(bond, BondReport(rows, rows, 0.0, method="full"))
         return True
 
-    def cut(self, group: Array, bond: int) -> tuple[Array, Array]:
-        """The basis ``u`` (m, kept) that the budget and the cap leave of ``group`` (m, k), and ``u^H group``."""
-        wide = widen(group)
-        found = factor(wide, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+    def cut(self, group: Array, bond: int) -> tuple[Array, Array | None]:
+        """The basis ``u`` (m, kept) that budget and cap leave of ``group`` (m, k), and ``u^H group`` if known."""
+        found = factor(widen(group), self.method, Request(self.caps[bond], self.budget.share), single=self.single)
         if found.note:
             self.notes.append(f"bond {bond}: {found.note}")
         kept = self.budget.keep(found.tail, self.caps[bond])
         missed = float(found.tail[kept])
         self.optimal = self.optimal and (found.optimal or missed == 0.0)
         self._record(bond, BondReport(kept, found.available, missed * self.scale, method=found.method))
-        u = found.basis(kept)
+        return found.basis(kept), None if found.image is None else found.image[:kept, :]
+
+    def split(self, group: Array, bond: int) -> tuple[Array, Array]:
+        """As :meth:`cut`, with ``u^H group`` in the dtype of ``group`` in any case."""
+        u, image = self.cut(group, bond)
         xp = namespace(group)
-        if found.image is not None:
-            return u, xp.astype(found.image[:kept, :], group.dtype, copy=False)
-        return u, adjoint(xp.astype(u, group.dtype, copy=False)) @ group
+        if image is None:
+            return u, adjoint(xp.astype(u, group.dtype, copy=False)) @ group
+        return u, xp.astype(image, group.dtype, copy=False)
 
     def _record(self, bond: int, step: BondReport) -> None:
         self.steps[bond] = step
@@ -233,7 +236,7 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
             if low + 1 < center and sweep.passes(group.shape, low):
                 left = group.shape[0]
             else:
-                u, tensor = sweep.cut(group, low)
+                u, tensor = sweep.split(group, low)
                 left = u.shape[1]
                 _split_left(u, tensor, waiting_left, sites, cores)
                 waiting_left = []
@@ -244,7 +247,7 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
             if high - 1 > center and sweep.passes(group.shape, high - 1):
                 right = group.shape[0]
             else:
-                u, rest = sweep.cut(group, high - 1)
+                u, rest = sweep.split(group, high - 1)
                 right = u.shape[1]
                 _split_right(adjoint(u), rest, waiting_right, sites, cores)
                 tensor, waiting_right = adjoint(rest), []

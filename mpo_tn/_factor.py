@@ -47,6 +47,8 @@ FEW, LARGE = 16, 2048
 """`auto` takes `krylov` if at most one in ``FEW`` of at least ``LARGE`` values is wanted."""
 _CANCELS = 0.1
 """Below this fraction of the norm, what is missed is not taken from a difference of squares."""
+_SINGLE_RANGE = (1e-12, 1e12)
+"""Norms whose cube, which a block of `krylov` may have, is in the range of single precision."""
 _FIRST_GUESS = 16
 """Columns tried first when only a tolerance says how many are wanted."""
 
@@ -201,7 +203,9 @@ def _working(matrix: Array, *, single: bool) -> Array:
     """What a basis is searched in: a good basis needs no more digits than the data have."""
     if not single:
         return matrix
-    return narrow(times_power_of_two(matrix, -binary_exponent(frobenius_norm(matrix))))
+    norm = frobenius_norm(matrix)
+    in_range = _SINGLE_RANGE[0] < norm < _SINGLE_RANGE[1]
+    return narrow(matrix if in_range else times_power_of_two(matrix, -binary_exponent(norm)))
 
 
 def _randomized(matrix: Array, columns: int, *, single: bool) -> Array:
