@@ -39,7 +39,7 @@ OVERSAMPLING = 10
 """Columns beyond the wanted ones in every block."""
 FIRST_BLOCKS, LAST_BLOCKS = 5, 9
 """How many blocks `krylov` builds at least (four applications of ``z z^H``) and at most."""
-SETTLED = 0.005
+SETTLED = 0.01
 """`krylov` stops when a further block raises the captured energy by less than this fraction."""
 POWERS = 4
 """Applications of ``z z^H`` in `randomized`, which also doubles the number of columns."""
