@@ -1,7 +1,7 @@
-"""Matrix product operators with exact error reports, on NumPy and torch.
+"""Matrix product operators with exact error reports, on NumPy, torch and JAX.
 
-The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.torch`; this package does not import
-torch.
+The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.torch`, strategies and assertions for
+tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 """
 
 from mpo_tn.exceptions import MPOError

@@ -24,6 +24,7 @@ from mpo_tn.linalg import (
     describe,
     dtype_name,
     frobenius_norm,
+    full_precision,
     namespace,
     times_power_of_two,
     widen,
@@ -89,7 +90,8 @@ def multiply(a: ChainT, b: Chain) -> ChainT:
     for core, other in zip(a.cores, b.cores, strict=True):
         left, out, _, right = core.shape
         left_b, _, in_, right_b = other.shape
-        both = xp.permute_dims(xp.tensordot(core, other, axes=((2,), (1,))), (0, 3, 1, 4, 2, 5))
+        both = xp.tensordot(core, other, axes=((2,), (1,)), **full_precision(xp))
+        both = xp.permute_dims(both, (0, 3, 1, 4, 2, 5))
         cores.append(xp.reshape(both, (left * left_b, out, in_, right * right_b)))
     return a.with_cores(cores, None)
 
@@ -146,8 +148,8 @@ def trace(chain: Chain) -> float | complex:
     for k, (out, in_) in enumerate(chain.sites):
         if out != in_:
             raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
-    xp = namespace(chain.cores[0])
     wide, exponent = _normalised(chain)
+    xp = namespace(wide[0])
     partial = None
     for core in wide:
         matrix = xp.linalg.trace(xp.permute_dims(core, (0, 3, 1, 2)))
@@ -160,8 +162,8 @@ def inner(a: Chain, b: Chain) -> float | complex:
     _check_pair("take the inner product", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
-    xp = namespace(a.cores[0])
     (wide_a, exponent_a), (wide_b, exponent_b) = _normalised(a), _normalised(b)
+    xp = namespace(wide_a[0])
     partial = None  # (bond of a, bond of b)
     for core, other in zip(wide_a, wide_b, strict=True):
         if partial is None:

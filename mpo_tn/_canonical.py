@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
@@ -12,9 +12,10 @@ from mpo_tn.linalg import (
     binary_exponent,
     check_values,
     frobenius_norm,
-    is_half_dtype,
+    is_half,
     namespace,
     qr,
+    restored,
     times_power_of_two,
     widen,
 )
@@ -49,7 +50,7 @@ def canonicalize(chain: ChainT, center: int) -> ChainT:
     if binary_exponent(frobenius_norm(cores[center])) + total > _LARGEST_EXPONENT:
         raise MPOError(f"the norm of the matrix of shape {chain.shape} overflows double precision: scale a core down")
     cores[center] = times_power_of_two(cores[center], total)
-    return stored(chain.with_cores(cores, (center, center)), chain.dtype)
+    return stored(chain.with_cores(cores, (center, center)), chain.cores[0])
 
 
 def check_cores(chain: Chain) -> None:
@@ -62,8 +63,8 @@ def check_cores(chain: Chain) -> None:
         check_values(core, f"core {k}")
 
 
-def stored(chain: ChainT, dtype: Any) -> ChainT:
-    """A chain with a centre, in its storage dtype.
+def stored(chain: ChainT, like: Array) -> ChainT:
+    """A chain with a centre, in the library, dtype and device of an array.
 
     Half precision rounds isometries too far off to go on claiming the form, and its range is so small that the norm
     is shared out evenly instead.
@@ -74,14 +75,16 @@ def stored(chain: ChainT, dtype: Any) -> ChainT:
     xp = namespace(chain.cores[0])
     center, _ = chain.canonical_interval
     wide = list(chain.cores)
-    half = is_half_dtype(dtype)
+    half = is_half(like)
     if half:
         share, rest = divmod(binary_exponent(frobenius_norm(wide[center])), len(wide))
         wide[center] = times_power_of_two(wide[center], -(share * len(wide) + rest))
         wide = [times_power_of_two(core, share + int(k < rest)) for k, core in enumerate(wide)]
-    elif frobenius_norm(wide[center]) > float(xp.finfo(dtype).max):
-        raise MPOError(f"the norm {frobenius_norm(wide[center]):.6g} is beyond the range of {dtype}: scale the matrix")
-    cores = tuple(xp.astype(core, dtype, copy=False) for core in wide)
+    elif frobenius_norm(wide[center]) > float(xp.finfo(like.dtype).max):
+        raise MPOError(
+            f"the norm {frobenius_norm(wide[center]):.6g} is beyond the range of {like.dtype}: scale the matrix"
+        )
+    cores = tuple(restored(core, like) for core in wide)
     return chain.with_cores(cores, None if half else chain.canonical_interval)
 
 

@@ -25,6 +25,7 @@ from mpo_tn.linalg import (
     namespace,
     narrow,
     singular_values,
+    storage_notes,
     times_power_of_two,
     triangle,
     widen,
@@ -49,7 +50,8 @@ def compress(
     precision = eps(chain.cores[0])
     single = dtype_name(chain.cores[0]) not in ("float64", "complex128")
     gram = method == "gram" or (single and method != "svd")
-    light = gram and single and math.prod(chain.shape) >= LIGHT_SIZE
+    notes = storage_notes(chain.cores[0])
+    light = gram and single and not notes and math.prod(chain.shape) >= LIGHT_SIZE
     cores, exponent = _unit_cores(chain, narrow if light else widen)
     rights = _right_factors(cores, chain.canonical_interval[1], gram=gram)
 
@@ -64,6 +66,7 @@ def compress(
     # A norm below the smallest number is reported as 0, and so is everything that was cut from it.
     budget.scale(scale or 1.0)
     sweep = Sweep(truncation.caps(n - 1), budget, method, single, scale, callback)
+    sweep.notes += notes
     if chain.center is None:
         sweep.notes.append(f"brought to canonical form first; the canonical interval was {chain.canonical_interval}")
 
@@ -77,7 +80,7 @@ def compress(
     cores = [widen(core) for core in cores]
     cores[-1] = times_power_of_two(cores[-1], exponent)
     swept = canonicalize(chain.with_cores(cores, (n - 1, n - 1)), chain.sites.center)
-    return stored(swept, chain.dtype), sweep.report(norm, precision, truncation)
+    return stored(swept, chain.cores[0]), sweep.report(norm, precision, truncation)
 
 
 def _unit_cores(chain: Chain, convert: Callable[[Array], Array]) -> tuple[list[Array], int]:

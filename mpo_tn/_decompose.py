@@ -22,10 +22,9 @@ from mpo_tn.linalg import (
     eps,
     frobenius_norm,
     interleave,
-    is_half,
     left_factor,
     namespace,
-    narrow,
+    storage_notes,
     tails,
     times_power_of_two,
     widen,
@@ -76,11 +75,10 @@ def decompose(
     exponent = 0 if SAFE_NORMS[0] < norm < SAFE_NORMS[1] else binary_exponent(norm)
     scale = 2.0**exponent
     single = dtype_name(matrix) not in ("float64", "complex128")
-    tensor = interleave(matrix, sites.out, sites.in_)
-    light = (
-        single and chosen != "svd" and math.prod(sites.shape) >= LIGHT_SIZE and LIGHT_NORMS[0] < norm < LIGHT_NORMS[1]
-    )
-    tensor = narrow(tensor) if light and chosen != "svd" else widen(tensor)
+    notes = storage_notes(matrix)
+    large = math.prod(sites.shape) >= LIGHT_SIZE and LIGHT_NORMS[0] < norm < LIGHT_NORMS[1]
+    light = single and chosen != "svd" and large and not notes
+    tensor = interleave(matrix if light else widen(matrix), sites.out, sites.in_)
     tensor = times_power_of_two(tensor, -exponent) if exponent else tensor
     budget.scale(scale)
     sweep = Sweep(caps, budget, chosen, single, scale, callback)
@@ -88,10 +86,9 @@ def decompose(
 
     center = sites.center
     cores[center] = widen(cores[center]) * scale
-    chain = stored(Chain(tuple(cores), (center, center)), matrix.dtype)
+    chain = stored(Chain(tuple(cores), (center, center)), matrix)
 
-    if is_half(matrix):
-        sweep.notes.append(f"computed in float64, stored as {dtype_name(matrix)}")
+    sweep.notes += notes
     if spectra:
         original = bounds.unfolding_spectra(matrix, sites)
         sweep.steps = [

@@ -71,6 +71,34 @@ def written_beside(folder: Path) -> Generator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside ``path`` and rename it to it, so that there is either the old or the new, never half of it.
+
+    A link is followed. An earlier file is replaced.
+
+    Raises:
+        MPOError: the folder does not exist, the disk is full or may not be written to; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        target = path.resolve()
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise MPOError(
+            f"{path} could not be written ({reason}); nothing was changed: name another file in a folder that exists "
+            "and has space"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     """The permissions new files would lack; ``mkdtemp`` gives fewer than a user expects of an ordinary folder."""
     current = os.umask(0)

@@ -1,13 +1,17 @@
-"""The only module that factorises arrays. NumPy and torch, through the array API; results in double precision.
+"""The only module that factorises arrays. NumPy, torch and JAX, through the array API; results in double precision.
 
 Data of 32 bits or fewer is widened to 64 before anything is computed. A Gram matrix of such data, accumulated in
 double precision, resolves singular values down to ``1.5e-8 * s_max``, below the rounding of the data itself, so the
 cheap symmetric eigenproblem loses nothing there. Double precision data goes through an SVD.
+
+JAX arrays are factorised on the host by NumPy: without x64 JAX has no double precision, and its factorisations give NaN
+where others raise. :func:`widen` takes them there and :func:`restored` brings results back, whatever x64 says.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +22,9 @@ import scipy.linalg
 from mpo_tn.exceptions import MPOError
 
 Array = Any
-"""A NumPy array or a torch tensor. The array API standard has no static type that both satisfy."""
+"""A NumPy array, a torch tensor or a JAX array. The array API standard has no static type that all satisfy."""
 
-_EPS = {
+EPS = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
     "float32": 2.0**-23,
@@ -45,9 +49,22 @@ def namespace(array: Array) -> Any:
         return array_api_compat.array_namespace(array)
     except TypeError:
         raise MPOError(
-            f"a {type(array).__name__} is not an array: pass a NumPy array or a torch tensor, for instance "
-            "numpy.asarray(w, dtype=float)"
+            f"a {type(array).__name__} is not an array: pass a NumPy array, a torch tensor or a JAX array, for "
+            "instance numpy.asarray(w, dtype=float)"
         ) from None
+
+
+def library(array: Array) -> str:
+    """The library an array is of: ``"numpy"``, ``"torch"`` or ``"jax"``."""
+    parts = namespace(array).__name__.split(".")
+    # jax.numpy has both names.
+    return next((name for name in ("jax", "torch", "numpy") if name in parts), parts[-1])
+
+
+def is_traced(array: Array) -> bool:
+    """Whether JAX is tracing the array (jit, grad, vmap), so that it has a shape and no values."""
+    jax: Any = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.core.Tracer)
 
 
 def dtype_name(array: Array) -> str:
@@ -57,32 +74,27 @@ def dtype_name(array: Array) -> str:
 
 def eps(array: Array) -> float:
     """The machine precision of the array's dtype."""
-    return _EPS[dtype_name(array)]
+    return EPS[dtype_name(array)]
 
 
 def is_half(array: Array) -> bool:
     """Whether the array is float16 or bfloat16, in which nothing can be factorised."""
-    return is_half_dtype(array.dtype)
-
-
-def is_half_dtype(dtype: Any) -> bool:
-    """Whether the dtype of some library is float16 or bfloat16."""
-    return str(dtype).rsplit(".", maxsplit=1)[-1] in ("float16", "bfloat16")
+    return dtype_name(array) in ("float16", "bfloat16")
 
 
 def describe(array: Array) -> str:
     """Library, dtype and device, as far as they matter: ``"numpy float64"``, ``"torch float32 on cuda:0"``."""
-    library = namespace(array).__name__.rsplit(".", maxsplit=1)[-1]
+    kind = f"{library(array)} {dtype_name(array)}"
     device = str(array_api_compat.device(array))
-    return f"{library} {dtype_name(array)}" + ("" if device == "cpu" else f" on {device}")
+    return kind if device == "cpu" or is_traced(array) else f"{kind} on {device}"
 
 
 def check_dtype(array: Array, what: str) -> None:
     """Refuse dtypes that are not floating-point or complex, or wider than double precision."""
-    if dtype_name(array) not in _EPS:
+    if dtype_name(array) not in EPS:
         raise MPOError(
             f"{what} of dtype {dtype_name(array)} cannot be decomposed: convert it first, for instance with "
-            f"w.astype('float64'); supported are {', '.join(_EPS)}"
+            f"w.astype('float64'); supported are {', '.join(EPS)}"
         )
 
 
@@ -93,10 +105,17 @@ def check_values(array: Array, what: str) -> None:
         raise MPOError(
             f"{what} requires grad, and cores are defined only up to a gauge, so they have no gradient: pass w.detach()"
         )
+    if is_traced(array):
+        raise MPOError(
+            f"{what} is being traced by JAX (jit, grad or vmap) and has no values, and cores are defined only up to a "
+            "gauge: call this outside the traced function"
+        )
     if "meta" in str(array_api_compat.device(array)):
         raise MPOError(f"{what} is on the meta device and has no values: load it first")
+    if library(array) == "jax":
+        array, xp = to_numpy(array), np  # JAX would compile for every shape
     if not bool(xp.all(xp.isfinite(array))):
-        bad = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int64)))
+        bad = int(to_numpy(~xp.isfinite(array)).sum())
         raise MPOError(
             f"{what} of shape {tuple(array.shape)} has {bad} entries that are NaN or infinite: clean the data first"
         )
@@ -114,7 +133,7 @@ def check_matrix(matrix: Array) -> Array:
     if isinstance(matrix, np.ndarray):
         matrix = np.asarray(matrix)
     check_dtype(matrix, "a matrix")
-    if str(getattr(matrix, "layout", "torch.strided")) != "torch.strided":
+    if library(matrix) == "torch" and str(matrix.layout) != "torch.strided":
         raise MPOError(f"a tensor of layout {matrix.layout} (sparse) cannot be decomposed: pass w.to_dense()")
     if matrix.ndim != 2:
         raise MPOError(
@@ -128,10 +147,56 @@ def check_matrix(matrix: Array) -> Array:
 
 
 def widen(array: Array) -> Array:
-    """The array in double precision, real or complex, on the same device."""
+    """The array in double precision, real or complex, on the same device; a JAX array as a NumPy array on the host."""
+    if library(array) == "jax":
+        array = to_numpy(array)
     xp = namespace(array)
     wide = xp.complex128 if dtype_name(array).startswith("complex") else xp.float64
     return xp.astype(array, wide, copy=False)
+
+
+def restored(array: Array, like: Array) -> Array:
+    """What was computed from ``widen(like)``, in the library, dtype and device of ``like``.
+
+    Raises:
+        MPOError: see :func:`to_jax`.
+    """
+    if library(like) == "jax" and library(array) != "jax":
+        # A sharded array has several; what is made of it goes to the first.
+        device = min(like.devices(), key=lambda d: d.id)
+        return to_jax(np.asarray(array).astype(like.dtype, copy=False), device)
+    return namespace(array).astype(array, like.dtype, copy=False)
+
+
+def to_jax(array: np.ndarray, device: Any = None) -> Array:
+    """A NumPy array as a JAX array of the same dtype.
+
+    Raises:
+        MPOError: double precision while JAX has x64 switched off, when JAX would cut it to single precision.
+    """
+    import jax
+
+    if dtype_name(array) in ("float64", "complex128") and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise MPOError(
+            f"JAX cannot hold {dtype_name(array)} with x64 switched off: call "
+            'jax.config.update("jax_enable_x64", True) first, or use another dtype or library'
+        )
+    # jax.numpy.asarray would compile a program for every new shape.
+    return jax.device_put(array, device)
+
+
+def storage_notes(array: Array) -> list[str]:
+    """What a report says about an array that is not computed with as it is."""
+    if library(array) != "jax" and not is_half(array):
+        return []
+    wide = "complex128" if dtype_name(array).startswith("complex") else "float64"
+    note = f"computed in {wide}, stored as {dtype_name(array)}"
+    return [f"{note}; JAX arrays are factorised by NumPy on the host" if library(array) == "jax" else note]
+
+
+def full_precision(xp: Any) -> dict[str, str]:
+    """What ``xp.tensordot`` has to be told to work in the precision of the dtype: JAX on accelerators uses less."""
+    return {"precision": "highest"} if getattr(xp, "__name__", "") == "jax.numpy" else {}
 
 
 def narrow(array: Array) -> Array:
@@ -151,11 +216,14 @@ def adjoint(matrix: Array) -> Array:
 
 def frobenius_norm(array: Array) -> float:
     """The 2-norm of all entries, accumulated in double precision; infinite only if it is beyond that range itself."""
-    xp = namespace(array)
     wide = widen(array)
-    # The norm of NumPy warns where squares overflow, and its temporaries cost more than the sum.
-    flat = wide.ravel("K") if isinstance(wide, np.ndarray) else wide
-    norm = math.sqrt(np.vdot(flat, flat).real) if flat is not wide else float(xp.linalg.vector_norm(wide))
+    xp = namespace(wide)
+    if isinstance(wide, np.ndarray):
+        # The norm of NumPy warns where squares overflow, and its temporaries cost more than the sum.
+        flat = wide.ravel("K")
+        norm = math.sqrt(np.vdot(flat, flat).real)
+    else:
+        norm = float(xp.linalg.vector_norm(wide))
     if _SQUARES_IN_RANGE[0] < norm < _SQUARES_IN_RANGE[1]:
         return norm
     parts = (xp.real(wide), xp.imag(wide)) if dtype_name(wide) == "complex128" else (wide,)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from mpo_tn import _algebra, network
+from mpo_tn import _algebra, _storage, network
 from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import compress, spectra, wide_chain
 from mpo_tn._decompose import BondCallback, decompose
@@ -105,7 +106,8 @@ class MPO(Operators):
         """Decompose a dense matrix, exactly or truncated.
 
         Args:
-            matrix: shape (out, in) = (rows, columns), NumPy or torch, floating-point or complex.
+            matrix: shape (out, in) = (rows, columns), NumPy, torch or JAX, floating-point or complex. A JAX array is
+                factorised on the host, whatever x64 says.
             sites: legs whose products are exactly the matrix shape.
             truncation: what may be cut; ``None`` keeps the full bonds.
             spectra: also compute the singular values of every original unfolding, which sharpens ``report.bound`` and
@@ -130,7 +132,7 @@ class MPO(Operators):
         Raises:
             MPOError: NaN or infinite entries, no entries, not two-dimensional, an integer, boolean or object dtype,
                 legs that do not multiply to the shape, a tolerance below machine precision, or a tensor that requires
-                grad.
+                grad or is traced by JAX.
 
         >>> import numpy as np
         >>> w = 1 / (1 + np.add.outer(np.arange(16.0), np.arange(16.0)))
@@ -236,6 +238,38 @@ class MPO(Operators):
         ((4, 16, 4), (2, 2, 2), True)
         """
         return compress(self, truncation, method=method, callback=callback)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cores and what is known of them to a safetensors file, readable by any library.
+
+        The file is complete or not there at all, an earlier one is replaced, and equal MPOs give equal bytes, whatever
+        library they are of. docs/format.md describes it.
+
+        Raises:
+            MPOError: the file cannot be written, or a core has no values.
+
+        >>> import tempfile, numpy as np
+        >>> mpo, _ = MPO.from_matrix(np.eye(4), Sites.balanced(4, 4, n=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mpo.save(f"{folder}/identity.safetensors")
+        ...     MPO.load(f"{folder}/identity.safetensors")
+        MPO(4 x 4, out=(2, 2), in_=(2, 2), bonds=(4,), center=1, 32 float64 parameters)
+        """
+        _storage.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, framework: str = "numpy") -> Self:
+        """Read what :meth:`save` wrote, bit for bit, with its canonical form.
+
+        Args:
+            path: the file.
+            framework: ``"numpy"``, ``"torch"`` or ``"jax"``, the library of the cores; they are on its default device.
+
+        Raises:
+            MPOError: no such file, not a file of ours, damaged, of a newer version, or of a dtype that the framework
+                cannot hold (bfloat16 in NumPy without ml_dtypes, double precision in JAX without x64).
+        """
+        return cls(*_storage.load(path, framework))
 
     def norm(self) -> float:
         """The Frobenius norm, in double precision: that of the core at the centre."""

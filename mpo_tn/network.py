@@ -13,7 +13,7 @@ import opt_einsum
 
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, dtype_name, namespace
+from mpo_tn.linalg import Array, dtype_name, full_precision, library, namespace
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 
@@ -26,7 +26,7 @@ def to_nodes(chain: Chain) -> list[Any]:
     # Imported here because it takes longer to load than the rest of the package together.
     import tensornetwork
 
-    backend = "numpy" if namespace(chain.cores[0]).__name__.endswith("numpy") else "pytorch"
+    backend = {"torch": "pytorch"}.get(library(chain.cores[0]), library(chain.cores[0]))
     axes = ["left", "out", "in", "right"]
     nodes = [
         tensornetwork.Node(core, name=f"T{k}", axis_names=axes, backend=backend) for k, core in enumerate(chain.cores)
@@ -83,10 +83,11 @@ class ContractionPlan:
                 Finding it is not traceable by ``torch.compile``.
         """
         xp = namespace(operands[0]) if xp is None else xp
+        precision = full_precision(xp)
         live = list(operands)
         for step in self.steps:
             second, first = live.pop(step.second), live.pop(step.first)
-            live.append(xp.tensordot(first, second, axes=step.axes))
+            live.append(xp.tensordot(first, second, axes=step.axes, **precision))
         return xp.permute_dims(live[0], self.order)
 
     def __str__(self) -> str:

@@ -1,4 +1,5 @@
-"""Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh."""
+"""Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh;
+`few` is for repeating tests in another setting."""
 
 import os
 
@@ -10,10 +11,16 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 CI_EXAMPLES = 100
 
+# Without x64 JAX has no double precision; tests/test_jax.py runs without it too.
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+
 settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile(
     "soak", deadline=None, max_examples=20 * CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "few", derandomize=True, deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -7,37 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import EPS, C, dense, fro, host, left_defect, legs, problems, random_chain, right_defect, slack
+from strategies import dense, fro, host, legs, mpos, problems, random_chain, slack
 
 from mpo_tn import MPO, Sites, Truncation
+from mpo_tn.testing import assert_canonical
 
-CHAINS = st.builds(
-    random_chain,
-    legs(max_size=1500),
-    st.integers(1, 5),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from(tuple(EPS)),
-    st.sampled_from(("numpy", "torch")),
-)
-
-
-ISOMETRY = 4 * C
-"""LAPACK's orthogonality is ``p(m, n) * eps`` with a modest ``p``, of which a core of few entries sees all."""
+CHAINS = mpos(forms=("none",))
 
 
 def name(mpo: MPO) -> str:
     return str(mpo.dtype).rsplit(".", maxsplit=1)[-1]
-
-
-def assert_isometric(mpo: MPO) -> None:
-    """Every site outside the canonical interval has the form that the interval claims."""
-    low, high = mpo.canonical_interval
-    for k, core in enumerate(mpo.cores):
-        rounding = ISOMETRY * EPS[name(mpo)] * math.sqrt(math.prod(core.shape))
-        if k < low:
-            assert left_defect(core) <= rounding
-        if k > high:
-            assert right_defect(core) <= rounding
 
 
 def slack_of(mpo: MPO) -> float:
@@ -50,9 +29,8 @@ def slack_of(mpo: MPO) -> float:
 def test_from_matrix_is_canonical_at_its_centre(problem, bond):
     mpo, _ = MPO.from_matrix(problem.matrix, problem.sites, Truncation(max_bond=bond))
     center = problem.sites.center
-    assert mpo.canonical_interval == (center, center)
     assert mpo.center == center
-    assert_isometric(mpo)
+    assert_canonical(mpo, center)
 
 
 @given(CHAINS, st.data())
@@ -60,8 +38,7 @@ def test_canonicalize(chain, data):
     center = data.draw(st.integers(0, len(chain) - 1))
     moved = chain.canonicalize(center)
     assert moved.center == center
-    assert moved.canonical_interval == (center, center)
-    assert_isometric(moved)
+    assert_canonical(moved, center)
     assert fro(dense(moved.cores) - dense(chain.cores)) <= slack_of(chain)
     sizes = chain.sites.sizes
     for k, bond in enumerate(moved.bonds):
@@ -75,7 +52,7 @@ def test_canonicalize_again_moves_only_what_lies_between(chain, data):
     once = chain.canonicalize(first)
     twice = once.canonicalize(second)
     assert twice.center == second
-    assert_isometric(twice)
+    assert_canonical(twice)
     low, high = sorted((first, second))
     for k, (a, b) in enumerate(zip(once.cores, twice.cores, strict=True)):
         if not low <= k <= high:
@@ -96,10 +73,10 @@ def test_partial_interval_is_trusted_and_completed(chain, data):
     partial = MPO(tuple(cores), (low, high))
     assert partial.canonical_interval == (low, high)
     assert partial.center == (low if low == high else None)
-    assert_isometric(partial)
+    assert_canonical(partial)
     target = data.draw(st.integers(0, len(chain) - 1))
     moved = partial.canonicalize(target)
-    assert_isometric(moved)
+    assert_canonical(moved)
     assert fro(dense(moved.cores) - dense(cores)) <= slack_of(MPO(tuple(cores)))
     assert abs(partial.norm() - fro(dense(cores))) <= slack_of(MPO(tuple(cores)))
 

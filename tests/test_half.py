@@ -2,21 +2,19 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import dense, fro, host, legs, make, slack
+from strategies import dense, fro, host, legs, make, slack, to_backend
 
 from mpo_tn import MPO, Sites, Truncation
 
-HALVES = st.sampled_from(("float16 numpy", "float16 torch", "bfloat16 torch"))
+WHICH = ("float16 numpy", "float16 torch", "bfloat16 torch", "float16 jax", "bfloat16 jax")
+HALVES = st.sampled_from(WHICH)
 
 
 def half(kind, sites, seed, which, scale=1.0):
     dtype, library = which.split()
-    w = make(kind, sites, False, seed) * scale
-    tensor = torch.from_numpy(w).to(getattr(torch, dtype))
-    return (tensor.numpy() if library == "numpy" else tensor), dtype
+    return to_backend(make(kind, sites, False, seed) * scale, library, dtype), dtype
 
 
 @given(legs(), st.integers(0, 2**32 - 1), HALVES, st.sampled_from((1.0, 1e-2, 30.0)))
@@ -50,7 +48,7 @@ def test_error_of_a_sweep_up_to_storage(sites, seed, which, bond):
     assert fro(dense(mpo.cores) - dense(moved.cores)) <= tolerance
 
 
-@pytest.mark.parametrize("which", ["float16 numpy", "float16 torch", "bfloat16 torch"])
+@pytest.mark.parametrize("which", WHICH)
 def test_norm_is_shared_out_evenly(which):
     """A norm beyond 65504 in one core would be infinite in float16."""
     sites = Sites((8, 8), (8, 8))

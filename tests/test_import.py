@@ -27,6 +27,9 @@ print(digest.hexdigest())
 """
 
 
+TO_LIBRARY = {"numpy": "numpy.asarray", "torch": "torch.from_numpy", "jax": "jax.numpy.asarray"}
+
+
 def run(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
@@ -35,9 +38,9 @@ def run(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", list(TO_LIBRARY))
 def test_same_bits_in_every_process_and_hash_seed(library):
-    start = "to_library = lambda w: w\n" if library == "numpy" else "import torch\nto_library = torch.from_numpy\n"
+    start = f"import {library}\nto_library = {TO_LIBRARY[library]}\n"
     digests = {run(start + DIGEST, PYTHONHASHSEED=seed) for seed in ("0", "1", "4242")}
     assert len(digests) == 1
     assert len(digests.pop()) == 64
@@ -47,17 +50,18 @@ def test_import_is_light():
     code = "import sys, mpo_tn; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = run(code).split()
     assert "mpo_tn" in loaded
-    assert not {"torch", "tensornetwork", "transformers", "matplotlib", "typer", "rich", "pandas"} & set(loaded)
+    heavy = {"torch", "jax", "hypothesis", "tensornetwork", "transformers", "matplotlib", "typer", "rich", "pandas"}
+    assert not heavy & set(loaded)
 
 
-def test_torch_is_not_needed_for_numpy_arrays():
+def test_torch_and_jax_are_not_needed_for_numpy_arrays():
     code = (
         "import sys, numpy as np; from mpo_tn import MPO, Sites, Truncation\n"
         "mpo, _ = MPO.from_matrix(np.eye(8), Sites.balanced(8, 8, n=3), Truncation(max_bond=2), spectra=True)\n"
         "mpo.compress(Truncation(max_bond=1)); mpo.to_matrix(); mpo.norm(); mpo.entropies()\n"
-        "print('torch' in sys.modules)"
+        "print('torch' in sys.modules, 'jax' in sys.modules)"
     )
-    assert run(code) == "False"
+    assert run(code) == "False False"
 
 
 def test_public_names():
