@@ -49,6 +49,8 @@ def compress_flops(bonds: tuple[int, ...], legs: int, kept: int) -> float:
 
 
 def import_seconds(modules: str, repeats: int) -> float:
+    """On the wall whatever the clock of the rest: the work is another process's."""
+
     def once() -> float:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, env=os.environ)
