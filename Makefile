@@ -38,6 +38,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/decompose.py --large
 	$(BIN)/python benchmarks/compress.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/bounds.py
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -4,10 +4,25 @@ The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.to
 tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 """
 
+from mpo_tn._accuracy import OperatorNorm
+from mpo_tn._refine import FitReport
+from mpo_tn.bounds import ErrorBounds, Spectra
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import BondReport, Report, Truncation
 
 __version__ = "0.1.0"
-__all__ = ["MPO", "BondReport", "MPOError", "Report", "Sites", "Truncation", "__version__"]
+__all__ = [
+    "MPO",
+    "BondReport",
+    "ErrorBounds",
+    "FitReport",
+    "MPOError",
+    "OperatorNorm",
+    "Report",
+    "Sites",
+    "Spectra",
+    "Truncation",
+    "__version__",
+]

@@ -12,6 +12,7 @@ import numpy as np
 from mpo_tn._canonical import ChainT, canonicalize, check_cores, shift_right, stored
 from mpo_tn._decompose import LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn._factor import Method, checked_method
+from mpo_tn.bounds import Spectra
 from mpo_tn.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
@@ -47,6 +48,10 @@ def compress(
     method = checked_method(method)
     check_cores(chain)
     n = len(chain)
+    caps = truncation.caps(n - 1)
+    known = None if truncation.max_parameters is None else spectra(chain)
+    if known is not None and truncation.max_parameters is not None:
+        caps = known.bonds_for(truncation.max_parameters, caps)
     precision = eps(chain.cores[0])
     single = dtype_name(chain.cores[0]) not in ("float64", "complex128")
     gram = method == "gram" or (single and method != "svd")
@@ -65,7 +70,7 @@ def compress(
     budget = Budget(truncation.budget(norm, precision, dtype_name(chain.cores[0])), n - 1)
     # A norm below the smallest number is reported as 0, and so is everything that was cut from it.
     budget.scale(scale or 1.0)
-    sweep = Sweep(truncation.caps(n - 1), budget, method, single, scale, callback)
+    sweep = Sweep(caps, budget, method, single, scale, callback)
     sweep.notes += notes
     if chain.center is None:
         sweep.notes.append(f"brought to canonical form first; the canonical interval was {chain.canonical_interval}")
@@ -77,6 +82,8 @@ def compress(
         rest = adjoint(xp.astype(u, cores[k].dtype, copy=False)) @ _rows(cores[k])
         cores[k] = xp.reshape(u, (left, out, in_, u.shape[1]))
         cores[k + 1] = xp.tensordot(rest, cores[k + 1], axes=1)
+    if known is not None:
+        sweep.know(known)
     cores = [widen(core) for core in cores]
     cores[-1] = times_power_of_two(cores[-1], exponent)
     swept = canonicalize(chain.with_cores(cores, (n - 1, n - 1)), chain.sites.center)
@@ -123,7 +130,7 @@ def _rows(core: Array) -> Array:
     return namespace(core).reshape(core, (-1, core.shape[3]))
 
 
-def spectra(chain: Chain) -> list[np.ndarray]:
+def spectra(chain: Chain) -> Spectra:
     """The singular values of every bond, ``n - 1`` host arrays, largest first.
 
     Each has ``min`` of the bond and what its neighbours allow as its length.
@@ -135,7 +142,7 @@ def spectra(chain: Chain) -> list[np.ndarray]:
         cores[k], cores[k + 1] = shift_right(cores[k], cores[k + 1])
         left = cores[k + 1].shape[0]
         found.append(singular_values(xp.reshape(cores[k + 1], (left, -1)), gram=False))
-    return found
+    return Spectra(found, chain.sites)
 
 
 def wide_chain(chain: ChainT) -> ChainT:

@@ -25,7 +25,6 @@ from mpo_tn.linalg import (
     left_factor,
     namespace,
     storage_notes,
-    tails,
     times_power_of_two,
     widen,
 )
@@ -71,6 +70,9 @@ def decompose(
         raise MPOError(
             f"the norm of the matrix of shape {tuple(matrix.shape)} overflows double precision: scale it down"
         )
+    known = bounds.unfolding_spectra(matrix, sites) if spectra or truncation.max_parameters is not None else None
+    if known is not None and truncation.max_parameters is not None:
+        caps = known.bonds_for(truncation.max_parameters, caps)
     # A power of two, so that scaling is exact; it keeps squares of huge or tiny entries within range.
     exponent = 0 if SAFE_NORMS[0] < norm < SAFE_NORMS[1] else binary_exponent(norm)
     scale = 2.0**exponent
@@ -89,12 +91,8 @@ def decompose(
     chain = stored(Chain(tuple(cores), (center, center)), matrix)
 
     sweep.notes += notes
-    if spectra:
-        original = bounds.unfolding_spectra(matrix, sites)
-        sweep.steps = [
-            replace(step, tail=float(tails(values)[step.kept]))
-            for step, values in zip(sweep.steps, original, strict=True)
-        ]
+    if known is not None:
+        sweep.know(known)
     return chain, sweep.report(norm, eps(matrix), truncation)
 
 
@@ -197,6 +195,10 @@ class Sweep:
         self.steps[bond] = step
         if self.callback is not None:
             self.callback(bond, step)
+
+    def know(self, known: bounds.Spectra) -> None:
+        """Add to every step what the spectra of the original say of it."""
+        self.steps = [replace(step, tail=known.tail(k, step.kept)) for k, step in enumerate(self.steps)]
 
     def report(self, norm: float, precision: float, truncation: Truncation) -> Report:
         """See :func:`sweep_report`; without bounds where a bond was not cut in the best way."""
@@ -301,13 +303,13 @@ def sweep_report(
         MPOError: ``truncation.strict`` and the tolerance was missed.
     """
     error = math.hypot(*(step.discarded_norm for step in steps))
-    floor = precision * math.sqrt(n) * norm
+    floor = bounds.float_floor(precision, n, norm)
     allowed = truncation.budget(norm, 0.0, "")
     met = error <= allowed * (1 + 1e-12)
     if not met and truncation.strict:
         raise MPOError(
-            f"max_bond={truncation.max_bond} leaves an error of {error:.6g}, above the {allowed:.6g} allowed: raise "
-            "max_bond or the tolerance, or use strict=False to accept it"
+            f"{truncation.limit} leaves an error of {error:.6g}, above the {allowed:.6g} allowed: raise "
+            "it or the tolerance, or use strict=False to accept it"
         )
     measured = [step.discarded_norm if step.tail is None else step.tail for step in steps]
     return Report(

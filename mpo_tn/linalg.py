@@ -77,6 +77,21 @@ def eps(array: Array) -> float:
     return EPS[dtype_name(array)]
 
 
+def machine_eps(dtype: Any) -> float:
+    """The machine precision of a dtype of some library, of its name, or of itself if it is a number.
+
+    Raises:
+        MPOError: a dtype that is not floating-point or complex.
+    """
+    if isinstance(dtype, float):
+        return dtype
+    # NumPy's scalar types are classes, which show more than their name.
+    name = getattr(dtype, "__name__", None) or str(dtype).rsplit(".", maxsplit=1)[-1]
+    if name not in EPS:
+        raise MPOError(f"dtype={dtype!r} is not one of {', '.join(EPS)}")
+    return EPS[name]
+
+
 def is_half(array: Array) -> bool:
     """Whether the array is float16 or bfloat16, in which nothing can be factorised."""
     return dtype_name(array) in ("float16", "bfloat16")

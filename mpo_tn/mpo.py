@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-import numpy as np
-
 from mpo_tn import _algebra, _storage, network
+from mpo_tn._accuracy import OperatorNorm, cast_error, operator_norm
 from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import compress, spectra, wide_chain
 from mpo_tn._decompose import BondCallback, decompose
 from mpo_tn._factor import Method
 from mpo_tn._operators import Operators
-from mpo_tn.bounds import entropy
+from mpo_tn._refine import FitCallback, FitReport, fit, refit
+from mpo_tn.bounds import Spectra, entropy
 from mpo_tn.linalg import Array, frobenius_norm
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report, Truncation
@@ -271,6 +271,126 @@ class MPO(Operators):
         """
         return cls(*_storage.load(path, framework))
 
+    def fit(
+        self,
+        target: Array | MPO,
+        *,
+        sites: int = 1,
+        sweeps: int = 20,
+        tol: float = 1e-4,
+        max_bond: int | None = None,
+        callback: FitCallback | None = None,
+    ) -> tuple[MPO, FitReport]:
+        """Bring this MPO closer to a target by alternating least squares in the Frobenius norm.
+
+        Args:
+            target: a matrix (out, in), or an MPO with the same legs and any bonds, which is never made dense.
+            sites: 1 improves one core after the other and keeps the bonds; 2 improves two neighbours at a time and
+                divides them again, by which bonds grow up to ``max_bond`` and shrink where nothing is left to keep.
+            sweeps: the most sweeps, each to the last site and back.
+            tol: stop when a sweep lowers the error by less than this fraction of it.
+            max_bond: the widest bond for ``sites=2``; without it bonds grow until the target is met. If this MPO has
+                wider ones, it is first rounded to it.
+            callback: called after every update with the sweep, the first site updated and the chain.
+
+        Returns:
+            The fitted MPO, in this one's dtype, and a :class:`FitReport` with the exact error.
+
+        Guarantee: with the centre on the updated cores the best ones are a projection of the target, so no update
+        increases the error, up to ``eps(float64) * sqrt(size) * norm`` and, for two sites, the dropping of singular
+        values below ``eps(dtype) * norm``. Started from :meth:`from_matrix` the result is at least as good. It is a
+        local minimum, not always the best, and a bond cannot grow past a site whose legs are both 1 (Holtz, Rohwedder,
+        Schneider, SIAM J. Sci. Comput. 34, 2012).
+
+        Cost of a sweep: about ``4 n size d`` flops for a dense target, ``8 n p d a (d + a)`` for one with bonds a.
+
+        Raises:
+            MPOError: another shape, legs, library, dtype or device, entries that are not finite, or bad options.
+
+        >>> import numpy as np
+        >>> w = np.random.default_rng(0).standard_normal((27, 27))
+        >>> start, report = MPO.from_matrix(w, Sites.balanced(27, 27, n=3), Truncation(max_bond=4))
+        >>> better, fitted = start.fit(w)
+        >>> better.bonds, report.error > fitted.error
+        ((4, 4), True)
+        >>> bool(abs(np.linalg.norm(w - better.to_matrix()) - fitted.error) < 1e-12)
+        True
+        """
+        return fit(target, self, sites=sites, sweeps=sweeps, tol=tol, max_bond=max_bond, callback=callback)
+
+    def refit(self, k: int, target: Array | MPO) -> tuple[MPO, FitReport]:
+        """The best core ``k`` while all others stay as they are, bit for bit.
+
+        For the central tensor and given auxiliary ones this is ``k = sites.center``. The core is the least-squares
+        solution, of least norm where the other cores leave it open, by orthogonal factorisations of the others and
+        never by normal equations. Legs and bonds may be of any size.
+
+        Guarantee: no other core ``k`` gives a smaller Frobenius error, up to ``eps(dtype) * sqrt(size) * norm`` times
+        the condition number of the other cores in a chain that is not canonical. Singular values of the others below
+        ``eps(dtype)`` of the largest count as zero. Cost: half a sweep of :meth:`fit`.
+
+        Raises:
+            MPOError: ``k`` is not a site, and as for :meth:`fit`.
+
+        >>> import numpy as np
+        >>> w = np.random.default_rng(0).standard_normal((8, 8))
+        >>> mpo, _ = MPO.from_matrix(w, Sites.balanced(8, 8, n=3), Truncation(max_bond=2))
+        >>> again, report = mpo.refit(1, w)
+        >>> again.cores[0] is mpo.cores[0], report.errors[1] <= report.errors[0] + 1e-14
+        (True, True)
+        """
+        return refit(self, k, target)
+
+    def cast_error(self, dtype: Any) -> float:
+        """``|self - cast|`` in the Frobenius norm if every core were stored in ``dtype``, a name or a dtype.
+
+        Exact: the difference of the two chains is summed site by site from the differences of their cores and
+        factorised by QR in double precision, so even errors far below ``eps(float64) * norm`` come out right.
+        :func:`mpo_tn._accuracy.cast_error_estimate` tells the size beforehand for a canonical MPO,
+        ``0.21 * eps * sqrt(n) * norm``. Cost: about ``32 n p d**3`` flops.
+
+        Raises:
+            MPOError: a dtype that is none, that the library lacks, that is real for complex cores, or whose range is
+                too small; cores that are not finite.
+
+        >>> import numpy as np
+        >>> mpo, _ = MPO.from_matrix(np.diag([1.0, 2.0, 3.0, 4.0]), Sites((4,), (4,)))
+        >>> mpo.cast_error("float32"), (mpo.compress(Truncation())[0]).cast_error("float64")
+        (0.0, 0.0)
+        """
+        return cast_error(self, dtype)
+
+    def operator_norm(
+        self, minus: Array | MPO | None = None, *, steps: int = 30, failure: float = 1e-6, seed: int = 0
+    ) -> OperatorNorm:
+        """The largest singular value of this MPO, or of ``self - minus``: a lower estimate, and how high it may be.
+
+        Args:
+            minus: a matrix or an MPO of the same shape, whose legs may differ.
+            steps: products with the difference and its adjoint, by Lanczos (Golub and Kahan) from a Gaussian vector.
+            failure: the probability with which ``upper`` may fail.
+            seed: of the starting vector; the same seed gives the same bits.
+
+        Guarantee: ``lower`` is the largest Ritz value and never above the norm, up to rounding,
+        ``eps(float64) * sqrt(size) * (|self| + |minus|)``. With probability ``1 - failure`` over the starting vector,
+        ``lower**2 >= (1 - x) norm**2`` for ``sqrt(x) = ln(1.648 sqrt(in) / failure) / (2 steps - 1)`` (Kuczynski and
+        Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992, Theorem 4.2), which gives ``upper``. It is infinite if there
+        are too few steps. The bound of Halko, Martinsson and Tropp (SIAM Rev. 53, 2011, Lemma 4.1) from products with
+        random vectors is about the Frobenius norm, which is known and certain, so it is not used.
+
+        The Frobenius error bounds this one from above, by up to ``sqrt(min(out, in))`` too much.
+
+        Raises:
+            MPOError: another shape, library, dtype or device, entries that are not finite, or bad options.
+
+        >>> import numpy as np
+        >>> mpo, _ = MPO.from_matrix(np.diag([4.0, 3.0, 2.0, 1.0]), Sites((2, 2), (2, 2)))
+        >>> norm = mpo.operator_norm()
+        >>> round(norm.lower, 12), norm.failure
+        (4.0, 0.0)
+        """
+        return operator_norm(self, minus, steps=steps, failure=failure, seed=seed)
+
     def norm(self) -> float:
         """The Frobenius norm, in double precision: that of the core at the centre."""
         check_cores(self)
@@ -278,8 +398,11 @@ class MPO(Operators):
             return frobenius_norm(self.cores[self.center])
         return frobenius_norm(canonicalize(wide_chain(self), len(self) - 1).cores[-1])
 
-    def spectra(self) -> list[np.ndarray]:
-        """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first."""
+    def spectra(self) -> Spectra:
+        """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first.
+
+        Once they are known, ``spectra.what_if(bonds)`` bounds the error of any cut in about a microsecond.
+        """
         return spectra(self)
 
     def entropies(self) -> list[float]:

@@ -20,22 +20,26 @@ class Truncation:
         rel_error: the total error allowed as a fraction of the Frobenius norm, ``0 < rel_error < 1``.
         abs_error: the total Frobenius error allowed, ``> 0``. With both tolerances the smaller budget holds.
         strict: raise if ``max_bond`` stops a tolerance from being met, instead of reporting it.
+        max_parameters: the most numbers that the cores may hold. The spectra of all bonds are computed first and turned
+            into one cap per bond, within ``max_bond``, so that the a-priori bound on the error is small, see
+            :meth:`mpo_tn.bounds.Spectra.bonds_for`. A tolerance may then cut further.
 
     A tolerance is one budget for the whole chain. It is spent bond by bond: each bond may use an equal share (of the
     square) of what is left, and the last one all of it. ``MPO.from_matrix`` comes to the widest bond last,
     ``MPO.compress`` goes from the first bond to the last. No bond is ever cut below 1.
 
     Raises:
-        MPOError: a bond below 1, or a tolerance that is not positive and finite.
+        MPOError: a bond or a number of parameters below 1, or a tolerance that is not positive and finite.
 
     >>> Truncation(max_bond=64, rel_error=0.1)
-    Truncation(max_bond=64, rel_error=0.1, abs_error=None, strict=False)
+    Truncation(max_bond=64, rel_error=0.1, abs_error=None, strict=False, max_parameters=None)
     """
 
     max_bond: int | tuple[int, ...] | None = None
     rel_error: float | None = None
     abs_error: float | None = None
     strict: bool = False
+    max_parameters: int | None = None
 
     def __post_init__(self) -> None:
         one_per_bond = isinstance(self.max_bond, Sequence) and not isinstance(self.max_bond, (str, bytes))
@@ -46,6 +50,11 @@ class Truncation:
                 shown = given if one_per_bond else self.max_bond
                 raise MPOError(f"max_bond={shown!r}: a bond must be a whole number of at least 1")
             object.__setattr__(self, "max_bond", bonds if one_per_bond else bonds[0])
+        if self.max_parameters is not None:
+            allowed = whole_number(self.max_parameters)
+            if allowed is None or allowed < 1:
+                raise MPOError(f"max_parameters={self.max_parameters!r} must be a whole number of at least 1")
+            object.__setattr__(self, "max_parameters", allowed)
         for name, value in (("rel_error", self.rel_error), ("abs_error", self.abs_error)):
             if value is not None and not (_is_real(value) and 0 < value < math.inf):
                 raise MPOError(
@@ -66,6 +75,12 @@ class Truncation:
     def has_tolerance(self) -> bool:
         """Whether a tolerance was given."""
         return self.rel_error is not None or self.abs_error is not None
+
+    @property
+    def limit(self) -> str:
+        """What stops a tolerance from being met, in words: ``"max_bond=4"``."""
+        given = {"max_bond": self.max_bond, "max_parameters": self.max_parameters}
+        return " and ".join(f"{name}={value}" for name, value in given.items() if value is not None) or "bonds of 1"
 
     def caps(self, num_bonds: int) -> tuple[int | None, ...]:
         """The cap of every bond, ``None`` where there is none.

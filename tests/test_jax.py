@@ -254,3 +254,27 @@ def test_algebra(x64, dtype):
         assert abs(a.trace() - np.trace(x)) <= slack("float64", 36, gauge)
         assert abs(a.distance(b) - fro(x - y)) <= slack("float64", 36, gauge)
         assert np.array_equal(MPO.identity(Sites((2, 3), (2, 3)), like=a).to_matrix(), np.eye(6))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "bfloat16"])
+def test_fits_and_measures_are_those_of_numpy(x64, dtype):
+    with jax.enable_x64(x64):
+        array = to_jax(problem(dtype))
+        w = np.asarray(array)
+        ours, _ = MPO.from_matrix(array, SITES, Truncation(max_parameters=60))
+        theirs = MPO(tuple(np.asarray(core) for core in ours.cores), ours.canonical_interval)
+        assert ours.num_parameters <= 60
+        for options in ({}, {"sites": 2, "max_bond": 3}):
+            (fitted, report), (oracle, expected) = (m.fit(t, **options) for m, t in ((ours, array), (theirs, w)))
+            assert equal_bits(fitted, oracle)
+            assert report == expected
+        (again, report), (oracle, expected) = (m.refit(1, t) for m, t in ((ours, array), (theirs, w)))
+        assert equal_bits(again, oracle)
+        assert report == expected
+        assert ours.operator_norm(array) == theirs.operator_norm(w)
+        assert ours.spectra().what_if((2, 2)) == theirs.spectra().what_if((2, 2))
+        assert ours.cast_error("float64" if dtype[0] != "c" else "complex128") == 0.0
+        if dtype == "float32":
+            assert ours.cast_error("float16") == theirs.cast_error("float16") > 0
+            assert ours.cast_error("bfloat16") > ours.cast_error("float16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def _summarise_dense(name: str, kind: str, matrix: Any, sites: int | str) -> Mat
     )
 
 
-def _spectrum_summary(spectra: list[np.ndarray]) -> tuple[float, int, int]:
+def _spectrum_summary(spectra: Sequence[np.ndarray]) -> tuple[float, int, int]:
     if not spectra:
         return 0.0, 1, 1
     widest = max(spectra, key=len)

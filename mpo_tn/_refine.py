@@ -1,0 +1,254 @@
+"""Variational fits: the cores that come closest to a target, one or two sites at a time.
+
+Every update is the exact solution of a linear least-squares problem, so the error never increases. With the
+orthogonality centre on the updated sites that problem is a projection of the target, and there is nothing to invert:
+``|target - chain|**2 = |target|**2 - |projection|**2 + |projection - core|**2``.
+
+A metric other than Frobenius, ``tr(D C D^H)`` with ``D = target - chain``, changes one place only, the local problem:
+the isometries do not make it a projection there. Another :class:`~mpo_tn._targets.Target`, whose ``local`` solves the
+normal equations in that metric and whose ``error`` measures in it, goes through the one-site sweeps unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import array_api_compat
+import numpy as np
+
+from mpo_tn._canonical import ChainT, canonicalize, check_cores, stored
+from mpo_tn._compress import compress, wide_chain
+from mpo_tn._targets import Target, from_left, target_of, to_right
+from mpo_tn.bounds import float_floor
+from mpo_tn.chain import Chain
+from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.linalg import (
+    Array,
+    adjoint,
+    eps,
+    left_factor,
+    namespace,
+    qr,
+    restored,
+    tails,
+    widen,
+)
+from mpo_tn.truncation import Truncation
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit did, in the Frobenius norm.
+
+    Attributes:
+        error: ``|target - result|`` of what was returned, storage dtype included; measured on the difference itself.
+        norm: ``|target|``.
+        errors: the error of the start, then after every sweep, before rounding to the storage dtype. Not increasing, up
+            to ``floor``.
+        converged: whether the last sweep gained less than the fraction ``tol`` of the error.
+        bonds: the bonds of the result.
+        floor: what rounding and the storage dtype add, :func:`mpo_tn.bounds.float_floor`.
+    """
+
+    error: float
+    norm: float
+    errors: tuple[float, ...]
+    converged: bool
+    bonds: tuple[int, ...]
+    floor: float
+
+    @property
+    def rel_error(self) -> float:
+        """``error / norm``; 0 for a zero target."""
+        return self.error / self.norm if self.norm > 0 else 0.0
+
+    @property
+    def sweeps(self) -> int:
+        """How many sweeps were made, each to the last site and back."""
+        return len(self.errors) - 1
+
+    def __str__(self) -> str:
+        end = "converged" if self.converged else "not converged"
+        return f"error = {self.error:.6g} ({self.rel_error:.4%} of the norm) after {self.sweeps} sweeps, {end}"
+
+
+FitCallback = Callable[[int, int, Chain], object]
+"""Called after every local update with the sweep, the first site updated and the chain, in double precision."""
+
+
+def fit(
+    target: Array | Chain,
+    start: ChainT,
+    *,
+    sites: int = 1,
+    sweeps: int = 20,
+    tol: float = 1e-4,
+    max_bond: int | None = None,
+    callback: FitCallback | None = None,
+) -> tuple[ChainT, FitReport]:
+    """Fit a chain to a target by alternating least squares. See :meth:`mpo_tn.MPO.fit`."""
+    width, sweeps = _options(sites, sweeps, tol, max_bond)
+    goal = target_of(target, start)
+    wide = canonicalize(wide_chain(start), 0)
+    if max_bond is not None:
+        wide = canonicalize(compress(wide, Truncation(max_bond=max_bond))[0], 0)
+    width = min(width, len(start))
+    search = _Search(goal, wide, width, max_bond, eps(start.cores[0]), callback)
+    floor = float_floor(start.dtype, len(start), goal.norm)
+    errors = [goal.error(search.cores)]
+    converged = False
+    while len(errors) <= sweeps and not converged:
+        search.sweep(len(errors) - 1)
+        errors.append(goal.error(search.cores))
+        converged = errors[-2] - errors[-1] <= tol * errors[-2] or errors[-1] <= floor
+    moved = canonicalize(wide.with_cores(search.cores, (0, 0)), start.sites.center)
+    result = stored(moved, start.cores[0])
+    error = goal.error([widen(core) for core in result.cores])
+    return result, FitReport(error, goal.norm, tuple(errors), converged, result.bonds, floor)
+
+
+def refit(chain: ChainT, k: int, target: Array | Chain) -> tuple[ChainT, FitReport]:
+    """The best core ``k`` for the other cores as they are. See :meth:`mpo_tn.MPO.refit`."""
+    site = whole_number(k)
+    if site is None or not 0 <= site < len(chain):
+        raise MPOError(f"k={k!r} is not a site: the chain has sites 0 to {len(chain) - 1}")
+    check_cores(chain)
+    goal = target_of(target, chain)
+    cores = [widen(core) for core in chain.cores]
+    cutoff = eps(chain.cores[0])
+    left, right = goal.edge(), goal.end()
+    carry: Array | None = None
+    for j in range(site):
+        q, carry = _split_right(cores[j] if carry is None else from_left(carry, cores[j]))
+        left = goal.advance_left(left, q, j)
+    back: Array | None = None
+    for j in range(len(chain) - 1, site, -1):
+        back, q = _split_left(cores[j] if back is None else to_right(cores[j], back))
+        right = goal.advance_right(right, q, j)
+    # The other cores are isometries times carry and back, so the least-squares core is a projection and two inverses;
+    # where the others have dependent columns, the one of least norm.
+    core = goal.local(left, right, site, 1)
+    core = core if carry is None else from_left(_pseudo_inverse(carry, cutoff), core)
+    core = core if back is None else to_right(core, _pseudo_inverse(back, cutoff))
+    before = goal.error(cores)
+    cores[site] = core
+    with np.errstate(over="ignore"):
+        new = restored(core, chain.cores[site])
+    if not bool(namespace(new).all(namespace(new).isfinite(new))):
+        raise MPOError(
+            f"the best core {site} has entries of size {float(namespace(core).max(namespace(core).abs(core))):.6g}, "
+            f"beyond the range of {chain.dtype}: scale the other cores"
+        )
+    low, high = chain.canonical_interval
+    kept = (*chain.cores[:site], new, *chain.cores[site + 1 :])
+    result = chain.with_cores(kept, (min(low, site), max(high, site)))
+    errors = (before, goal.error(cores))
+    error = goal.error([widen(part) for part in result.cores])
+    floor = float_floor(chain.dtype, len(chain), goal.norm)
+    return result, FitReport(error, goal.norm, errors, True, result.bonds, floor)
+
+
+class _Search:
+    """Cores with the centre at site 0 between sweeps, and the environments on both sides of it."""
+
+    def __init__(
+        self,
+        goal: Target,
+        chain: Chain,
+        width: int,
+        max_bond: int | None,
+        precision: float,
+        callback: FitCallback | None,
+    ) -> None:
+        self.goal, self.width, self.max_bond, self.callback = goal, width, max_bond, callback
+        self.template, self.cutoff = chain, precision * goal.norm
+        self.cores: list[Array] = list(chain.cores)
+        n = len(self.cores)
+        self.lefts: list[Array] = [goal.edge()] + [None] * n
+        self.rights: list[Array] = [None] * n + [goal.end()]
+        for k in range(n - 1, 0, -1):
+            self.rights[k] = goal.advance_right(self.rights[k + 1], self.cores[k], k)
+
+    def sweep(self, number: int) -> None:
+        """Update every group of sites on the way to the last one, and again on the way back."""
+        last = len(self.cores) - self.width
+        for k in range(last + 1):
+            self.update(number, k, rightwards=k < last)
+        for k in range(last - 1, -1, -1):
+            self.update(number, k, rightwards=False)
+
+    def update(self, number: int, k: int, *, rightwards: bool) -> None:
+        """Replace the sites from ``k`` by the best there is, and leave the centre where the next update wants it."""
+        block = self.goal.local(self.lefts[k], self.rights[k + self.width], k, self.width)
+        if self.width == 2:
+            self.cores[k], self.cores[k + 1] = self.divide(block, k, rightwards)
+        else:
+            self.cores[k] = block
+        if self.callback is not None:
+            # Before the centre moves on, which changes nothing but rounding.
+            center = k if self.width == 1 or not rightwards else k + 1
+            self.callback(number, k, self.template.with_cores(self.cores, (center, center)))
+        if rightwards:
+            if self.width == 1:
+                self.cores[k], carry = _split_right(block)
+                self.cores[k + 1] = from_left(carry, self.cores[k + 1])
+            self.lefts[k + 1] = self.goal.advance_left(self.lefts[k], self.cores[k], k)
+        elif k + self.width > 1:
+            moved = k + self.width - 1
+            if self.width == 1:
+                carry, self.cores[k] = _split_left(block)
+                self.cores[k - 1] = to_right(self.cores[k - 1], carry)
+            self.rights[moved] = self.goal.advance_right(self.rights[moved + 1], self.cores[moved], moved)
+
+    def divide(self, block: Array, k: int, rightwards: bool) -> tuple[Array, Array]:
+        """The best two cores for the block of sites k and k + 1, the centre in the second if ``rightwards``."""
+        xp = namespace(block)
+        left, out, in_, second_out, second_in, right = block.shape
+        matrix = xp.reshape(block, (left * out * in_, second_out * second_in * right))
+        factor = left_factor(matrix if rightwards else adjoint(matrix), gram=False)
+        kept = max(int((tails(factor.values) > self.cutoff).sum()), 1)
+        u = factor.u[:, : kept if self.max_bond is None else min(kept, self.max_bond)]
+        first, second = (u, adjoint(u) @ matrix) if rightwards else (matrix @ u, adjoint(u))
+        return (
+            xp.reshape(first, (left, out, in_, u.shape[1])),
+            xp.reshape(second, (u.shape[1], second_out, second_in, right)),
+        )
+
+
+def _options(sites: int, sweeps: int, tol: float, max_bond: int | None) -> tuple[int, int]:
+    width, number = whole_number(sites), whole_number(sweeps)
+    if width not in (1, 2):
+        raise MPOError(f"sites={sites!r} must be 1 or 2: how many neighbouring cores are fitted at a time")
+    if number is None or number < 0:
+        raise MPOError(f"sweeps={sweeps!r} must be a whole number of at least 0")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MPOError(f"tol={tol!r} must be at least 0 and below 1: the gain of a sweep as a fraction of the error")
+    if max_bond is not None and width == 1:
+        raise MPOError(f"max_bond={max_bond!r} with sites=1: one site at a time keeps the bonds, use sites=2")
+    return width, number
+
+
+def _split_right(core: Array) -> tuple[Array, Array]:
+    """``core = Q R`` with Q left-isometric."""
+    xp = namespace(core)
+    q, r = qr(xp.reshape(core, (-1, core.shape[3])))
+    return xp.reshape(q, (*core.shape[:3], q.shape[1])), r
+
+
+def _split_left(core: Array) -> tuple[Array, Array]:
+    """``core = L Q`` with Q right-isometric."""
+    xp = namespace(core)
+    q, r = qr(adjoint(xp.reshape(core, (core.shape[0], -1))))
+    return adjoint(r), xp.reshape(adjoint(q), (q.shape[1], *core.shape[1:]))
+
+
+def _pseudo_inverse(matrix: Array, precision: float) -> Array:
+    """The pseudo-inverse; singular values that the storage dtype cannot tell from zero count as zero."""
+    factor = left_factor(matrix, gram=False)
+    xp = namespace(matrix)
+    rank = int((factor.values > max(matrix.shape) * precision * factor.values.max(initial=0.0)).sum())
+    u = factor.u[:, :rank]
+    scaled = adjoint(u) @ matrix  # S V^H
+    values = xp.asarray(factor.values[:rank], dtype=scaled.dtype, device=array_api_compat.device(scaled))[:, None]
+    return adjoint(scaled / values) @ (adjoint(u) / values)

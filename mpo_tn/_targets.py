@@ -1,0 +1,148 @@
+"""What a fit aims at: a dense matrix or a chain, seen through the cores around a few sites."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import array_api_compat
+
+from mpo_tn._algebra import distance
+from mpo_tn._canonical import canonicalize, check_cores
+from mpo_tn._compress import wide_chain
+from mpo_tn.chain import Chain
+from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import (
+    Array,
+    adjoint,
+    check_matrix,
+    describe,
+    dtype_name,
+    frobenius_norm,
+    interleave,
+    namespace,
+    widen,
+)
+from mpo_tn.sites import Sites
+
+
+class Target(Protocol):
+    """A target, as seen through the isometries left and right of a few sites.
+
+    ``advance_left`` and ``advance_right`` take one more core, at site k, into an environment; ``local`` is what the
+    target looks like between two environments, one pair of legs per site in between.
+    """
+
+    norm: float
+
+    def edge(self) -> Array: ...
+    def end(self) -> Array: ...
+    def advance_left(self, left: Array, core: Array, k: int) -> Array: ...
+    def advance_right(self, right: Array, core: Array, k: int) -> Array: ...
+    def local(self, left: Array, right: Array, k: int, width: int) -> Array: ...
+    def error(self, cores: list[Array]) -> float: ...
+
+
+class MatrixTarget:
+    """A dense target. Left environment: the target projected, (bond, rest); right one: the isometry, (bond, rest)."""
+
+    def __init__(self, matrix: Array, sites: Sites) -> None:
+        self.tensor = interleave(widen(matrix), sites.out, sites.in_)
+        self.sites = sites
+        self.norm = frobenius_norm(self.tensor)
+
+    def edge(self) -> Array:
+        return namespace(self.tensor).reshape(self.tensor, (1, -1))
+
+    def end(self) -> Array:
+        return one(self.tensor)
+
+    def advance_left(self, left: Array, core: Array, k: int) -> Array:
+        xp = namespace(core)
+        rows = math.prod(core.shape[:3])
+        return adjoint(xp.reshape(core, (rows, -1))) @ xp.reshape(left, (rows, -1))
+
+    def advance_right(self, right: Array, core: Array, k: int) -> Array:
+        return namespace(core).reshape(to_right(core, right), (core.shape[0], -1))
+
+    def local(self, left: Array, right: Array, k: int, width: int) -> Array:
+        xp = namespace(left)
+        legs = [leg for pair in list(self.sites)[k : k + width] for leg in pair]
+        block = xp.reshape(left, (-1, right.shape[1])) @ adjoint(right)
+        return xp.reshape(block, (left.shape[0], *legs, right.shape[0]))
+
+    def error(self, cores: list[Array]) -> float:
+        right = self.end()
+        for k in range(len(cores) - 1, -1, -1):
+            right = self.advance_right(right, cores[k], k)
+        return frobenius_norm(self.edge() - right)
+
+
+class ChainTarget:
+    """A target that is a chain. Environments are overlaps, (bond of the fit, bond of the target)."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = canonicalize(wide_chain(chain), chain.sites.center)
+        self.norm = frobenius_norm(self.chain.cores[chain.sites.center])
+
+    def edge(self) -> Array:
+        return one(self.chain.cores[0])
+
+    def end(self) -> Array:
+        return one(self.chain.cores[0])
+
+    def advance_left(self, left: Array, core: Array, k: int) -> Array:
+        xp = namespace(core)
+        return xp.tensordot(_conj(core), from_left(left, self.chain.cores[k]), axes=((0, 1, 2), (0, 1, 2)))
+
+    def advance_right(self, right: Array, core: Array, k: int) -> Array:
+        xp = namespace(core)
+        passed = xp.tensordot(self.chain.cores[k], right, axes=((3,), (1,)))
+        return xp.tensordot(_conj(core), passed, axes=((1, 2, 3), (1, 2, 3)))
+
+    def local(self, left: Array, right: Array, k: int, width: int) -> Array:
+        xp = namespace(left)
+        block = left
+        for core in self.chain.cores[k : k + width]:
+            block = xp.tensordot(block, core, axes=1)
+        return xp.tensordot(block, right, axes=((-1,), (1,)))
+
+    def error(self, cores: list[Array]) -> float:
+        return distance(self.chain, Chain(tuple(cores)))
+
+
+def target_of(target: Array | Chain, chain: Chain) -> Target:
+    if isinstance(target, Chain):
+        check_cores(target)
+        like, legs = describe(target.cores[0]), target.sites
+        if legs != chain.sites:
+            raise MPOError(f"the target has legs {legs} and the MPO {chain.sites}: a fit keeps the legs")
+    else:
+        target = check_matrix(target)
+        like = describe(target)
+        if tuple(target.shape) != chain.shape:
+            raise MPOError(f"the target is {tuple(target.shape)} and the MPO {chain.shape}: a fit keeps the legs")
+    if like != describe(chain.cores[0]):
+        raise MPOError(
+            f"the target is {like} and the MPO {describe(chain.cores[0])}: use one library, dtype and device"
+        )
+    goal = ChainTarget(target) if isinstance(target, Chain) else MatrixTarget(target, chain.sites)
+    if not math.isfinite(goal.norm):
+        raise MPOError(f"the norm of the target of shape {chain.shape} overflows double precision: scale it down")
+    return goal
+
+
+def from_left(matrix: Array, core: Array) -> Array:
+    return namespace(core).tensordot(matrix, core, axes=1)
+
+
+def to_right(core: Array, matrix: Array) -> Array:
+    return namespace(core).tensordot(core, matrix, axes=1)
+
+
+def one(like: Array) -> Array:
+    return namespace(like).ones((1, 1), dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def _conj(core: Array) -> Array:
+    return namespace(core).conj(core) if dtype_name(core).startswith("complex") else core
