@@ -35,7 +35,9 @@ soak: $(VENV)/.test
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/decompose.py
+	$(BIN)/python benchmarks/decompose.py --large
+	$(BIN)/python benchmarks/compress.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/bounds.py
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt

@@ -7,29 +7,22 @@ answers would mean nothing.
 
 from __future__ import annotations
 
-import os
-
-THREADS = "2"
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = THREADS
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import argparse
-import platform
-import time
-import warnings
 from collections.abc import Callable
-from importlib.metadata import version
+
+from common import SEED, Cores, clock, header, interleaved, print_head, print_row, rebuilt_error, take_turns  # isort: skip
 
 import numpy as np
+import quimb.tensor
+import tensornetwork
+import torch
+import torchtt
+from tensorly.decomposition import tensor_train
 
 from mpo_tn import MPO, Sites, Truncation
 
-warnings.filterwarnings("ignore", module="tensorly")
-warnings.filterwarnings("ignore", module="tensornetwork")
-
-Cores = list[np.ndarray]
-SEED = 0
+PAPER = Sites((3, 4, 4, 4, 4), (4, 4, 8, 6, 4))
+"""The paper's legs of 768 x 3072."""
 
 
 def ours(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
@@ -38,8 +31,6 @@ def ours(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
 
 
 def tensorly_tt(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
-    from tensorly.decomposition import tensor_train
-
     ranks = [1, *(sites.full_bonds if cap is None else sites.capped_bonds(cap)), 1]
     train = tensor_train(interleaved(matrix, sites), rank=ranks)
     return [
@@ -48,8 +39,6 @@ def tensorly_tt(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
 
 
 def tensornetwork_chain(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
-    import tensornetwork
-
     rest = tensornetwork.Node(interleaved(matrix, sites)[None, ..., None], backend="numpy")
     cores: Cores = []
     for legs in list(sites)[:-1]:
@@ -62,16 +51,29 @@ def tensornetwork_chain(matrix: np.ndarray, sites: Sites, cap: int | None) -> Co
     return cores
 
 
-def interleaved(matrix: np.ndarray, sites: Sites) -> np.ndarray:
-    n = len(sites)
-    axes = [axis for k in range(n) for axis in (k, n + k)]
-    return np.ascontiguousarray(matrix.reshape(*sites.out, *sites.in_).transpose(axes).reshape(sites.sizes))
+def torchtt_ttm(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
+    tensor = torch.from_numpy(matrix.reshape(*sites.out, *sites.in_))
+    train = torchtt.TT(tensor, list(zip(sites.out, sites.in_, strict=True)), eps=1e-12, rmax=cap or 10**9)
+    return [core.numpy() for core in train.cores]
+
+
+def quimb_mps(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
+    """Its MPO takes square legs only, so the matrix goes in as an MPS with one axis a site."""
+    train = quimb.tensor.MatrixProductState.from_dense(
+        interleaved(matrix, sites).ravel(), dims=sites.sizes, max_bond=cap, cutoff=0.0
+    )
+    train.permute_arrays("lpr")
+    arrays = list(train.arrays)
+    arrays[0], arrays[-1] = arrays[0][None], arrays[-1][..., None]
+    return [a.reshape(a.shape[0], *legs, a.shape[2]) for a, legs in zip(arrays, sites, strict=True)]
 
 
 PEERS: dict[str, Callable[[np.ndarray, Sites, int | None], Cores]] = {
     "mpo_tn": ours,
-    "tensorly": tensorly_tt,
     "TensorNetwork": tensornetwork_chain,
+    "tensorly": tensorly_tt,
+    "torchTT": torchtt_ttm,
+    "quimb": quimb_mps,
 }
 
 
@@ -84,39 +86,53 @@ def matrices(rows: int, columns: int) -> dict[str, np.ndarray]:
     return {"flat": flat, "values 1/r": decaying.astype(np.float32)}
 
 
+def compare(repeats: int) -> None:
+    print_head("matrix", "bond", "library", "median s", "times ours", "relative error")
+    for kind, matrix in matrices(*PAPER.shape).items():
+        for cap in (64, None):
+            runs = {name: lambda d=d, m=matrix, c=cap: d(m, PAPER, c) for name, d in PEERS.items()}
+            medians, cores = take_turns(runs, repeats)
+            for name, seconds in medians.items():
+                ratio, error = seconds / medians["mpo_tn"], rebuilt_error(matrix, cores[name])
+                print_row(
+                    f"768x3072 float32 {kind}", cap or "full", name, f"{seconds:.3f}", f"{ratio:.1f}", f"{error:.6f}"
+                )
+
+
+def large(full: bool) -> None:
+    """4096 x 4096 on four sites of 8 x 8 legs, of which only the middle bond is cut: flat, so the hard case."""
+    print("\n4096x4096 float32, flat, four sites of 8x8 legs, bond 64\n")
+    print_head("method", "seconds", "energy kept / best possible", "reported relative error", "rebuilt relative error")
+    matrix = np.random.default_rng(SEED).standard_normal((4096, 4096)).astype(np.float32)
+    sites = Sites((8,) * 4, (8,) * 4)
+    found: dict[str, tuple[float, float, float, float]] = {}
+    for method in ("auto", "krylov", "randomized", *(("gram", "svd") if full else ())):
+        start = clock()
+        mpo, report = MPO.from_matrix(matrix, sites, Truncation(max_bond=64), method=method)
+        seconds = clock() - start
+        rebuilt = rebuilt_error(matrix, list(mpo.cores))
+        found[method] = seconds, report.norm**2 - report.error**2, report.rel_error, rebuilt
+    if full:
+        start = clock()
+        cores = tensorly_tt(matrix, sites, 64)
+        seconds = clock() - start
+        rebuilt = rebuilt_error(matrix, cores)
+        found["full SVDs (tensorly)"] = seconds, (1 - rebuilt**2) * float(np.linalg.norm(matrix)) ** 2, np.nan, rebuilt
+    best = found["gram"][1] if full else np.nan
+    for method, (seconds, energy, reported, rebuilt) in found.items():
+        print_row(method, f"{seconds:.2f}", f"{energy / best:.4f}", f"{reported:.7f}", f"{rebuilt:.7f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "tensorly", "tensornetwork"))
-    print(f"Python {platform.python_version()}, {packages}, {THREADS} threads, seed {SEED}, {repeats} repeats\n")
-    print("| matrix | bond | library | median s | times ours | relative error |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for shape in ((768, 3072), (768, 768)):
-        sites = Sites.balanced(*shape)
-        for kind, matrix in matrices(*shape).items():
-            for cap in (64, None):
-                report(f"{shape[0]}x{shape[1]} float32 {kind}", matrix, sites, cap, repeats)
-
-
-def report(label: str, matrix: np.ndarray, sites: Sites, cap: int | None, repeats: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in PEERS}
-    errors: dict[str, float] = {}
-    for _ in range(repeats + 1):  # the first round warms up
-        for name, decompose in PEERS.items():
-            start = time.perf_counter()
-            cores = decompose(matrix, sites, cap)
-            times[name].append(time.perf_counter() - start)
-            if name not in errors:
-                rebuilt = MPO([core.astype(np.float64) for core in cores]).to_matrix()
-                errors[name] = float(np.linalg.norm(rebuilt - matrix) / np.linalg.norm(matrix))
-    medians = {name: float(np.median(values[1:])) for name, values in times.items()}
-    for name in PEERS:
-        ratio = medians[name] / medians["mpo_tn"]
-        print(
-            f"| {label} | {cap or 'full'} | {name} | {medians[name]:.3f} | {ratio:.1f} | {errors[name]:.6f} |",
-            flush=True,
-        )
+    parser.add_argument("--large", action="store_true", help="also 4096 x 4096")
+    parser.add_argument("--full-svd", action="store_true", help="with a sweep of full SVDs beside it (minutes)")
+    arguments = parser.parse_args()
+    print(header(arguments.repeats))
+    compare(arguments.repeats)
+    if arguments.large or arguments.full_svd:
+        large(arguments.full_svd)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ EPS = {
     "complex128": 2.0**-52,
 }
 
+_SQUARES_IN_RANGE = (1e-140, 1e140)
+"""Norms whose square is in range, and the square of whose entries is where they matter to 16 digits."""
+
+_GEQRT_BLOCK = 32
+
 
 def namespace(array: Array) -> Any:
     """The array API namespace of an array.
@@ -209,16 +214,33 @@ def full_precision(xp: Any) -> dict[str, str]:
     return {"precision": "highest"} if getattr(xp, "__name__", "") == "jax.numpy" else {}
 
 
+def narrow(array: Array) -> Array:
+    """The array in single precision, real or complex, on the same device."""
+    xp = namespace(array)
+    single = xp.complex64 if dtype_name(array).startswith("complex") else xp.float32
+    return xp.astype(array, single, copy=False)
+
+
 def adjoint(matrix: Array) -> Array:
     """The conjugate transpose."""
     xp = namespace(matrix)
-    return xp.conj(xp.permute_dims(matrix, (1, 0)))
+    turned = xp.permute_dims(matrix, (1, 0))
+    # NumPy copies in order to conjugate, even real numbers.
+    return xp.conj(turned) if dtype_name(matrix).startswith("complex") else turned
 
 
 def frobenius_norm(array: Array) -> float:
     """The 2-norm of all entries, accumulated in double precision; infinite only if it is beyond that range itself."""
     wide = widen(array)
     xp = namespace(wide)
+    if isinstance(wide, np.ndarray):
+        # The norm of NumPy warns where squares overflow, and its temporaries cost more than the sum.
+        flat = wide.ravel("K")
+        norm = math.sqrt(np.vdot(flat, flat).real)
+    else:
+        norm = float(xp.linalg.vector_norm(wide))
+    if _SQUARES_IN_RANGE[0] < norm < _SQUARES_IN_RANGE[1]:
+        return norm
     parts = (xp.real(wide), xp.imag(wide)) if dtype_name(wide) == "complex128" else (wide,)
     exponent = binary_exponent(max(float(xp.max(xp.abs(part))) for part in parts))
     scaled = times_power_of_two(wide, -exponent)
@@ -303,8 +325,16 @@ def _svd_left(matrix: Array) -> tuple[Array, np.ndarray]:
 
 def singular_values(matrix: Array, *, gram: bool) -> np.ndarray:
     """All ``min(m, k)`` singular values, descending, as a host array. See :func:`left_factor` for ``gram``."""
-    wide = matrix.shape[0] <= matrix.shape[1]
-    return left_factor(matrix if wide else adjoint(matrix), gram=gram).values
+    xp = namespace(matrix)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else adjoint(matrix)
+    try:
+        if gram:
+            squares = to_numpy(xp.linalg.eigvalsh(wide @ adjoint(wide)))[::-1]
+            return np.sqrt(np.clip(squares, 0.0, None))
+        longer = 2 * wide.shape[1] > 3 * wide.shape[0]
+        return to_numpy(xp.linalg.svdvals(triangle(adjoint(wide)) if longer else wide))
+    except (np.linalg.LinAlgError, RuntimeError):
+        return left_factor(wide, gram=gram).values
 
 
 def qr(matrix: Array) -> tuple[Array, Array]:
@@ -316,6 +346,16 @@ def qr(matrix: Array) -> tuple[Array, Array]:
         device = array_api_compat.device(matrix)
         q, r = (xp.asarray(part, device=device) for part in np.linalg.qr(to_numpy(matrix)))
     return q, r
+
+
+def triangle(matrix: Array) -> Array:
+    """The ``r`` of :func:`qr` alone, which is half the work; on NumPy by LAPACK's recursive ``geqrt``."""
+    if not isinstance(matrix, np.ndarray):
+        r = namespace(matrix).linalg.qr(matrix, mode="r")[1]
+        return r if bool(namespace(matrix).all(namespace(matrix).isfinite(r))) else qr(matrix)[1]
+    (geqrt,) = scipy.linalg.get_lapack_funcs(("geqrt",), (matrix,))
+    rank = min(matrix.shape)
+    return np.triu(geqrt(min(rank, _GEQRT_BLOCK), matrix)[0][:rank])
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -58,13 +58,14 @@ def error_curve(points: Mapping[str, Sequence[tuple[float, Report]]], ax: Any = 
     """Relative error against the kept ratio, one line per entry of ``label -> (kept ratio, report) pairs``.
 
     The band around a line is what its reports certify: the best MPO with the same bonds lies above its lower edge, and
-    the upper edge was known before anything was cut (give ``spectra=True`` for both to be sharp).
+    the upper edge was known before anything was cut (give ``spectra=True`` for both to be sharp). Reports without
+    bounds have no band.
     """
     ax = _axes(ax)
     for label, pairs in points.items():
         kept = [share for share, _ in pairs]
         (line,) = ax.plot(kept, [report.rel_error for _, report in pairs], marker="o", label=label)
-        certified = [(s, r) for s, r in pairs if r.norm > 0]
+        certified = [(s, r) for s, r in pairs if r.norm > 0 and r.lower_bound is not None]
         lower, upper = ([getattr(r, end) / r.norm for _, r in certified] for end in ("lower_bound", "bound"))
         ax.fill_between([s for s, _ in certified], lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
     ax.set(xlabel="kept ratio", ylabel="relative error", ylim=(0, None))

@@ -142,13 +142,15 @@ class BondReport:
     """What happened at one bond: of ``available`` singular values ``kept`` were kept.
 
     ``discarded_norm`` is the 2-norm of the values actually cut (``e_k``). ``tail`` is the 2-norm of the values of the
-    *original* unfolding beyond ``kept`` (``eps_k``), known only when spectra were asked for.
+    *original* unfolding beyond ``kept`` (``eps_k``), known only when spectra were asked for. ``method`` is the one that
+    was used, which ``auto`` and a fallback choose, or ``"full"`` where nothing could be cut and nothing was factorised.
     """
 
     kept: int
     available: int
     discarded_norm: float
     tail: float | None = None
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class Report:
         bonds: one :class:`BondReport` per inner bond, 0-based, same index as ``MPO.bonds``.
         bound: an upper bound on the error: ``sqrt(sum_k eps_k**2)`` when spectra were asked for, otherwise ``error``.
         lower_bound: no MPO with these bonds can have a smaller error: ``max_k eps_k`` (``max_k e_k`` without spectra).
+            Both bounds are None if a bond was cut by an approximate method: krylov, randomized, or gram on data of more
+            than 32 bits. ``error`` is exact all the same.
         exact: whether ``error`` is an equality rather than a bound.
         tolerance_met: whether the tolerance was met; True when none was given.
         floor: the size of what rounding and the storage dtype add to ``error``, :func:`mpo_tn.bounds.float_floor`.
@@ -174,8 +178,8 @@ class Report:
     error: float
     norm: float
     bonds: tuple[BondReport, ...]
-    bound: float
-    lower_bound: float
+    bound: float | None
+    lower_bound: float | None
     floor: float
     exact: bool = True
     tolerance_met: bool = True
@@ -187,8 +191,13 @@ class Report:
         return self.error / self.norm if self.norm > 0 else 0.0
 
     @property
-    def optimality(self) -> float:
-        """``error / lower_bound``: at most this many times the error of the best MPO with the same bonds."""
+    def optimality(self) -> float | None:
+        """``error / lower_bound``: at most this many times the error of the best MPO with the same bonds.
+
+        None if ``lower_bound`` is.
+        """
+        if self.lower_bound is None:
+            return None
         if self.lower_bound > 0:
             return self.error / self.lower_bound
         return 1.0 if self.error == 0 else math.inf
@@ -215,7 +224,8 @@ class Report:
         relation = "=" if self.exact else "<="
         kept = ", ".join(f"{bond.kept}/{bond.available}" for bond in self.bonds) or "none"
         met = "" if self.tolerance_met else "; tolerance NOT met"
+        ratio = self.optimality
+        certified = "" if ratio is None else f", at most {ratio:.3f} x the best possible"
         return (
-            f"error {relation} {self.error:.6g} ({self.rel_error:.4%} of the norm), at most {self.optimality:.3f} x "
-            f"the best possible; bonds kept {kept}{met}"
+            f"error {relation} {self.error:.6g} ({self.rel_error:.4%} of the norm){certified}; bonds kept {kept}{met}"
         )
