@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from mpo_tn import _algebra, _storage, network
-from mpo_tn._accuracy import OperatorNorm, cast_error, operator_norm
-from mpo_tn._canonical import canonicalize, check_cores
-from mpo_tn._compress import compress, spectra, wide_chain
+from mpo_tn._canonical import canonicalize
+from mpo_tn._compress import compress
 from mpo_tn._decompose import BondCallback, decompose
 from mpo_tn._factor import Method
+from mpo_tn._measures import Measures
 from mpo_tn._operators import Operators
 from mpo_tn._refine import FitCallback, FitReport, fit, refit
-from mpo_tn.bounds import Spectra, entropy
-from mpo_tn.linalg import Array, frobenius_norm
+from mpo_tn.linalg import Array
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report, Truncation
 
 
-class MPO(Operators):
+class MPO(Operators, Measures):
     """A matrix product operator (tensor-train matrix). Immutable: every verb returns a new one.
 
     Build one with :meth:`from_matrix`, or from cores of shape (bond_{k-1}, out_k, in_k, bond_k) with ``MPO(cores)``,
     which claims no canonical form.
 
     With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn._operators.Operators`.
+    What can be measured on it is in :class:`~mpo_tn._measures.Measures`.
 
     >>> import numpy as np
     >>> from mpo_tn import MPO, Sites, Truncation
@@ -340,112 +340,6 @@ class MPO(Operators):
         (True, True)
         """
         return refit(self, k, target)
-
-    def cast_error(self, dtype: Any) -> float:
-        """``|self - cast|`` in the Frobenius norm if every core were stored in ``dtype``, a name or a dtype.
-
-        Exact: the difference of the two chains is summed site by site from the differences of their cores and
-        factorised by QR in double precision, so even errors far below ``eps(float64) * norm`` come out right.
-        :func:`mpo_tn._accuracy.cast_error_estimate` tells the size beforehand for a canonical MPO,
-        ``0.21 * eps * sqrt(n) * norm``. Cost: about ``32 n p d**3`` flops.
-
-        Raises:
-            MPOError: a dtype that is none, that the library lacks, that is real for complex cores, or whose range is
-                too small; cores that are not finite.
-
-        >>> import numpy as np
-        >>> mpo, _ = MPO.from_matrix(np.diag([1.0, 2.0, 3.0, 4.0]), Sites((4,), (4,)))
-        >>> mpo.cast_error("float32"), (mpo.compress(Truncation())[0]).cast_error("float64")
-        (0.0, 0.0)
-        """
-        return cast_error(self, dtype)
-
-    def operator_norm(
-        self, minus: Array | MPO | None = None, *, steps: int = 30, failure: float = 1e-6, seed: int = 0
-    ) -> OperatorNorm:
-        """The largest singular value of this MPO, or of ``self - minus``: a lower estimate, and how high it may be.
-
-        Args:
-            minus: a matrix or an MPO of the same shape, whose legs may differ.
-            steps: products with the difference and its adjoint, by Lanczos (Golub and Kahan) from a Gaussian vector.
-            failure: the probability with which ``upper`` may fail.
-            seed: of the starting vector; the same seed gives the same bits.
-
-        Guarantee: ``lower`` is the largest Ritz value and never above the norm, up to rounding,
-        ``eps(float64) * sqrt(size) * (|self| + |minus|)``. With probability ``1 - failure`` over the starting vector,
-        ``lower**2 >= (1 - x) norm**2`` for ``sqrt(x) = ln(1.648 sqrt(in) / failure) / (2 steps - 1)`` (Kuczynski and
-        Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992, Theorem 4.2), which gives ``upper``. It is infinite if there
-        are too few steps. The bound of Halko, Martinsson and Tropp (SIAM Rev. 53, 2011, Lemma 4.1) from products with
-        random vectors is about the Frobenius norm, which is known and certain, so it is not used.
-
-        The Frobenius error bounds this one from above, by up to ``sqrt(min(out, in))`` too much.
-
-        Raises:
-            MPOError: another shape, library, dtype or device, entries that are not finite, or bad options.
-
-        >>> import numpy as np
-        >>> mpo, _ = MPO.from_matrix(np.diag([4.0, 3.0, 2.0, 1.0]), Sites((2, 2), (2, 2)))
-        >>> norm = mpo.operator_norm()
-        >>> round(norm.lower, 12), norm.failure
-        (4.0, 0.0)
-        """
-        return operator_norm(self, minus, steps=steps, failure=failure, seed=seed)
-
-    def norm(self) -> float:
-        """The Frobenius norm, in double precision: that of the core at the centre."""
-        check_cores(self)
-        if self.center is not None:
-            return frobenius_norm(self.cores[self.center])
-        return frobenius_norm(canonicalize(wide_chain(self), len(self) - 1).cores[-1])
-
-    def spectra(self) -> Spectra:
-        """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first.
-
-        Once they are known, ``spectra.what_if(bonds)`` bounds the error of any cut in about a microsecond.
-        """
-        return spectra(self)
-
-    def entropies(self) -> list[float]:
-        """The entanglement entropy of every bond in nats, see :func:`mpo_tn.bounds.entropy`."""
-        return [entropy(values) for values in self.spectra()]
-
-    def distance(self, other: MPO) -> float:
-        """``|self - other|`` in the Frobenius norm, in double precision, by QR of the difference.
-
-        Its error is of the order of ``eps * (|self| + |other|)`` for canonical MPOs; inner products would leave
-        ``sqrt(eps)``. Cost: about ``6 n p d**3`` flops, d the sum of the two bonds.
-
-        Raises:
-            MPOError: legs, libraries, dtypes or devices that differ, or cores that are not finite.
-
-        >>> a = MPO.random(Sites((2, 2), (2, 2)), 4, seed=0)
-        >>> a.distance(a.canonicalize(0)) < 1e-14
-        True
-        """
-        return _algebra.distance(self, other)
-
-    def inner(self, other: MPO) -> float | complex:
-        """``sum conj(self) * other`` over all entries, ``tr(self.H @ other)``, in double precision.
-
-        Cost: ``2 sum_k p_k (a_{k-1} b_{k-1} b_k + a_{k-1} a_k b_k)`` flops for site sizes p, bonds a and b; nothing of
-        the size of the matrix is built.
-
-        Raises:
-            MPOError: as for :meth:`distance`.
-
-        >>> eye = MPO.identity(Sites((2, 3), (2, 3)))
-        >>> eye.inner(eye), eye.trace()
-        (6.0, 6.0)
-        """
-        return _algebra.inner(self, other)
-
-    def trace(self) -> float | complex:
-        """The trace, in double precision, in ``2 sum_k bond_{k-1} bond_k`` flops and the sums over the legs.
-
-        Raises:
-            MPOError: a site whose legs differ, or cores that are not finite.
-        """
-        return _algebra.trace(self)
 
     def __repr__(self) -> str:
         rows, columns = self.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -181,16 +180,15 @@ def test_nan_weights_are_named(mpo_tn, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing(dense_folder: Path, tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the kernel refuses the write in the same place."""
-
-    def limit() -> None:
-        import signal
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    command = [sys.executable, "-m", "mpo_tn", "compress", dense_folder, tmp_path / "out", "--keep", "0.5"]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, env=environment)
+    script = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from mpo_tn.__main__ import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-B", "-c", script, "compress", dense_folder, tmp_path / "out", "--keep", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
