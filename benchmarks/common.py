@@ -33,6 +33,7 @@ warnings.filterwarnings("ignore", module="tensornetwork")
 clock = time.process_time if CPU_TIME else time.perf_counter
 Cores = list[np.ndarray]
 SEED = 0
+PAUSE = 0.3
 LIBRARIES = ("numpy", "scipy", "torch", "tensorly", "tensornetwork", "torchTT", "quimb")
 
 
@@ -55,12 +56,14 @@ def _processor() -> str:
 def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Median seconds and last result of each, after one round that warms up.
 
-    In turns, so that whatever else the machine does slows them all alike.
+    In turns, so that whatever else the machine does slows them all alike, and with a pause between: NumPy, SciPy and
+    torch bring a pool of threads each, and those of the last turn spin for a while on the cores the next one needs.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
     for _ in range(repeats + 1):
         for name, run in runs.items():
+            time.sleep(PAUSE)
             start = clock()
             results[name] = run()
             times[name].append(clock() - start)
