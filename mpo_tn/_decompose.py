@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import array_api_compat
 import numpy as np
 
 from mpo_tn import bounds
@@ -174,7 +175,7 @@ class Sweep:
 
     def cut(self, group: Array, bond: int) -> tuple[Array, Array | None]:
         """The basis ``u`` (m, kept) that budget and cap leave of ``group`` (m, k), and ``u^H group`` if known."""
-        found = factor(widen(group), self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+        found = factor(group, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
         if found.note:
             self.notes.append(f"bond {bond}: {found.note}")
         kept = self.budget.keep(found.tail, self.caps[bond])
@@ -217,7 +218,8 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
     squared errors of the steps add up to the squared total error.
 
     A site whose bond cannot be cut waits for the next one and is split off from that one's small basis: the large
-    tensor is read less often, and the product is the same.
+    tensor is read less often, and the product is the same. If none up to the centre can be cut, `auto` makes them
+    identities; a method asked for by name makes them singular vectors.
     """
     xp = namespace(tensor)
     sizes = sites.sizes
@@ -232,8 +234,10 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
         if low < center and (high == center or left * sizes[low] <= right * sizes[high]):
             group = xp.reshape(tensor, (left * sizes[low], -1))
             waiting_left.append(low)
-            if low + 1 < center and sweep.passes(group.shape, low):
+            if (low + 1 < center or sweep.method == "auto") and sweep.passes(group.shape, low):
                 left = group.shape[0]
+                if low + 1 == center:
+                    _identities(tensor, waiting_left, sites, cores)
             else:
                 u, tensor = sweep.split(group, low)
                 left = u.shape[1]
@@ -243,8 +247,10 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
         else:
             group = adjoint(xp.reshape(tensor, (-1, sizes[high] * right)))
             waiting_right.append(high)
-            if high - 1 > center and sweep.passes(group.shape, high - 1):
+            if (high - 1 > center or sweep.method == "auto") and sweep.passes(group.shape, high - 1):
                 right = group.shape[0]
+                if high - 1 == center:
+                    _identities(tensor, waiting_right, sites, cores)
             else:
                 u, rest = sweep.split(group, high - 1)
                 right = u.shape[1]
@@ -253,6 +259,21 @@ def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
             high -= 1
     cores[center] = xp.reshape(tensor, (left, sites.out[center], sites.in_[center], right))
     return cores
+
+
+def _identities(like: Array, waiting: list[int], sites: Sites, cores: list[Array]) -> None:
+    """Cores of sites whose bonds cannot be cut, up to the centre: any complete basis does, nothing is computed."""
+    xp = namespace(like)
+    for site in waiting:
+        on_left = site < sites.center
+        if on_left:
+            bond = 1 if site == 0 else int(cores[site - 1].shape[3])
+        else:
+            bond = 1 if site == len(sites) - 1 else int(cores[site + 1].shape[0])
+        full = bond * sites.sizes[site]
+        ends = (bond, full) if on_left else (full, bond)
+        identity = widen(xp.eye(full, dtype=like.dtype, device=array_api_compat.device(like)))
+        cores[site] = xp.reshape(identity, (ends[0], sites.out[site], sites.in_[site], ends[1]))
 
 
 def _split_left(basis: Array, rest: Array, waiting: list[int], sites: Sites, cores: list[Array]) -> None:

@@ -19,6 +19,8 @@ from mpo_tn.linalg import (
     Array,
     adjoint,
     binary_exponent,
+    dtype_name,
+    eigenvectors,
     frobenius_norm,
     left_factor,
     namespace,
@@ -39,16 +41,19 @@ OVERSAMPLING = 10
 """Columns beyond the wanted ones in every block."""
 FIRST_BLOCKS, LAST_BLOCKS = 5, 9
 """How many blocks `krylov` builds at least (four applications of ``z z^H``) and at most."""
-SETTLED = 0.01
+SETTLED = 0.005
 """`krylov` stops when a further block raises the captured energy by less than this fraction."""
 POWERS = 4
 """Applications of ``z z^H`` in `randomized`, which also doubles the number of columns."""
 FEW, LARGE = 16, 2048
 """`auto` takes `krylov` if at most one in ``FEW`` of at least ``LARGE`` values is wanted."""
-_CANCELS = 0.1
-"""Below this fraction of the norm, what is missed is not taken from a difference of squares."""
-_SINGLE_RANGE = (1e-12, 1e12)
-"""Norms whose cube, which a block of `krylov` may have, is in the range of single precision."""
+CANCELS = 0.1
+"""Below this fraction of the norm, what is missed is not taken from a difference of squares, and no basis from a Gram
+matrix in the precision of the data."""
+_SINGLE_RANGE, _DOUBLE_RANGE = (1e-12, 1e12), (1e-60, 1e60)
+"""Norms whose cube, which a block of `krylov` may have, is in the range of single or double precision."""
+_CLEAN = 1e-4
+"""A block that had less than this within the basis is orthonormal to its square once that is taken out."""
 _FIRST_GUESS = 16
 """Columns tried first when only a tolerance says how many are wanted."""
 
@@ -100,7 +105,7 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
     """A basis for the range of a matrix that is good enough for what was requested.
 
     Args:
-        matrix: shape (m, k), double precision.
+        matrix: shape (m, k), double precision, or single where a product in single precision loses nothing.
         method: ``svd`` (QR of the long side, then a small SVD), ``gram`` (eigenvectors of the Gram matrix of the short
             side), ``krylov`` (block Krylov), ``randomized`` (subspace iteration) or ``auto``.
         request: how many columns are wanted.
@@ -109,13 +114,21 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
     Guarantee: ``tail[r]`` is ``|z - u u^H z|`` to rounding for every method; with ``gram`` on 32 bit data to ``1.5e-8``
     of the norm, which is less than the rounding of the data.
 
+    ``auto`` takes the eigenvectors of a Gram matrix in the precision of ``matrix`` where only a cap says how many are
+    wanted and more than a tenth of the norm is missed: by Ky Fan's principle a Gram matrix that is off by ``E`` costs
+    at most ``2 r |E|`` of the captured energy, which is then far below what is missed.
+
     Cost, for ``m <= k`` and r wanted: ``2 m**2 k + 13 m**3`` flops (svd), ``m**2 k + 9 m**3`` (gram),
     ``4 q m k (r + 10)`` (krylov, q = 5 to 9), ``20 m k (2 r + 10)`` (randomized).
     """
     rank = min(matrix.shape)
     wanted = rank if request.cap is None else min(rank, request.cap)
     if method == "auto":
-        few = math.isinf(request.share) and rank >= LARGE and FEW * wanted <= rank
+        capped = math.isinf(request.share) and wanted < rank
+        few = capped and rank >= LARGE and FEW * wanted <= rank
+        rough = _rough(matrix, wanted) if capped and not few and 2 * wanted <= rank else None
+        if rough is not None:
+            return rough
         method = "krylov" if few else "gram" if single else "svd"
     dense = _gram if method == "gram" or (single and method != "svd") else _svd
     if method in ("krylov", "randomized"):
@@ -126,7 +139,7 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
             if columns == wanted or found.tail[columns] <= request.share:
                 return found
             columns = min(wanted, 2 * columns)
-    return dense(matrix, single=single)
+    return dense(widen(matrix), single=single)
 
 
 def _room(method: str, columns: int) -> int:
@@ -171,6 +184,31 @@ def _complete(matrix: Array, basis: Array, note: str | None) -> Factor:
     return Factor(lambda r: basis[:, :r], tails(rows), min(matrix.shape), False, "gram", note, image)
 
 
+def _rough(matrix: Array, columns: int) -> Factor | None:
+    """The first singular vectors from a Gram matrix in the precision of the matrix, and what exactly they miss.
+
+    None where that is too little for the precision to be enough.
+    """
+    norm = frobenius_norm(matrix)
+    half_the_digits = _SINGLE_RANGE if dtype_name(matrix) in ("float32", "complex64") else _DOUBLE_RANGE
+    if not half_the_digits[0] < norm < half_the_digits[1]:
+        return None
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = eigenvectors(adjoint(matrix) @ matrix if tall else matrix @ adjoint(matrix))
+    vectors = found.u[:, :columns]
+    # Orthonormal in double precision, so that norms of what it captures are exact.
+    basis = qr(widen(matrix @ vectors if tall else vectors))[0]
+    xp = namespace(matrix)
+    image = adjoint(xp.astype(basis, matrix.dtype, copy=False)) @ matrix
+    captured = frobenius_norm(image)
+    missed = math.sqrt(max(norm - captured, 0.0)) * math.sqrt(norm + captured)
+    if missed < CANCELS * norm:
+        return None
+    rows = to_numpy(namespace(basis).linalg.vector_norm(widen(image), axis=1))
+    tail = tails(np.append(rows, missed))[:-1]
+    return Factor(lambda r: basis[:, :r], tail, min(matrix.shape), True, "gram", found.note, image)
+
+
 def _turned(matrix: Array, right: Array) -> Callable[[int], Array]:
     """Left singular vectors of a tall matrix from its right ones: orthonormal even where singular values vanish."""
     return lambda r: qr(matrix @ right[:, :r])[0]
@@ -178,14 +216,14 @@ def _turned(matrix: Array, right: Array) -> Callable[[int], Array]:
 
 def _measured(matrix: Array, basis: Array, columns: int, method: str, *, single: bool) -> Factor:
     """Turn a basis so that its first columns capture most, and measure what each number of columns misses."""
-    image = adjoint(basis) @ matrix
+    image = widen(adjoint(namespace(matrix).astype(basis, matrix.dtype, copy=False)) @ matrix)
     small = (_gram if single else _svd)(image, single=single)
     turn = small.basis(basis.shape[1])
     basis, image = basis @ turn, adjoint(turn) @ image
     norm, captured = frobenius_norm(matrix), frobenius_norm(image)
     missed = math.sqrt(max(norm - captured, 0.0)) * math.sqrt(norm + captured)
-    if missed < _CANCELS * norm:
-        missed = frobenius_norm(matrix - basis @ image)
+    if missed < CANCELS * norm:
+        missed = frobenius_norm(widen(matrix) - basis @ image)
     # Not the singular values: the norms of rows are what the basis captures, whatever rounding did to it.
     rows = to_numpy(namespace(matrix).linalg.vector_norm(image, axis=1))
     tail = tails(np.append(rows, missed))[:-1]
@@ -228,22 +266,28 @@ def _krylov(matrix: Array, columns: int, *, single: bool) -> Array:
     block, _ = qr(work @ _start(work, _room("krylov", columns)))
     width = block.shape[1]
     basis, image = block, adjoint(block) @ work
+    gram = image @ adjoint(image)
     energy = 0.0
     count = 1
     while True:
-        if count >= FIRST_BLOCKS - 1 or basis.shape[1] + width > min(matrix.shape):
-            # The top of the small problem decides; squares of 32 bit data are summed in double precision.
-            small = left_factor(widen(image), gram=True)
-            found = float((small.values[:columns] ** 2).sum())
-            settled = count >= FIRST_BLOCKS and found - energy <= SETTLED * found
-            if settled or count >= LAST_BLOCKS or basis.shape[1] + width > min(matrix.shape):
+        last = count >= LAST_BLOCKS or basis.shape[1] + width > min(matrix.shape)
+        if count >= FIRST_BLOCKS - 1 or last:
+            # Only whether to go on, and how to turn the basis: what it captures is measured afterwards.
+            small = eigenvectors(widen(gram))
+            found = float(small.values[:columns].sum())
+            if last or (count >= FIRST_BLOCKS and found - energy <= SETTLED * found):
                 turned = widen(basis) @ small.u[:, : columns + OVERSAMPLING]
                 return qr(turned)[0]
             energy = found
         block = work @ adjoint(image[-width:, :])
-        for _ in range(2):
-            block = block - basis @ (adjoint(basis) @ block)
+        block, _ = qr(block - basis @ (adjoint(basis) @ block))
+        # Columns that were almost within the basis have been blown up, and have to be cleaned again.
+        within = adjoint(basis) @ block
+        block = block - basis @ within
+        if frobenius_norm(within) > _CLEAN:
             block, _ = qr(block)
         basis = xp.concat((basis, block), axis=1)
         image = xp.concat((image, adjoint(block) @ work), axis=0)
+        fresh = image @ adjoint(image[-width:, :])
+        gram = xp.concat((xp.concat((gram, adjoint(fresh[:-width, :])), axis=0), fresh), axis=1)
         count += 1

@@ -117,7 +117,9 @@ class MPO(Operators, Measures):
                 for data of 32 bits or fewer; ``"krylov"`` and ``"randomized"`` cost ``O(m k bond)`` and come near the
                 best truncation without a certificate, so the bounds in the report are None; where they would save
                 nothing the bond is factorised in full. ``"auto"`` is krylov where at most one in 16 of 2048 or more
-                values is kept and there is no tolerance, else gram for 32 bits or fewer, else svd.
+                values is kept and there is no tolerance; else gram for 32 bits or fewer, and where a cap cuts more
+                than a tenth of the norm; else svd. Where nothing can be cut, sites up to the centre become identities
+                and nothing is computed; a method asked for by name makes them singular vectors.
             callback: called as ``callback(bond, bond_report)`` after each bond, in the order in which they are cut.
 
         Returns:

@@ -15,6 +15,7 @@ from strategies import EPS, KINDS, C, dense, fro, host, legs, make, problems, ra
 
 from mpo_tn import MPO, MPOError, Sites, Truncation, linalg
 from mpo_tn._factor import LARGE, Request, factor
+from mpo_tn.testing import assert_canonical
 
 METHODS = ("auto", "svd", "gram", "krylov", "randomized")
 APPROXIMATE = ("krylov", "randomized")
@@ -177,9 +178,13 @@ def test_auto_chooses_by_dtype_size_and_what_is_wanted():
     assert factor(w, "auto", few, single=True).method == "krylov"
     assert factor(w, "auto", few, single=False).method == "krylov"
     small = w[:64, :80]
-    for request in (few, all_):
-        assert factor(small, "auto", request, single=True).method == "gram"
-        assert factor(small, "auto", request, single=False).method == "svd"
+    assert factor(small, "auto", all_, single=True).method == "gram"
+    assert factor(small, "auto", all_, single=False).method == "svd"
+    # Of double precision data a Gram matrix keeps half the digits: enough where much is missed, and only there.
+    assert factor(small, "auto", few, single=False).method == "gram"
+    decaying = np.diag(0.3 ** np.arange(64.0))
+    assert factor(decaying, "auto", few, single=False).method == "svd"
+    assert factor(decaying, "auto", few, single=True).method == "gram"
     # Where an approximation would span the whole space there is nothing to save.
     assert factor(small[:12], "krylov", few, single=False).method == "svd"
     assert factor(small[:12], "randomized", few, single=True).method == "gram"
@@ -245,7 +250,7 @@ def test_factorisation_that_fails_is_repeated_and_reported(monkeypatch, dtype, m
 
     monkeypatch.setattr(linalg.namespace(matrix).linalg, name, fail)
     mpo, report = MPO.from_matrix(matrix, sites, Truncation(max_bond=5), method=method)
-    used = "eigh" if method == "gram" or (dtype == "float32" and method != "svd") else "svd"
+    used = "eigh" if method in ("gram", "auto") or (dtype == "float32" and method != "svd") else "svd"
     assert any("did not converge" in note for note in report.notes) == (name == used)
     assert abs(report.error - fro(plain - dense(mpo.cores))) <= slack(dtype, plain.size, fro(plain))
 
@@ -278,3 +283,71 @@ def test_large_single_precision_matrices_are_as_exact(library, scale):
             assert abs(report.error - fro(plain - dense(mpo.cores))) <= tolerance
             small, again = mpo.compress(Truncation(max_bond=16), method=method)
             assert abs(again.error - fro(dense(mpo.cores) - dense(small.cores))) <= tolerance
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("shape", [(256, 300), (300, 256)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+def test_auto_misses_no_more_than_the_best_basis(library, dtype, shape, decay):
+    """Whatever precision its Gram matrix has: to ``4 eps sqrt(size) norm`` of the tail of the singular values."""
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if dtype.startswith("complex") else 0.0)
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    plain = ((u * (s * np.arange(1, len(s) + 1.0) ** -decay)) @ v).astype(dtype)
+    matrix = torch.from_numpy(plain) if library == "torch" else plain
+    wide = host(plain)
+    mpo, report = MPO.from_matrix(matrix, Sites.low_rank(*shape), Truncation(max_bond=32))
+    tail = fro(np.linalg.svd(wide, compute_uv=False)[32:])
+    allowed = slack(dtype, wide.size, fro(wide))
+    assert abs(report.error - tail) <= allowed
+    assert abs(report.error - fro(wide - dense(mpo.cores))) <= allowed
+    assert report.lower_bound is not None
+    assert report.bonds[0].method in ("gram", "svd")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 4.0, 8.0])
+def test_auto_rounds_double_precision_as_well_as_svd(dtype, decay):
+    """Half the digits decide what to cut only where much is cut; then nothing is lost, and else an SVD decides."""
+    mpo = MPO.random(Sites((4, 4, 4, 4), (4, 4, 4, 4)), bonds=40, seed=1, dtype=dtype)
+    # Weights to the left, where they make what the sweep knows of the cores to the right ill-conditioned.
+    cores = [(core.T * np.arange(1, core.shape[0] + 1.0) ** -decay).T for core in mpo.cores]
+    mpo = MPO(tuple(cores))
+    calls: list[int] = []
+    rounded, report = mpo.compress(Truncation(max_bond=10), callback=lambda k, _: calls.append(k))
+    _, best = mpo.compress(Truncation(max_bond=10), method="svd")
+    allowed = slack(dtype, math.prod(mpo.shape), report.norm)
+    assert calls == [0, 1, 2]
+    assert [a.kept for a in report.bonds] == [b.kept for b in best.bonds]
+    assert abs(report.error - best.error) <= allowed
+    assert abs(report.error - fro(dense(mpo.cores) - dense(rounded.cores))) <= allowed
+    assert any(bond.method == "gram" for bond in report.bonds) == (decay < 4)
+
+
+@given(problems())
+def test_nothing_is_factorised_where_nothing_can_be_cut(problem):
+    mpo, report = MPO.from_matrix(problem.matrix, problem.sites)
+    assert report.error == 0.0
+    assert mpo.bonds == problem.sites.full_bonds
+    beside = [k for k in range(len(mpo.bonds)) if report.bonds[k].method != "full"]
+    # Left over are bonds whose site alone has more rows than the rest of the matrix.
+    for k in beside:
+        left = math.prod(problem.sites.sizes[: k + 1])
+        assert min(left, math.prod(problem.sites.sizes) // left) == mpo.bonds[k]
+    assert fro(problem.host - dense(mpo.cores)) <= problem.slack
+    assert_canonical(mpo)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128", ">f4"])
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 6, 8])
+def test_interleaving_moves_every_entry_to_its_place(dtype, last):
+    out, in_ = (2, 3, 2), (3, 2, last)
+    w = np.arange(12 * 6 * last).reshape(12, 6 * last).astype(dtype)
+    expected = w.reshape(*out, *in_).transpose(0, 3, 1, 4, 2, 5).ravel()
+    for matrix in (w, np.asfortranarray(w), w[::-1], w[:, ::-1]):
+        moved = linalg.interleave(matrix, out, in_)
+        plain = np.ascontiguousarray(matrix).reshape(*out, *in_).transpose(0, 3, 1, 4, 2, 5).ravel()
+        assert moved.dtype == w.dtype
+        assert np.array_equal(moved, plain)
+    assert np.array_equal(linalg.interleave(w, out, in_), expected)

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mpo_tn._factor import Method
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
+from mpo_tn.sites import Sites
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
 from mpo_tn.torch.legs import legs_for
@@ -197,7 +199,7 @@ def _compress_unit(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.
         truncation = Truncation(max_bond=sites.largest_cap(config.keep * out * in_))
     rows, columns = sites.shape
     padded = functional.pad(matrix, (0, columns - in_, 0, rows - out))
-    mpo, report = MPO.from_matrix(padded, sites, truncation)
+    mpo, report = MPO.from_matrix(padded, sites, truncation, method=_method(sites, truncation, padded.dtype))
     error, exact = _cropped_error(mpo, report, out, in_)
 
     rel_error = error / report.norm if report.norm > 0 else 0.0
@@ -220,6 +222,18 @@ def _compress_unit(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.
     assert isinstance(first, MPOLayer)
     names = tuple(name for group in unit.names for name in group)
     return LayerReport(names, first.spec, error, report.norm, report), modules
+
+
+def _method(sites: Sites, truncation: Truncation, dtype: torch.dtype) -> Method:
+    """Singular vectors in any case: where nothing is cut ``auto`` would make auxiliary tensors identities.
+
+    Those carry nothing of the weights, and slicing them cuts anything.
+    """
+    beside_center = sites.full_bonds[max(sites.center - 1, 0) : sites.center + 1]
+    cap = truncation.max_bond
+    if truncation.has_tolerance or (isinstance(cap, int) and cap < min(beside_center, default=1)):
+        return "auto"
+    return "svd" if dtype == torch.float64 else "gram"
 
 
 def build(
