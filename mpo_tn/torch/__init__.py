@@ -9,6 +9,7 @@ import importlib.util
 from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.saved_cores import load_cores, save_cores
 from mpo_tn.torch.training import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 
 if importlib.util.find_spec("transformers") is not None:
@@ -25,6 +26,8 @@ __all__ = [
     "ModuleSpec",
     "compress",
     "freeze",
+    "load_cores",
     "parameter_groups",
     "print_trainable_parameters",
+    "save_cores",
 ]
