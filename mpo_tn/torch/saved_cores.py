@@ -120,21 +120,16 @@ def load_cores(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
     place = Path(folder)
     description, tensors = _read(place)
     present = _tensors(model)
-    differences = _structural_differences(model, description["modules"])
-    known = {**description["saved"], **description["frozen"]}
-    everything = {*known, *description["left_out"]}
-    differences += [f"the model has no {name}" for name in sorted(everything - present.keys())]
-    differences += [f"{name} was not in the model that was saved" for name in sorted(present.keys() - everything)]
-    for name, (dtype, shape, _) in known.items():
-        if name in present and (dtype, shape) != _kind(present[name]):
-            own_dtype, own_shape = _kind(present[name])
-            differences.append(f"{name} is {own_dtype} {own_shape} in the model, not {dtype} {shape}")
-    if not differences:  # reading all numbers only then
-        differences = [
+    # From cheap to dear, and what follows from a difference is not listed beside it.
+    differences = (
+        _other_modules(model, description["modules"])
+        or _other_tensors(present, description)
+        or [
             f"{name} is frozen and has other numbers"
             for name, entry in description["frozen"].items()
             if _entry(name, present[name]) != entry
         ]
+    )
     if differences:
         more = len(differences) - _LISTED
         raise MPOError(
@@ -145,7 +140,7 @@ def load_cores(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
     with torch.no_grad():
         for name, tensor in tensors.items():
             present[name].copy_(tensor)
-    return tuple(tensors)
+    return tuple(description["saved"])
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -187,7 +182,7 @@ def _structure(model: nn.Module) -> dict[str, ModuleSpec]:
     }
 
 
-def _structural_differences(model: nn.Module, saved: Mapping[str, ModuleSpec]) -> list[str]:
+def _other_modules(model: nn.Module, saved: Mapping[str, ModuleSpec]) -> list[str]:
     own = _structure(model)
     differences = [f"{name} is no MPO module in the model" for name in saved.keys() - own.keys()]
     differences += [f"{name} was not an MPO module" for name in own.keys() - saved.keys()]
@@ -195,13 +190,25 @@ def _structural_differences(model: nn.Module, saved: Mapping[str, ModuleSpec]) -
         a, b = own[name], saved[name]
         if a == b:
             continue
-        if replace(a, bonds=b.bonds) == b:
+        if len(a.bonds) == len(b.bonds) and replace(a, bonds=b.bonds) == b:
             why = f"bonds {list(a.bonds)}, not {list(b.bonds)} (was the base squeezed since, or cut otherwise?)"
         else:
             changed = [key for key, value in a.to_dict().items() if value != b.to_dict()[key]]
             why = ", ".join(f"{key}={a.to_dict()[key]!r}, not {b.to_dict()[key]!r}" for key in changed)
         differences.append(f"{name} has {why}")
     return sorted(differences)
+
+
+def _other_tensors(present: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> list[str]:
+    known = {**description["saved"], **description["frozen"]}
+    everything = {*known, *description["left_out"]}
+    differences = [f"the model has no {name}" for name in sorted(everything - present.keys())]
+    differences += [f"{name} was not in the model that was saved" for name in sorted(present.keys() - everything)]
+    for name, (dtype, shape, _) in known.items():
+        if name in present and (dtype, shape) != _kind(present[name]):
+            own_dtype, own_shape = _kind(present[name])
+            differences.append(f"{name} is {own_dtype} {own_shape} in the model, not {dtype} {shape}")
+    return differences
 
 
 def _kind(tensor: torch.Tensor) -> tuple[str, list[int]]:
