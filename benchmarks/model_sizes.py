@@ -80,8 +80,8 @@ def tables() -> Iterator[str]:
     used: dict[tuple[int, int], list[str]] = {}
     for name in TARGETS:
         n, specs = count(name)
-        cells = [n["dense"], n["mpo"], n["paper"], n["default"]]
-        yield f"| {name} | {' | '.join(f'{cell:,d}' for cell in cells)} | {n['central'] / n['cores']:.1%} of the cores |"
+        cells = " | ".join(f"{n[key]:,d}" for key in ("dense", "mpo", "paper", "default"))
+        yield f"| {name} | {cells} | {n['central'] / n['cores']:.1%} of the cores |"
         for spec in specs.values():
             shape = (spec.out_features, spec.in_features)
             shapes.setdefault(shape, spec)

@@ -84,8 +84,8 @@ def save_cores(
         "base": str(getattr(model, "name_or_path", "")),
         "class": type(model).__name__,
         "modules": {name: spec.to_dict() for name, spec in _structure(model).items()},
-        "saved": {name: _entry(name, tensor) for name, tensor in tensors.items()},
-        "frozen": {name: _entry(name, present[name]) for name in frozen},
+        "saved": {name: _entry(tensor) for name, tensor in tensors.items()},
+        "frozen": {name: _entry(present[name]) for name in frozen},
         "left_out": sorted(present.keys() - wanted - set(frozen)),
     }
     with written_beside(out) as temporary:
@@ -127,7 +127,7 @@ def load_cores(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
         or [
             f"{name} is frozen and has other numbers"
             for name, entry in description["frozen"].items()
-            if _entry(name, present[name]) != entry
+            if _entry(present[name]) != entry
         ]
     )
     if differences:
@@ -215,13 +215,10 @@ def _kind(tensor: torch.Tensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
-def _entry(name: str, tensor: torch.Tensor) -> list[Any]:
-    """Dtype, shape, and a digest of name, dtype, shape and bytes."""
-    dtype, shape = _kind(tensor)
-    digest = hashlib.blake2b(json.dumps([name, dtype, shape]).encode(), digest_size=16)
+def _entry(tensor: torch.Tensor) -> list[Any]:
+    """Dtype, shape, and a digest of the bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return [dtype, shape, digest.hexdigest()]
+    return [*_kind(tensor), hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).hexdigest()]
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -246,7 +243,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         description["left_out"] = set(description["left_out"])
         tensors = load_file(folder / _WEIGHTS)
         damaged = sorted(tensors.keys() ^ saved.keys()) or [
-            name for name, tensor in tensors.items() if _entry(name, tensor) != saved[name]
+            name for name, tensor in tensors.items() if _entry(tensor) != saved[name]
         ]
     except MPOError:
         raise
