@@ -7,19 +7,34 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
+from mpo_tn.torch._cuts import Cut, RankedCut, Ranking, bond_spectra, cut_bond, cut_model
+from mpo_tn.torch._squeeze import squeeze
+from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.state import load_state, save_state
 
 if importlib.util.find_spec("transformers") is not None:
     from mpo_tn.torch import quantizer as quantizer
 
 __all__ = [
     "CompressionReport",
+    "Cut",
     "LayerReport",
     "MPOConfig",
     "MPOEmbedding",
     "MPOLayer",
     "MPOLinear",
     "ModuleSpec",
+    "RankedCut",
+    "Ranking",
+    "SqueezeResult",
+    "SqueezeRound",
+    "bond_spectra",
     "compress",
+    "cut_bond",
+    "cut_model",
+    "load_state",
+    "save_state",
+    "squeeze",
 ]
