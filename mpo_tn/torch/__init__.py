@@ -9,6 +9,7 @@ import importlib.util
 from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.modes import set_mode
 
 if importlib.util.find_spec("transformers") is not None:
     from mpo_tn.torch import quantizer as quantizer
@@ -22,4 +23,5 @@ __all__ = [
     "MPOLinear",
     "ModuleSpec",
     "compress",
+    "set_mode",
 ]
