@@ -56,47 +56,58 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
-def dense_matrix(
-    cores: Sequence[torch.Tensor], tree: Tree, size: tuple[int, int], dtype: torch.dtype | None = None
-) -> torch.Tensor:
+Node = tuple[torch.Tensor, Any]
+"""A merged tensor (left, out, in, right) and the two nodes it was merged from, None for a core."""
+
+
+def dense_matrix(cores: Sequence[torch.Tensor], tree: Tree, size: tuple[int, int]) -> torch.Tensor:
     """The matrix (out, in) of cores merged in the order of ``tree``, cropped to ``size``; differentiable."""
-    merged = _merge_tree(tree, cores)[0]
-    matrix = merged.reshape(merged.shape[1], merged.shape[2])[: size[0], : size[1]]
-    return matrix if dtype is None else matrix.to(dtype)
+    return _cropped(_merge_tree(tree, cores)[0], size)
+
+
+def _cropped(merged: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return merged.reshape(merged.shape[1], merged.shape[2])[: size[0], : size[1]]
 
 
 def _transient_matrix(
-    cores: Sequence[torch.Tensor], tree: Tree, size: tuple[int, int], dtype: torch.dtype | None
+    parts: Sequence[Node] | None, core: torch.Tensor, size: tuple[int, int], dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """The same for immediate use: on the CPU the result lies in the workspace, where the next one overwrites it."""
-    plain = cores[0].device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not plain or isinstance(tree, int):
-        return dense_matrix(cores, tree, size, dtype)
-    a, b = (_merge_tree(part, cores)[0] for part in tree)
+    """The matrix merged from two parts, for immediate use, or that of a single core.
+
+    On the CPU it lies in the workspace, where the next one overwrites it.
+    """
+    if parts is None:
+        matrix = _cropped(core, size)
+        return matrix if dtype is None else matrix.to(dtype)
+    a, b = parts[0][0], parts[1][0]
+    if a.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        matrix = _cropped(_merge(a, b), size)
+        return matrix if dtype is None else matrix.to(dtype)
     _, out_a, in_a, bond = a.shape
     _, out_b, in_b, _ = b.shape
     row_entries = in_a * out_b * in_b
     rows = min(out_a, max(1, _BLOCK_BYTES // (row_entries * a.element_size())))
-    matrix, block = _workspace.take((out_a * row_entries, dtype or a.dtype), (rows * row_entries, a.dtype))
-    matrix = matrix.view(out_a, out_b, in_a, in_b)
+    flat, block = _workspace.take((out_a * row_entries, dtype or a.dtype), (rows * row_entries, a.dtype))
+    matrix = flat.view(out_a, out_b, in_a, in_b)
     a, b = a.reshape(out_a, in_a, bond), b.reshape(bond, out_b * in_b)
     for start in range(0, out_a, rows):
         part = a[start : start + rows]
         product = block[: part.shape[0] * row_entries].view(part.shape[0] * in_a, out_b * in_b)
-        torch.mm(part.reshape(-1, bond), b, out=product)
+        torch.mm(part.reshape(part.shape[0] * in_a, bond), b, out=product)
         matrix[start : start + rows] = product.view(-1, in_a, out_b, in_b).transpose(1, 2)
     return matrix.view(out_a * out_b, in_a * in_b)[: size[0], : size[1]]
 
 
-Node = tuple[torch.Tensor, Any, Any]
-"""A merged tensor (left, out, in, right) and the nodes it was merged from, None for a core."""
+def _parts(tree: Tree, cores: Sequence[torch.Tensor]) -> tuple[Node, Node] | None:
+    """What the root of a tree is merged from; None for a single core."""
+    return None if isinstance(tree, int) else (_merge_tree(tree[0], cores), _merge_tree(tree[1], cores))
 
 
 def _merge_tree(tree: Tree, cores: Sequence[torch.Tensor]) -> Node:
     if isinstance(tree, int):
-        return cores[tree], None, None
+        return cores[tree], None
     left, right = _merge_tree(tree[0], cores), _merge_tree(tree[1], cores)
-    return _merge(left[0], right[0]), left, right
+    return _merge(left[0], right[0]), (left, right)
 
 
 def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -108,24 +119,22 @@ def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(
-    tree: Tree, node: Node | None, gradient: torch.Tensor, wanted: Sequence[bool], found: list[torch.Tensor | None],
-    cores: Sequence[torch.Tensor],
+    tree: Tree, parts: Sequence[Node] | None, gradient: torch.Tensor, wanted: Sequence[bool],
+    found: list[torch.Tensor | None],
 ) -> None:  # fmt: skip
     """Carry the gradient of a merged tensor to the wanted cores it was merged from; the others cost nothing."""
-    if isinstance(tree, int):
-        found[tree] = gradient.reshape(cores[tree].shape)
+    if parts is None:
+        found[tree] = gradient
         return
-    a_node = _merge_tree(tree[0], cores) if node is None else node[1]
-    b_node = _merge_tree(tree[1], cores) if node is None else node[2]
-    a, b = a_node[0], b_node[0]
+    a, b = parts[0][0], parts[1][0]
     left, out_a, in_a, bond = a.shape
     _, out_b, in_b, right = b.shape
     product = gradient.reshape(left, out_a, out_b, in_a, in_b, right).transpose(2, 3)
     product = product.reshape(left * out_a * in_a, out_b * in_b * right)
     if _any_wanted(tree[0], wanted):
-        _spread(tree[0], a_node, torch.mm(product, b.reshape(bond, -1).mH).view(a.shape), wanted, found, cores)
+        _spread(tree[0], parts[0][1], torch.mm(product, b.reshape(bond, -1).mH).view(a.shape), wanted, found)
     if _any_wanted(tree[1], wanted):
-        _spread(tree[1], b_node, torch.mm(a.reshape(-1, bond).mH, product).view(b.shape), wanted, found, cores)
+        _spread(tree[1], parts[1][1], torch.mm(a.reshape(-1, bond).mH, product).view(b.shape), wanted, found)
 
 
 def _any_wanted(tree: Tree, wanted: Sequence[bool]) -> bool:
@@ -223,7 +232,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, _, ctx.route, ctx.size, ctx.dtype, *cores = inputs
-        ctx.save_for_backward(x, *cores)
+        # As for a dense layer: without a gradient for the weight, x is not needed.
+        ctx.has_x = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(x if ctx.has_x else None, *cores)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -239,23 +250,28 @@ class _Product(torch.autograd.Function):
 
 
 def _rebuild_backward(
-    ctx: Any, g: torch.Tensor, x: torch.Tensor, cores: Sequence[torch.Tensor], want_x: bool, want_cores: Sequence[bool]
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    tree = ctx.route.segments[0]
+    ctx: Any, g: torch.Tensor, x: torch.Tensor | None, cores: Sequence[torch.Tensor], want_x: bool,
+    want_cores: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
     of_cores: list[torch.Tensor | None] = [None] * len(cores)
-    of_x = torch.mm(g, _transient_matrix(cores, tree, ctx.size, ctx.dtype).conj()) if want_x else None
-    if any(want_cores):
+    if not want_x and not any(want_cores):
+        return None, of_cores
+    tree = ctx.route.segments[0]
+    parts = _parts(tree, cores)
+    of_x = torch.mm(g, _transient_matrix(parts, cores[0], ctx.size, ctx.dtype).conj()) if want_x else None
+    if x is not None:
         of_matrix = torch.mm(g.T, x.conj()).to(cores[0].dtype)
         rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
         if (rows, columns) != ctx.size:
             of_matrix = functional.pad(of_matrix, (0, columns - ctx.size[1], 0, rows - ctx.size[0]))
-        _spread(tree, None, of_matrix.view(1, rows, columns, 1), want_cores, of_cores, cores)
+        _spread(tree, parts, of_matrix.view(1, rows, columns, 1), want_cores, of_cores)
     return of_x, of_cores
 
 
 def _chain_backward(
-    ctx: Any, g: torch.Tensor, x: torch.Tensor, cores: Sequence[torch.Tensor], want_x: bool, want_cores: Sequence[bool]
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    ctx: Any, g: torch.Tensor, x: torch.Tensor | None, cores: Sequence[torch.Tensor], want_x: bool,
+    want_cores: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
     of_cores: list[torch.Tensor | None] = [None] * len(cores)
     if not want_x and not any(want_cores):
         return None, of_cores
@@ -264,7 +280,7 @@ def _chain_backward(
     # The states before the segments that want a gradient; nothing after the last of them is needed.
     last = max([0, *[k for k, want in enumerate(wanted) if want]])
     rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
-    states = _states(_padded(x, columns), chain, last) if any(wanted) else []
+    states = [] if x is None else _states(_padded(x, columns), chain, last)
     gradient = _padded(g, rows)
     for k in range(len(chain.nodes) - 1, -1, -1):
         matrix = chain.matrix(k)
@@ -276,11 +292,11 @@ def _chain_backward(
                 gradient.transpose(0, 1).reshape(matrix.shape[0], gradient.shape[0] * beside),
                 states[k].transpose(0, 1).reshape(matrix.shape[1], gradient.shape[0] * beside).mH,
             )
-            _spread(ctx.route.segments[k], chain.nodes[k], chain.gradient(k, of_matrix), want_cores, of_cores, cores)
+            _spread(ctx.route.segments[k], chain.nodes[k][1], chain.gradient(k, of_matrix), want_cores, of_cores)
         if not want_x and not any(wanted[:k]):
             break
         gradient = _apply(matrix.mH, gradient)
-    return (gradient.reshape(x.shape[0], columns)[:, : ctx.size[1]] if want_x else None), of_cores
+    return (gradient.reshape(g.shape[0], columns)[:, : ctx.size[1]] if want_x else None), of_cores
 
 
 def _padded(value: torch.Tensor, size: int) -> torch.Tensor:
@@ -297,7 +313,8 @@ def product(
 ) -> torch.Tensor:
     """``x`` (tokens, in) to (tokens, out), without a gradient of its own."""
     if route.mode == "rebuild":
-        return functional.linear(x, _transient_matrix(cores, route.segments[0], size, dtype), bias)
+        matrix = _transient_matrix(_parts(route.segments[0], cores), cores[0], size, dtype)
+        return functional.linear(x, matrix, bias)
     y = apply_chain(_padded(x, _product([core.shape[2] for core in cores])), cores, route)
     y = y[:, : size[0]]
     return y.contiguous() if bias is None else y + bias

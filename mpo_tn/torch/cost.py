@@ -231,11 +231,12 @@ def choices(
         cost = route.training if training else route.forward
         fixed = cost.seconds(0, device_type, itemsize)
         lines.append((route, limit, fixed, cost.seconds(1, device_type, itemsize) - fixed))
-    crossings = {0, *(int(limit) + 1 for limit in (line[1] for line in lines) if limit < math.inf)}
+    crossings = {0, 1, *(int(limit) + 1 for limit in (line[1] for line in lines) if limit < math.inf)}
     for _, _, fixed, slope in lines:
         for _, _, other_fixed, other_slope in lines:
-            if slope > other_slope and other_fixed > fixed:
-                crossings.add(math.ceil((other_fixed - fixed) / (slope - other_slope)))
+            if slope > other_slope and other_fixed >= fixed:
+                crossing = int((other_fixed - fixed) / (slope - other_slope))
+                crossings.update((crossing, crossing + 1))
     starts: list[int] = []
     routes: list[Route] = []
     for tokens in sorted(crossings):
@@ -244,6 +245,31 @@ def choices(
             starts.append(tokens)
             routes.append(best)
     return Choices(tuple(starts), tuple(routes))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a layer in mode ``"auto"`` takes for a number of tokens, and its flops over those of the dense layer."""
+
+    tokens: int
+    mode: str
+    relative_flops: float
+
+
+def predictions(
+    shapes: tuple[Shape, ...], out_features: int, in_features: int, tokens: Sequence[int] = (1, 128, 2048)
+) -> tuple[Prediction, ...]:
+    """What a linear layer of these cores takes in a forward pass on the CPU in float32.
+
+    >>> [(p.mode, round(p.relative_flops, 2)) for p in predictions(((1, 768, 1, 16), (16, 1, 768, 1)), 768, 768)]
+    [('chain', 0.04), ('chain', 0.04), ('chain', 0.04)]
+    """
+    dense = dense_route(out_features, in_features).forward
+    table = choices(shapes, out_features, in_features)
+    return tuple(
+        Prediction(count, route.mode, route.forward.total_flops(count) / dense.total_flops(count))
+        for count, route in ((count, table.at(count)) for count in tokens)
+    )
 
 
 def checked_mode(mode: str) -> str:

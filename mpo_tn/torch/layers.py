@@ -218,7 +218,13 @@ class MPOLinear(MPOLayer):
         self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (..., in) to (..., out)."""
+        """Shape (..., in) to (..., out).
+
+        Raises:
+            MPOError: ``x`` has another number of columns.
+        """
+        if x.shape[-1] != self.in_features:
+            raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self.in_features}")
         cores = self.cores.forward()
         weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
         if weight is not None:
