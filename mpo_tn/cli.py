@@ -218,11 +218,15 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
         ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
         ("error", "right"), ("flat", "right"), ("need", "right"), gap=2 if _is_wide() else 1,
     )  # fmt: skip
+    auto = any(row.auto for row in rows)
+    if auto:
+        table.add_column("flops", justify="right", overflow="fold")
     for row in rows:
         error = "-" if row.rel_error is None else f"{row.rel_error:.3g}"
         table.add_row(
             _name(row.name), f"{row.shape[0]}x{row.shape[1]}", _legs(row.out, row.in_), _numbers(row.bonds),
             f"{row.kept:.3f}", error, f"{row.flatness:.3f}", f"{row.needed}/{row.available}",
+            *([_auto(row)] if auto else []),
         )  # fmt: skip
     out.print(table)
     if not rows[0].compressed:
@@ -232,6 +236,16 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
         "need: how many singular values of that bond leave a relative error of a tenth, out of how many.",
         highlight=False,
     )
+    if auto:
+        out.print(
+            "flops: of a forward pass of 1, 128 and 2048 tokens over those of the dense layer; c where mode auto takes "
+            "the chain, r where it rebuilds the matrix.",
+            highlight=False,
+        )
+
+
+def _auto(row: MatrixSummary) -> str:
+    return ("  " if _is_wide() else "\n").join(f"{p.mode[0]} {p.relative_flops:.3g}" for p in row.auto) or "-"
 
 
 def _legs(out_legs: tuple[int, ...], in_legs: tuple[int, ...]) -> str:

@@ -45,6 +45,11 @@ def reference_matrix(layer: MPOLayer) -> torch.Tensor:
     return tensor.reshape(rows, -1)[: layer.spec.out_features, : layer.spec.in_features]
 
 
+def cores_norm(layer: MPOLayer) -> torch.Tensor:
+    """The product of the norms of the cores: what the rounding of any order of contraction is measured by."""
+    return torch.stack([core.detach().double().norm() for core in layer.cores]).prod()
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor, *scale: torch.Tensor) -> None:
     """Equal within ``C eps sqrt(size)`` times the expected norm, or times the product of the norms of ``scale``."""
     assert actual.shape == expected.shape

@@ -94,6 +94,9 @@ def test_inspect_dense_and_compressed(mpo_tn, dense_folder: Path, tmp_path: Path
     rows = json.loads(printed)["matrices"]
     assert [row["name"].rsplit(".", 1)[1] for row in rows] == ["query", "query"]
     assert all(max(row["bonds"]) <= 5 and row["rel_error"] > 0 and 0 < row["flatness"] <= 1 for row in rows)
+    assert [entry["tokens"] for entry in rows[0]["auto"]] == [1, 128, 2048]
+    assert all(e["mode"] in ("chain", "rebuild") and e["relative_flops"] > 0 for row in rows for e in row["auto"])
+    assert not any(row["auto"] for row in dense)
 
 
 MISTAKES = {

@@ -18,6 +18,7 @@ from mpo_tn.bounds import entropy, unfolding_spectra
 from mpo_tn.exceptions import MPOError
 from mpo_tn.files import check_target, written_beside
 from mpo_tn.linalg import tails
+from mpo_tn.torch.cost import Prediction, predictions
 from mpo_tn.torch.layers import MPOLayer
 from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import find_units
@@ -116,6 +117,8 @@ class MatrixSummary:
 
     ``flatness`` is the entropy of the widest bond over its greatest possible value: 1 is flat and does not compress.
     ``needed`` of ``available`` singular values of that bond leave a relative error of at most a tenth there.
+    ``auto`` says how a compressed linear layer in mode ``"auto"`` computes at 1, 128 and 2048 tokens, and its flops
+    over those of the dense layer.
     """
 
     name: str
@@ -130,6 +133,7 @@ class MatrixSummary:
     flatness: float
     needed: int
     available: int
+    auto: tuple[Prediction, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -177,6 +181,7 @@ def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:
     return MatrixSummary(
         name, spec.kind, (spec.out_features, spec.in_features), spec.sites.out, spec.sites.in_, spec.bonds, True,
         spec.kept, spec.rel_error, *_spectrum_summary(module.mpo().spectra()),
+        () if spec.kind == "embedding" else predictions(spec.core_shapes, spec.out_features, spec.in_features),
     )  # fmt: skip
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImportUsage]
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
-from mpo_tn.network import contract_matrix, plan_for_shapes
+from mpo_tn.torch._rebuild import autocast_dtype, dense_matrix, mpo_linear, no_autocast
 from mpo_tn.torch.config import ModuleSpec
+from mpo_tn.torch.cost import Choices, Route, checked_mode, choices, rebuild_route
 
 # An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
 _GATHERED_ENTRIES = 2**24
@@ -24,17 +24,6 @@ _GATHERED_ENTRIES = 2**24
 
 class NoDenseWeightError(MPOError, AttributeError):
     """Something asked a module for the dense weight that it does not have."""
-
-
-class _Torch:
-    """The three functions that a contraction needs: the search for an array's own library is not traceable."""
-
-    reshape = staticmethod(torch.reshape)
-    permute_dims = staticmethod(torch.permute)
-
-    @staticmethod
-    def tensordot(a: torch.Tensor, b: torch.Tensor, axes: Any) -> torch.Tensor:
-        return torch.tensordot(a, b, dims=axes)
 
 
 class Cores(nn.ParameterList):
@@ -49,6 +38,32 @@ class Cores(nn.ParameterList):
         return tuple(self)
 
 
+class _Dense:
+    """A dense weight and the state of the cores that it was made from."""
+
+    def __init__(self, cores: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
+        self.weight = weight
+        # The old memory is held, so that no new tensor can come to lie at the same address.
+        self._cores = [core.detach() for core in cores]
+        self._versions = [core._version for core in cores]
+
+    @staticmethod
+    def can_watch(cores: Sequence[torch.Tensor]) -> bool:
+        """Whether changes of the cores can be seen: not those of inference tensors, and not those of no data at all."""
+        return not any(core.is_inference() or core.device.type == "meta" for core in cores)
+
+    def is_of(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+        """Whether these are the same cores in the same memory, unchanged since, and the weight has this dtype."""
+        return self.weight.dtype == dtype and all(
+            core.data_ptr() == old.data_ptr()
+            and core._version == version
+            and core.shape == old.shape
+            and core.dtype == old.dtype
+            and core.device == old.device
+            for core, old, version in zip(cores, self._cores, self._versions, strict=True)
+        )
+
+
 class MPOLayer(nn.Module):
     """A module whose matrix (out, in) is a chain of cores. It has no ``weight``; see :meth:`dense_weight`.
 
@@ -57,6 +72,9 @@ class MPOLayer(nn.Module):
         cores: parameters of the spec's shapes, shared with the caller; ``None`` makes empty ones.
         device, dtype: of the empty cores.
     """
+
+    _mode = "auto"
+    _dense: _Dense | None = None
 
     def __init__(
         self,
@@ -74,14 +92,12 @@ class MPOLayer(nn.Module):
         if shapes != spec.core_shapes:
             raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
         self.cores = Cores(cores)
-        self._plan = plan_for_shapes(spec.core_shapes, cores[0].element_size())
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix (out, in), contracted from the cores and cropped to the module's own size; differentiable."""
         cores = self.cores.forward()
-        with _no_autocast(cores[0].device):
-            matrix = contract_matrix(cores, self._plan, _Torch)
-        return matrix[: self.spec.out_features, : self.spec.in_features]
+        with no_autocast(cores[0].device):
+            return dense_matrix(cores, self._rebuild.segments[0], self._size)
 
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
@@ -112,7 +128,73 @@ class MPOLayer(nn.Module):
             core.data = core.data.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
             core.data = new
         self.spec = spec
-        self._plan = plan_for_shapes(spec.core_shapes, self.cores[0].element_size())
+
+    @property
+    def spec(self) -> ModuleSpec:
+        """The structure. Setting it plans the forward pass anew; the cores have to have its shapes by the next one."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: ModuleSpec) -> None:
+        self._spec = spec
+        self._size = (spec.out_features, spec.in_features)
+        self._rebuild = rebuild_route(spec.core_shapes, *self._size)
+        self._plan_modes()
+
+    @property
+    def mode(self) -> str:
+        """How the forward pass computes: see :func:`~mpo_tn.torch.modes.set_mode`. Not saved with the weights."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._mode = checked_mode(mode)
+        self._plan_modes()
+
+    def _plan_modes(self) -> None:
+        self._dense = None
+        shapes, mode = self._spec.core_shapes, "rebuild" if self._mode == "cached" else self._mode
+        # All of them now, because looking for one while torch traces would break the graph.
+        self._choices: dict[tuple[str, int, bool], Choices] = {
+            (device, itemsize, training): choices(
+                shapes, *self._size, mode, training=training, device_type=device, itemsize=itemsize
+            )
+            for device in ("cpu", "cuda")
+            for itemsize in (2, 4, 8)
+            for training in (False, True)
+        }
+
+    def _cached_weight(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+        """The dense weight that mode ``"cached"`` keeps; None where the mode is another or keeping it would be wrong.
+
+        While torch traces, nothing could tell the graph that a core has changed, so nothing is kept then.
+        """
+        if self._mode != "cached" or torch.compiler.is_compiling() or not _Dense.can_watch(cores):
+            return None
+        if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
+            self._dense = None  # about to change
+            return None
+        if self._dense is None or not self._dense.is_of(cores, dtype):
+            self._dense = None  # before the new one is made: two at once would be one too many
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense = _Dense(cores, self.dense_weight().to(dtype).contiguous())
+        return self._dense.weight
+
+    def train(self, mode: bool = True) -> Self:
+        """As in any module; drops the weight that mode ``"cached"`` keeps."""
+        self._dense = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._dense = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_dense"}
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -134,8 +216,9 @@ class MPOLayer(nn.Module):
 class MPOLinear(MPOLayer):
     """``y = x W^T + b`` with ``W`` (out, in) held as an MPO. ``x`` is (..., in), ``y`` is (..., out).
 
-    Stands in for ``nn.Linear`` and for the ``Conv1D`` of GPT-2. The forward pass rebuilds ``W`` and runs one matrix
-    product; gradients reach the cores.
+    Stands in for ``nn.Linear`` and for the ``Conv1D`` of GPT-2. The forward pass applies the cores to ``x`` or rebuilds
+    ``W``, see :attr:`mode`. For the backward pass it keeps ``x`` and the cores, as a dense layer keeps ``x`` and the
+    weight; gradients reach the cores that require them.
 
     >>> import torch
     >>> from mpo_tn import Sites
@@ -162,8 +245,28 @@ class MPOLinear(MPOLayer):
         self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (..., in) to (..., out)."""
-        return functional.linear(x, self.dense_weight(), self.bias)
+        """Shape (..., in) to (..., out).
+
+        Raises:
+            MPOError: ``x`` has another number of columns.
+        """
+        if x.shape[-1] != self.in_features:
+            raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self.in_features}")
+        cores = self.cores.forward()
+        weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
+        if weight is not None:
+            return functional.linear(x, weight, self.bias)
+        return mpo_linear(x, self.bias, self._route(x, cores), self._size, cores)
+
+    def _route(self, x: torch.Tensor, cores: Sequence[torch.Tensor]) -> Route:
+        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
+        device = "cpu" if x.device.type == "cpu" else "cuda"
+        found = self._choices[device, min(cores[0].element_size(), 8), training]
+        if len(found.starts) == 1:
+            return found.routes[0]
+        if torch.compiler.is_compiling() and not _has_fixed_shape(x):
+            return self._rebuild
+        return found.at(math.prod(x.shape[:-1]))
 
 
 class MPOEmbedding(MPOLayer):
@@ -213,7 +316,7 @@ class MPOEmbedding(MPOLayer):
         return self._rows(unique)[inverse]
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        with _no_autocast(ids.device):
+        with no_autocast(ids.device):
             rows = table_rows(self.cores.forward(), ids)[:, : self.embedding_dim]
         if self.padding_idx is not None:
             padding = (ids == self.padding_idx).unsqueeze(1)
@@ -221,9 +324,9 @@ class MPOEmbedding(MPOLayer):
         return rows
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Contract in the dtype of the cores: autocast then rounds the weight once, as it does a dense one."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+def _has_fixed_shape(x: torch.Tensor) -> bool:
+    """Whether torch traces ``x`` with sizes that are plain numbers."""
+    return all(has_static_value(size) for size in x.shape)
 
 
 def table_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:

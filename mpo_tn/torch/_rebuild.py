@@ -1,0 +1,373 @@
+"""``y = x W^T + b`` from the cores of ``W``. For backward only ``x`` and the cores are kept; the rest is made again.
+
+Merging two neighbours, and applying a run of cores to ``x``, as plain matrix products::
+
+      o_1    o_2             o_1 o_2
+       |      |                 |
+    --T_1----T_2--   ->   -----T_12-----
+       |      |                 |
+      i_1    i_2             i_1 i_2
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn import functional
+
+from mpo_tn.torch.cost import Route, Tree
+
+_BLOCK_BYTES = 2**20
+
+
+class _Workspace(threading.local):
+    """Memory in which matrices are rebuilt on the CPU, one piece a thread, as large as the largest matrix so far.
+
+    Fresh memory of that size comes from the system page by page, which takes longer than filling it.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, *wanted: tuple[int, torch.dtype]) -> list[torch.Tensor]:
+        """One-dimensional tensors of so many entries, with whatever is in them. They last until the next call."""
+        sizes = [-(-count * dtype.itemsize // 64) * 64 for count, dtype in wanted]
+        if self.bytes.numel() < sum(sizes):
+            with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
+                self.bytes = torch.empty(sum(sizes), dtype=torch.uint8)
+        taken: list[torch.Tensor] = []
+        start = 0
+        for size, (count, dtype) in zip(sizes, wanted, strict=True):
+            taken.append(self.bytes[start : start + count * dtype.itemsize].view(dtype))
+            start += size
+        return taken
+
+
+_workspace = _Workspace()
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Contract in the dtype of the cores: autocast then rounds the weight once, as it does a dense one."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+
+
+Node = tuple[torch.Tensor, Any]
+"""A merged tensor (left, out, in, right) and the two nodes it was merged from, None for a core."""
+
+
+def dense_matrix(cores: Sequence[torch.Tensor], tree: Tree, size: tuple[int, int]) -> torch.Tensor:
+    """The matrix (out, in) of cores merged in the order of ``tree``, cropped to ``size``; differentiable."""
+    return _cropped(_merge_tree(tree, cores)[0], size)
+
+
+def _cropped(merged: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return merged.reshape(merged.shape[1], merged.shape[2])[: size[0], : size[1]]
+
+
+def _transient_matrix(
+    parts: Sequence[Node] | None, core: torch.Tensor, size: tuple[int, int], dtype: torch.dtype | None
+) -> torch.Tensor:
+    """The matrix merged from two parts, for immediate use, or that of a single core.
+
+    On the CPU it lies in the workspace, where the next one overwrites it.
+    """
+    if parts is None:
+        matrix = _cropped(core, size)
+        return matrix if dtype is None else matrix.to(dtype)
+    a, b = parts[0][0], parts[1][0]
+    if a.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        matrix = _cropped(_merge(a, b), size)
+        return matrix if dtype is None else matrix.to(dtype)
+    _, out_a, in_a, bond = a.shape
+    _, out_b, in_b, _ = b.shape
+    row_entries = in_a * out_b * in_b
+    rows = min(out_a, max(1, _BLOCK_BYTES // (row_entries * a.element_size())))
+    flat, block = _workspace.take((out_a * row_entries, dtype or a.dtype), (rows * row_entries, a.dtype))
+    matrix = flat.view(out_a, out_b, in_a, in_b)
+    a, b = a.reshape(out_a, in_a, bond), b.reshape(bond, out_b * in_b)
+    for start in range(0, out_a, rows):
+        part = a[start : start + rows]
+        product = block[: part.shape[0] * row_entries].view(part.shape[0] * in_a, out_b * in_b)
+        torch.mm(part.reshape(part.shape[0] * in_a, bond), b, out=product)
+        matrix[start : start + rows] = product.view(-1, in_a, out_b, in_b).transpose(1, 2)
+    return matrix.view(out_a * out_b, in_a * in_b)[: size[0], : size[1]]
+
+
+def _parts(tree: Tree, cores: Sequence[torch.Tensor]) -> tuple[Node, Node] | None:
+    """What the root of a tree is merged from; None for a single core."""
+    return None if isinstance(tree, int) else (_merge_tree(tree[0], cores), _merge_tree(tree[1], cores))
+
+
+def _merge_tree(tree: Tree, cores: Sequence[torch.Tensor]) -> Node:
+    if isinstance(tree, int):
+        return cores[tree], None
+    left, right = _merge_tree(tree[0], cores), _merge_tree(tree[1], cores)
+    return _merge(left[0], right[0]), (left, right)
+
+
+def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    left, out_a, in_a, bond = a.shape
+    _, out_b, in_b, right = b.shape
+    product = torch.mm(a.reshape(-1, bond), b.reshape(bond, -1))
+    ordered = product.view(left, out_a, in_a, out_b, in_b, right).transpose(2, 3)
+    return ordered.reshape(left, out_a * out_b, in_a * in_b, right)
+
+
+def _spread(
+    tree: Tree, parts: Sequence[Node] | None, gradient: torch.Tensor, wanted: Sequence[bool],
+    found: list[torch.Tensor | None],
+) -> None:  # fmt: skip
+    """Carry the gradient of a merged tensor to the wanted cores it was merged from; the others cost nothing."""
+    if parts is None:
+        found[tree] = gradient
+        return
+    a, b = parts[0][0], parts[1][0]
+    left, out_a, in_a, bond = a.shape
+    _, out_b, in_b, right = b.shape
+    product = gradient.reshape(left, out_a, out_b, in_a, in_b, right).transpose(2, 3)
+    product = product.reshape(left * out_a * in_a, out_b * in_b * right)
+    if _any_wanted(tree[0], wanted):
+        _spread(tree[0], parts[0][1], torch.mm(product, b.reshape(bond, -1).mH).view(a.shape), wanted, found)
+    if _any_wanted(tree[1], wanted):
+        _spread(tree[1], parts[1][1], torch.mm(a.reshape(-1, bond).mH, product).view(b.shape), wanted, found)
+
+
+def _any_wanted(tree: Tree, wanted: Sequence[bool]) -> bool:
+    return wanted[tree] if isinstance(tree, int) else _any_wanted(tree[0], wanted) or _any_wanted(tree[1], wanted)
+
+
+class _Chain:
+    """The sweep over the segments of a chain. Between two steps a state has the shape (batch, taken, beside).
+
+    From the last segment, with what is left of ``x`` in the batch and what is there of ``y`` beside; each segment
+    multiplies from the left in the layout it has, and nothing is ever transposed::
+
+        (tokens i_1 ... i_k-1,  i_k bond_k,    o_k+1 ... o_n)  before
+        (tokens i_1 ... i_k-1,  bond_k-1 o_k,  o_k+1 ... o_n)  after
+
+    From the first segment the same with left and right swapped; there the segments, which are small, are transposed.
+    """
+
+    def __init__(self, route: Route, cores: Sequence[torch.Tensor]) -> None:
+        self.from_last = route.from_last
+        self.nodes = [_merge_tree(tree, cores) for tree in route.segments]
+
+    def matrix(self, k: int) -> torch.Tensor:
+        """Segment k as the matrix that multiplies a state from the left."""
+        left, out, in_, right = self.nodes[k][0].shape
+        if self.from_last:
+            return self.nodes[k][0].reshape(left * out, in_ * right)
+        return self.nodes[k][0].permute(1, 3, 0, 2).reshape(out * right, left * in_)
+
+    def gradient(self, k: int, of_matrix: torch.Tensor) -> torch.Tensor:
+        """The gradient of segment k from that of its matrix."""
+        left, out, in_, right = self.nodes[k][0].shape
+        if self.from_last:
+            return of_matrix.reshape(left, out, in_, right)
+        return of_matrix.reshape(out, right, left, in_).permute(2, 0, 3, 1)
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """The state before any segment: ``x`` (tokens, in)."""
+        return self._shaped(x, 0, x.shape[0])
+
+    def following(self, result: torch.Tensor, k: int, tokens: int) -> torch.Tensor:
+        """What segment ``k - 1`` made, as the state that segment ``k`` takes."""
+        return self._shaped(result, k, tokens)
+
+    def _shaped(self, value: torch.Tensor, k: int, tokens: int) -> torch.Tensor:
+        _, _, in_, right = self.nodes[k][0].shape
+        left = self.nodes[k][0].shape[0]
+        ahead = [node[0].shape[2] for node in self.nodes[k + 1 :]]
+        behind = [node[0].shape[1] for node in self.nodes[:k]]
+        if self.from_last:
+            return value.reshape(tokens * _product(ahead), in_ * right, _product(behind))
+        return value.reshape(tokens * _product(behind), left * in_, _product(ahead))
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _apply(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """``matrix`` (given, taken) times every member of ``state`` (batch, taken, beside)."""
+    if state.shape[2] == 1:
+        return torch.mm(state.reshape(state.shape[0], state.shape[1]), matrix.T).unsqueeze(2)
+    return torch.bmm(matrix.unsqueeze(0).expand(state.shape[0], -1, -1), state)
+
+
+def apply_chain(x: torch.Tensor, cores: Sequence[torch.Tensor], route: Route) -> torch.Tensor:
+    """``x`` (tokens, all columns) to (tokens, all rows) by the sweep of ``route``; differentiable."""
+    rows = _product([core.shape[1] for core in cores])
+    return _states(x, _Chain(route, cores))[-1].reshape(x.shape[0], rows)
+
+
+def _states(x: torch.Tensor, chain: _Chain, steps: int | None = None) -> list[torch.Tensor]:
+    """The states that the segments take, and last what the final one gives."""
+    states = [chain.first(x)]
+    steps = len(chain.nodes) if steps is None else steps
+    for k in range(steps):
+        result = _apply(chain.matrix(k), states[-1])
+        states.append(result if k == len(chain.nodes) - 1 else chain.following(result, k + 1, x.shape[0]))
+    return states
+
+
+class _Product(torch.autograd.Function):
+    """``linear(x, W, b)`` that saves ``x`` and the cores, and computes gradients for the cores that want one."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, bias: torch.Tensor | None, route: Route, size: tuple[int, int], dtype: torch.dtype | None,
+        *cores: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        return product(x, bias, route, size, dtype, cores)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, _, ctx.route, ctx.size, ctx.dtype, *cores = inputs
+        # As for a dense layer: without a gradient for the weight, x is not needed.
+        ctx.has_x = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(x if ctx.has_x else None, *cores)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *cores = ctx.saved_tensors
+        want_x, want_bias, _, _, _, *want_cores = ctx.needs_input_grad
+        g = gradients[0]
+        # The backward pass of a step can run inside of autocast.
+        with no_autocast(g.device):
+            backward = _rebuild_backward if ctx.route.mode == "rebuild" else _chain_backward
+            of_x, of_cores = backward(ctx, g, x, cores, want_x, want_cores)
+            of_bias = g.sum(0) if want_bias else None
+        return of_x, of_bias, None, None, None, *of_cores
+
+
+def _rebuild_backward(
+    ctx: Any, g: torch.Tensor, x: torch.Tensor | None, cores: Sequence[torch.Tensor], want_x: bool,
+    want_cores: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
+    of_cores: list[torch.Tensor | None] = [None] * len(cores)
+    if not want_x and not any(want_cores):
+        return None, of_cores
+    tree = ctx.route.segments[0]
+    parts = _parts(tree, cores)
+    of_x = torch.mm(g, _transient_matrix(parts, cores[0], ctx.size, ctx.dtype).conj()) if want_x else None
+    if x is not None:
+        of_matrix = torch.mm(g.T, x.conj()).to(cores[0].dtype)
+        rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
+        if (rows, columns) != ctx.size:
+            of_matrix = functional.pad(of_matrix, (0, columns - ctx.size[1], 0, rows - ctx.size[0]))
+        _spread(tree, parts, of_matrix.view(1, rows, columns, 1), want_cores, of_cores)
+    return of_x, of_cores
+
+
+def _chain_backward(
+    ctx: Any, g: torch.Tensor, x: torch.Tensor | None, cores: Sequence[torch.Tensor], want_x: bool,
+    want_cores: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
+    of_cores: list[torch.Tensor | None] = [None] * len(cores)
+    if not want_x and not any(want_cores):
+        return None, of_cores
+    chain = _Chain(ctx.route, cores)
+    wanted = [_any_wanted(tree, want_cores) for tree in ctx.route.segments]
+    # The states before the segments that want a gradient; nothing after the last of them is needed.
+    last = max([0, *[k for k, want in enumerate(wanted) if want]])
+    rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
+    states = [] if x is None else _states(_padded(x, columns), chain, last)
+    gradient = _padded(g, rows)
+    for k in range(len(chain.nodes) - 1, -1, -1):
+        matrix = chain.matrix(k)
+        beside = _product([node[0].shape[1 if chain.from_last else 2] for node in (
+            chain.nodes[:k] if chain.from_last else chain.nodes[k + 1 :])])  # fmt: skip
+        gradient = gradient.reshape(gradient.numel() // (matrix.shape[0] * beside), matrix.shape[0], beside)
+        if wanted[k]:
+            of_matrix = torch.mm(
+                gradient.transpose(0, 1).reshape(matrix.shape[0], gradient.shape[0] * beside),
+                states[k].transpose(0, 1).reshape(matrix.shape[1], gradient.shape[0] * beside).mH,
+            )
+            _spread(ctx.route.segments[k], chain.nodes[k][1], chain.gradient(k, of_matrix), want_cores, of_cores)
+        if not want_x and not any(wanted[:k]):
+            break
+        gradient = _apply(matrix.mH, gradient)
+    return (gradient.reshape(g.shape[0], columns)[:, : ctx.size[1]] if want_x else None), of_cores
+
+
+def _padded(value: torch.Tensor, size: int) -> torch.Tensor:
+    return value if value.shape[1] == size else functional.pad(value, (0, size - value.shape[1]))
+
+
+def product(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    route: Route,
+    size: tuple[int, int],
+    dtype: torch.dtype | None,
+    cores: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """``x`` (tokens, in) to (tokens, out), without a gradient of its own."""
+    if route.mode == "rebuild":
+        matrix = _transient_matrix(_parts(route.segments[0], cores), cores[0], size, dtype)
+        return functional.linear(x, matrix, bias)
+    y = apply_chain(_padded(x, _product([core.shape[2] for core in cores])), cores, route)
+    y = y[:, : size[0]]
+    return y.contiguous() if bias is None else y + bias
+
+
+def mpo_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    route: Route,
+    size: tuple[int, int],
+    cores: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """``y = x W^T + b`` for ``x`` (..., in), by ``route``.
+
+    Args:
+        x: (..., in) in the dtype of the cores, or any floating dtype inside of autocast.
+        bias: (out,) or None.
+        route: how; see :class:`~mpo_tn.torch.cost.Route`.
+        size: (out, in), the matrix cropped.
+        cores: first to last.
+
+    Guarantee: what is kept for backward is ``x`` and the cores. Cores that do not require a gradient get none and cost
+    nothing there. Can be differentiated twice.
+    """
+    device = x.device
+    dtype = None
+    rounded = autocast_dtype(device)
+    with no_autocast(device):
+        if rounded is not None and route.mode == "rebuild":
+            x, bias = _cast(x, rounded), None if bias is None else _cast(bias, rounded)
+            dtype = rounded if _castable(cores[0]) else None
+        elif rounded is not None:  # a chain is contracted in the dtype of the cores as well, and the result rounded
+            x = x.to(cores[0].dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():
+            y: torch.Tensor = _Product.apply(flat, bias, route, size, dtype, *cores)  # pyright: ignore
+        else:
+            y = product(flat, bias, route, size, dtype, cores)
+        if rounded is not None:
+            y = _cast(y, rounded)
+    return y.view(*x.shape[:-1], size[0])
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast rounds the operands of a matrix product, None outside of it."""
+    if not is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _castable(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.dtype != torch.float64
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if _castable(value) else value

@@ -1,0 +1,58 @@
+"""set_mode: how the MPO modules of a model compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.cost import checked_mode
+from mpo_tn.torch.layers import MPOLayer
+from mpo_tn.torch.matching import matches
+
+
+def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = None) -> list[str]:
+    """Set how the MPO modules of ``model`` compute, now and until it is set again.
+
+    Args:
+        model: an MPO module, or a model that holds some.
+        mode: ``"chain"`` applies the cores one after another; ``"rebuild"`` contracts the matrix and forgets it again;
+            ``"auto"`` (how modules start) takes of these two the one that should be faster for the number of tokens
+            (:mod:`mpo_tn.torch.cost`); ``"cached"`` keeps the dense matrix between calls, for inference: it costs the
+            memory of the dense model on top of the cores.
+        pattern: only modules whose name matches (PEFT's grammar, as in
+            :class:`~mpo_tn.torch.MPOConfig`); ``None`` is all.
+
+    Returns:
+        The names of the modules whose mode was set, each by its first occurrence.
+
+    A kept matrix is dropped by ``train()``, ``eval()``, ``load_state_dict``, ``to()`` and a change of mode, and is not
+    used once a core has changed (an optimiser's step, a new ``.data``, other tensors in ``functional_call``). What it
+    cannot see is writing through ``core.data.copy_()``: set the mode again after that. With gradients on, modules whose
+    cores require them compute as in ``"rebuild"``, and so does everything that torch compiles or exports.
+
+    The mode is not saved with the model.
+
+    Raises:
+        MPOError: an unknown mode, or no MPO module (whose name matches).
+
+    >>> import torch
+    >>> from mpo_tn.torch import MPOConfig, compress
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
+    >>> _ = compress(model, MPOConfig(sites=3, keep=0.5))
+    >>> set_mode(model, "cached", pattern=["0"]), model[0].mode, model[2].mode
+    (['0'], 'cached', 'auto')
+    """
+    checked_mode(mode)
+    names = [name for name, module in model.named_modules() if isinstance(module, MPOLayer)]
+    if not names:
+        raise MPOError("the model has no MPO modules whose mode could be set: compress it first")
+    chosen = [name for name in names if pattern is None or matches(name, pattern)]
+    if not chosen:
+        raise MPOError(f"pattern={pattern!r} matches none of the {len(names)} MPO modules, for instance {names[0]}")
+    for name in chosen:
+        module = model.get_submodule(name)
+        assert isinstance(module, MPOLayer)
+        module.mode = mode
+    return chosen
