@@ -9,12 +9,14 @@ import importlib.util
 from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.training import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 
 if importlib.util.find_spec("transformers") is not None:
     from mpo_tn.torch import quantizer as quantizer
 
 __all__ = [
     "CompressionReport",
+    "FreezeReport",
     "LayerReport",
     "MPOConfig",
     "MPOEmbedding",
@@ -22,4 +24,7 @@ __all__ = [
     "MPOLinear",
     "ModuleSpec",
     "compress",
+    "freeze",
+    "parameter_groups",
+    "print_trainable_parameters",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -189,6 +190,22 @@ class ModuleSpec:
         """The shapes of the cores."""
         around = (1, *self.bonds, 1)
         return tuple((around[k], out, in_, around[k + 1]) for k, (out, in_) in enumerate(self.sites))
+
+    @property
+    def center(self) -> int:
+        """The index of the central tensor, the core with the most entries; the others are the auxiliary tensors.
+
+        Of several largest cores it is the middle one of an odd number of sites if that is among them, else the first.
+        It follows from the bonds, so cutting them far enough can move it.
+
+        >>> ModuleSpec("linear", Sites((2, 3, 2), (2, 2, 2)), (4, 4), out_features=12, in_features=8).center
+        1
+        """
+        entries = [math.prod(shape) for shape in self.core_shapes]
+        middle = len(entries) // 2
+        if len(entries) % 2 and entries[middle] == max(entries):
+            return middle
+        return entries.index(max(entries))
 
     @property
     def num_parameters(self) -> int:

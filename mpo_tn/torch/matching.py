@@ -14,7 +14,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 
 # Components of a name that mark a task head: small, often freshly initialised, and left alone by PEFT too.
-_HEADS = frozenset({"lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "seq_relationship"})
+HEADS = frozenset({"lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "seq_relationship"})
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find_units(
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    heads = _head_modules(model) if target == "all-linear" else set[nn.Module]()
+    heads = head_modules(model) if target == "all-linear" else set[nn.Module]()
     reserved = _read_by_parent(model)
 
     def excluded(module: nn.Module) -> bool:
@@ -185,8 +185,9 @@ def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(read)
 
 
-def _head_modules(model: nn.Module) -> set[nn.Module]:
-    heads = {m for name, m in model.named_modules(remove_duplicate=False) if _HEADS & set(name.split("."))}
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The task heads by name, and the output embeddings, tied or not."""
+    heads = {m for name, m in model.named_modules(remove_duplicate=False) if HEADS & set(name.split("."))}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return heads | {output} if isinstance(output, nn.Module) else heads
 
