@@ -124,7 +124,7 @@ def task_batches(split: Split, tokenizer: Any, *, batch_size: int, max_length: i
 
 
 def text_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int, seed: int = 0) -> Batches:
-    """Blocks of ``max_length`` tokens of all texts in a row; neighbours share one token, so that each is predicted once.
+    """Blocks of ``max_length`` tokens of all texts in a row; neighbours share one token: each is predicted once.
 
     Raises:
         MPOError: the text is shorter than two tokens.

@@ -60,7 +60,7 @@ class Settings:
             raise MPOError(f"epochs={self.epochs}, max_steps={self.max_steps}: train for at least one")
         if not 0 <= self.warmup < 1:
             raise MPOError(f"warmup={self.warmup} is not a share of the steps: give for instance 0.06")
-        if not 0 < self.clip:
+        if not self.clip > 0:
             raise MPOError(f"clip={self.clip} must be positive; for no clipping use math.inf")
 
 
