@@ -30,8 +30,8 @@ class Method:
     """How to tune: what becomes an MPO, what trains, at which rates.
 
     Args:
-        name: ``"full"`` (dense, everything trains), ``"lfa"`` (compress, then train auxiliary tensors), ``"last-layers"``
-            (dense; the last ``layers`` blocks and the head), ``"lora"`` (PEFT, with as many parameters as LFA trains),
+        name: ``"full"`` (dense, everything trains), ``"lfa"`` (compress, then train auxiliary tensors),
+            ``"last-layers"`` (dense; the last ``layers`` blocks and the head), ``"lora"`` (PEFT, with as many parameters as LFA trains),
             ``"low-rank"`` (two factors per matrix, both trained), ``"one-shot"`` (truncate to given ``bonds`` at once,
             then as LFA), ``"squeeze"`` (LFA on full bonds, then cut and tune in turn).
         target: the modules to compress, or to put LoRA on; the grammar of :class:`~mpo_tn.torch.MPOConfig`.

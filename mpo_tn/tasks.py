@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Task:
         return {"dev": "dev.tsv"}
 
 
-_ENTAILMENT = ("entailment", "not_entailment")
+_ENTAILMENT: tuple[str, ...] = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
 TASKS: dict[str, Task] = {
     task.name: task
@@ -290,7 +290,7 @@ def read_split(task: Task, path: Path) -> tuple[Split, int]:
     return Split(tuple(texts), tuple(labels)), left_out
 
 
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank. Only a line feed ends a line: sentences hold other separators."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -311,7 +311,8 @@ def _label(task: Task, written: str, where: str) -> Label:
         return score
     if written not in task.labels:
         raise MPOError(f"{where}: the label {written!r} is not one of {', '.join(task.labels)}")
-    return task.labels.index(written)
+    labels: tuple[str, ...] = task.labels
+    return labels.index(written)
 
 
 def _from_hub(task: Task, hub: str) -> TaskData:
@@ -386,7 +387,7 @@ def _accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
 def _f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(truth, predicted, zero_division=0))
+    return float(f1_score(truth, predicted, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def _matthews(truth: np.ndarray, predicted: np.ndarray) -> float:
