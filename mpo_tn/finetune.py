@@ -1,255 +1,31 @@
-"""Fine-tuning in plain PyTorch: one loop for every method, scored on the dev set after every epoch."""
+"""Fine-tuning in plain PyTorch: one loop for every method, scored on the dev set after every epoch, and resumable."""
 
 from __future__ import annotations
 
+import json
 import math
-import platform
-import resource
+import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch.nn import functional
+from safetensors import SafetensorError
 
-from mpo_tn.batches import Batch, Batches, task_batches, text_batches, text_bytes
 from mpo_tn.exceptions import MPOError
-from mpo_tn.methods import Method, Prepared, load_for_task, prepare
+from mpo_tn.files import check_target, written_beside
+from mpo_tn.methods import Method
+from mpo_tn.result import FinetuneResult, peak_rss, versions
+from mpo_tn.run import Data, NotFiniteError, Run, Settings, Track, start
+from mpo_tn.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
 from mpo_tn.tasks import TaskData, TextData
-from mpo_tn.torch.folder import load_tokenizer
+from mpo_tn.torch.state import load_state, save_state
 
-Data = TaskData | TextData
-Track = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and the total."""
+__all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_folder", "finetune", "save_finetuned"]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How long and in which steps to train; the same for every method.
-
-    Args:
-        epochs: passes over the training set.
-        max_steps: stop there instead, if given; the learning rate falls to zero at the end either way.
-        seed: of the head, the order of the examples and dropout.
-        batch_size: examples a step.
-        max_length: tokens at which an example is cut; for text the length of a block.
-        warmup: share of the steps in which the learning rate rises from zero; then it falls to zero, both linearly.
-        clip: the largest norm of the gradient; a longer one is shortened to it.
-        bf16: run the model under autocast to bfloat16; parameters and optimiser stay in float32.
-        device: where to train.
-    """
-
-    epochs: int = 3
-    max_steps: int | None = None
-    seed: int = 0
-    batch_size: int = 32
-    max_length: int = 128
-    warmup: float = 0.06
-    clip: float = 1.0
-    bf16: bool = False
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise MPOError(f"epochs={self.epochs}, max_steps={self.max_steps}: train for at least one")
-        if not 0 <= self.warmup < 1:
-            raise MPOError(f"warmup={self.warmup} is not a share of the steps: give for instance 0.06")
-        if not self.clip > 0:
-            raise MPOError(f"clip={self.clip} must be positive; for no clipping use math.inf")
-
-
-class NotFiniteError(MPOError):
-    """The loss or the gradient stopped being a number. ``step`` is where; the model is as it was before that step."""
-
-    def __init__(self, message: str, step: int) -> None:
-        super().__init__(message)
-        self.step = step
-
-
-@dataclass
-class FinetuneResult:
-    """What a run did and how it scored.
-
-    ``scores`` holds one dictionary per epoch, in points from 0 to 100 (text: perplexities). ``headline`` is that of the
-    *last* epoch: choosing the best one would choose on the dev set; ``best`` is it for comparison. ``baseline`` is what
-    a constant scores. Seconds are of a training step, evaluation apart; memory is the peak of the whole process.
-    """
-
-    method: str
-    task: str
-    seed: int
-    scores: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    losses: list[float] = field(default_factory=list[float])
-    headline: float = math.nan
-    best: float = math.nan
-    higher_is_better: bool = True
-    baseline: dict[str, float] = field(default_factory=dict[str, float])
-    baseline_is: str = ""
-    note: str = ""
-    trainable: int = 0
-    total: int = 0
-    matrix_dense: int = 0
-    matrix_parameters: int = 0
-    matrix_trainable: int = 0
-    steps: int = 0
-    tokens_per_step: float = 0.0
-    seconds_per_step: float = 0.0
-    seconds: float = 0.0
-    peak_rss_bytes: int = 0
-    versions: dict[str, str] = field(default_factory=dict[str, str])
-    settings: dict[str, Any] = field(default_factory=dict[str, Any])
-    notes: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    @property
-    def last(self) -> dict[str, float]:
-        """The scores of the last epoch."""
-        return self.scores[-1] if self.scores else {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold; NaN becomes None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-@dataclass
-class Run:
-    """A model, its batches and its optimiser, and the steps that are done: everything that training needs.
-
-    ``step()`` is one step of training; ``evaluate()`` the scores on the dev set.
-    """
-
-    prepared: Prepared
-    train: Batches
-    dev: Mapping[str, Batches]
-    data: Data
-    settings: Settings
-    optimizer: torch.optim.Optimizer
-    steps: int
-    done: int = 0
-    seconds: list[float] = field(default_factory=list[float])
-    losses: list[float] = field(default_factory=list[float])
-    tokens: int = 0
-
-    @property
-    def model(self) -> Any:
-        """The model in training."""
-        return self.prepared.model
-
-    def step(self) -> float:
-        """One step of training on the batch that belongs to it; returns the loss.
-
-        Raises:
-            NotFiniteError: the loss or the gradient is NaN or infinite; the parameters are then left as they were.
-        """
-        settings, place = self.settings, self.done
-        start = time.perf_counter()
-        # Seeded by the step, so that dropout after a restart is what it would have been.
-        torch.manual_seed(settings.seed * 1_000_003 + place)
-        rate = learning_rate_factor(place, self.steps, settings.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-        self.model.train()
-        batch = self.train.at(place).to(settings.device)
-        loss = _loss(_logits(self.model, batch, settings), batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise self._stopped("loss", value)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
-        if not math.isfinite(norm):
-            raise self._stopped("norm of the gradient", norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        self.seconds.append(time.perf_counter() - start)
-        self.losses.append(value)
-        self.tokens += batch.tokens
-        return value
-
-    def _stopped(self, what: str, value: float) -> NotFiniteError:
-        epoch = self.done // self.train.per_epoch + 1
-        return NotFiniteError(
-            f"the {what} is {value} in step {self.done + 1} of {self.steps} (epoch {epoch}); training stopped, and the "
-            f"model is as it was after step {self.done}: lower the learning rates or leave bf16 out",
-            self.done,
-        )
-
-    def evaluate(self) -> dict[str, float]:
-        """The scores on the dev set; the mode of the model is restored."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                if isinstance(self.data, TextData):
-                    return _perplexities(self.model, self.dev["valid"], self.settings, text_bytes(self.data))
-                predictions = {
-                    split: _predict(self.model, batches, self.settings, self.data.task.is_regression)
-                    for split, batches in self.dev.items()
-                }
-                return self.data.scores(predictions)
-        finally:
-            self.model.train(training)
-
-    def headline(self) -> float:
-        """The one number of :meth:`evaluate`."""
-        return self.data.headline(self.evaluate())
-
-
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear up over the share ``warmup`` of the steps, then linear down to zero after the last one.
-
-    >>> [learning_rate_factor(k, 10, 0.2) for k in (0, 1, 2, 9)]
-    [0.5, 1.0, 1.0, 0.125]
-    """
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    return max(0.0, (steps - step) / max(1, steps - rising))
-
-
-def start(source: str | Path, data: Data, method: Method, settings: Settings, track: Track | None = None) -> Run:
-    """Load the model, make it ready for the method, and encode the task.
-
-    Raises:
-        MPOError: a model or tokenizer that cannot be read, a method that does not fit it.
-    """
-    say = track or _silent
-    say("reading the model", 0, 1)
-    tokenizer = load_tokenizer(source)
-    num_labels = None if isinstance(data, TextData) else data.task.num_labels
-    model = load_for_task(source, num_labels, settings.seed)
-    if isinstance(data, TaskData):
-        _describe_head(model, data, tokenizer)
-    limit = getattr(model.config, "max_position_embeddings", None) or settings.max_length
-    sizes: dict[str, int] = {"batch_size": settings.batch_size, "max_length": min(settings.max_length, limit)}
-    if isinstance(data, TextData):
-        train = text_batches(data.train, tokenizer, **sizes, seed=settings.seed)
-        dev = {"valid": text_batches(data.valid, tokenizer, **sizes)}
-    else:
-        train = task_batches(data.train, tokenizer, **sizes, seed=settings.seed)
-        dev = {split: task_batches(rows, tokenizer, **sizes) for split, rows in data.dev.items()}
-    prepared = prepare(model, method, seed=settings.seed, progress=lambda d, t, n: say(f"compressing {n}", d, t))
-    prepared.model.to(settings.device)
-    optimizer = torch.optim.AdamW(prepared.groups)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    steps = settings.max_steps or settings.epochs * train.per_epoch
-    return Run(prepared, train, dev, data, settings, optimizer, steps)
+# What may differ between the two halves of a run: it is what one changes after a loss that was no number.
+_MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
 
 
 def finetune(
@@ -258,50 +34,184 @@ def finetune(
     method: Method | None = None,
     settings: Settings | None = None,
     *,
+    squeezing: Squeezing | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
     track: Track | None = None,
 ) -> tuple[FinetuneResult, Any]:
     """Tune a model on a task and score it on the dev set after every epoch; returns the result and the tuned model.
 
     Args:
-        source: a model folder or a hub name; dense, or for ``lfa`` compressed.
+        source: a model folder or a hub name; dense, or for ``lfa`` and ``squeeze`` compressed.
         data: from :func:`~mpo_tn.tasks.load_task`.
         method: what is compressed and what trains; LFA by default.
         settings: how long.
+        squeezing: for the method ``squeeze``: what follows after the epochs of LFA.
+        folder: for checkpoints, every ``settings.save_every`` steps and after every epoch. See :func:`save_finetuned`
+            for the end.
+        resume: go on from the checkpoint in ``folder``, if there is one.
         track: told of the progress.
 
-    Guarantee: the same arguments, versions, threads and machine kind give the same bits.
+    Guarantee: the same arguments, versions, threads and machine kind give the same bits, also if the run was killed at
+    any point and resumed.
 
     Raises:
-        MPOError: bad input, see :func:`start`.
-        NotFiniteError: the loss is no number any more.
+        MPOError: bad input, see :func:`mpo_tn.run.start`; a checkpoint of another run.
+        NotFiniteError: the loss is no number any more; the last checkpoint is kept.
+
+    Source: lightweight fine-tuning and dimension squeezing of Liu, Gao et al., ACL 2021, sections 4.1 and 4.2.
     """
     began = time.perf_counter()
     method, settings = method or Method(), settings or Settings()
+    if method.name == "squeeze":
+        squeezing = squeezing or Squeezing()
+    elif squeezing is not None:
+        raise MPOError(f"squeezing is given and the method is {method.name}: use the method squeeze")
+    gap_data: TaskData | None = None
+    if squeezing is not None and squeezing.gap_on == "held-out":
+        data, gap_data = hold_out(data)
     run = start(source, data, method, settings, track)
-    result = new_result(run, method, str(source))
-    train_to(run, run.steps, result, track)
-    finish_result(result, run, time.perf_counter() - began)
+    result = _new_result(run, method, squeezing, str(source))
+    keeper = _Keeper(folder, run, result, began)
+    if resume:
+        keeper.read()
+    try:
+        _phases(run, result, keeper, squeezing, gap_data, track)
+    except NotFiniteError as error:
+        raise keeper.told(error) from error
+    _finish(result, run, keeper.elapsed())
     return result, run.prepared.finish(run.model)
 
 
-def train_to(run: Run, end: int, result: FinetuneResult, track: Track | None = None) -> None:
-    """Train until step ``end``; at every end of an epoch, and at the last step, the dev set is scored."""
-    say = track or _silent
+@dataclass
+class _Keeper:
+    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing."""
+
+    folder: Path | None
+    run: Run
+    result: FinetuneResult
+    began: float
+    resumed: bool = False
+    before: float = 0.0
+    saved_at: int | None = None
+    squeezed_to: dict[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.folder / "checkpoint" if self.folder else None
+
+    def elapsed(self) -> float:
+        """Seconds of this run, of the time before it was resumed too."""
+        return self.before + time.perf_counter() - self.began
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        run, result = self.run, self.result
+        extra: dict[str, Any] = {
+            "done": run.done, "tokens": run.tokens, "seconds": run.seconds, "losses": run.losses,
+            "scores": result.scores, "epoch losses": result.losses, "elapsed": self.elapsed(),
+            "settings": json.dumps(result.to_dict()["settings"]), "squeezing": json.dumps(result.squeezing),
+            "squeezed to": self.squeezed_to,
+        }  # fmt: skip
+        save_state(self.checkpoint, model=run.model, optimizer=run.optimizer, extra=extra)
+        self.saved_at = run.done
+
+    def read(self) -> None:
+        if self.checkpoint is None or not self.checkpoint.is_dir():
+            return
+        self.resumed = True
+        run, result = self.run, self.result
+        rates = [group["initial_lr"] for group in run.optimizer.param_groups]
+        _check_settings(self.checkpoint, result)
+        extra = load_state(self.checkpoint, model=run.model, optimizer=run.optimizer)
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        run.done, run.tokens = extra["done"], extra["tokens"]
+        run.seconds, run.losses = list(extra["seconds"]), list(extra["losses"])
+        result.scores, result.losses = [dict(scores) for scores in extra["scores"]], list(extra["epoch losses"])
+        result.squeezing, self.squeezed_to = json.loads(extra["squeezing"]), dict(extra["squeezed to"])
+        self.before, self.saved_at = extra["elapsed"], run.done
+        result.notes["resumed at step"] = run.done
+
+    def told(self, error: NotFiniteError) -> NotFiniteError:
+        """The same error, with the place of the last good state."""
+        if self.checkpoint is None or self.saved_at is None:
+            return error
+        return NotFiniteError(
+            f"{error}. The state after step {self.saved_at} is in {self.checkpoint}: --resume goes on from it, with other "
+            "rates if you like",
+            error.step,
+        )
+
+
+def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
+    """A checkpoint of other settings is of another run."""
+    try:
+        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        saved = json.loads(values["extra"]["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # load_state says what is wrong with it
+    here = json.loads(json.dumps(result.to_dict()["settings"]))
+    for key in sorted({*saved, *here}):
+        if saved.get(key) != here.get(key) and key not in _MAY_CHANGE:
+            raise MPOError(
+                f"the checkpoint in {checkpoint} is of another run: {key} was {saved.get(key)!r} and is "
+                f"{here.get(key)!r}; give the same arguments, or start anew with --overwrite"
+            )
+
+
+def _phases(
+    run: Run, result: FinetuneResult, keeper: _Keeper, squeezing: Squeezing | None, gap_data: TaskData | None,
+    track: Track | None,
+) -> None:  # fmt: skip
+    first = run.steps
+    if result.squeezing is None:
+        _train_to(run, first, result, keeper, track)
+    if squeezing is None:
+        return
+    per_epoch = run.train.per_epoch
+    if result.squeezing is None:
+        where = keeper.folder / "squeezing" if keeper.folder else None
+        squeezed = squeeze_run(run, squeezing, folder=where, gap_data=gap_data, resume=keeper.resumed, track=track)
+        result.squeezing = squeezed.to_dict()
+        keeper.squeezed_to = {"begin": run.done, "end": run.done + squeezing.final_epochs * per_epoch}
+        if not squeezing.final_epochs:
+            result.scores.append(run.evaluate())
+        keeper.save()
+    begin, end = keeper.squeezed_to["begin"], keeper.squeezed_to["end"]
+    recount(run)
+    run.steps = end
+    run.rate = falling(begin, end, squeezing.rate)
+    _train_to(run, end, result, keeper, track, begin)
+
+
+def _train_to(
+    run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track: Track | None, begin: int = 0
+) -> None:
+    """Train until step ``end``; an epoch after ``begin``, and at ``end``, the dev set is scored."""
+    say = track or (lambda _what, _done, _total: None)
+    per_epoch = run.train.per_epoch
     while run.done < end:
-        say(f"training, epoch {run.done // run.train.per_epoch + 1}", run.done, run.steps)
+        say(f"training, epoch {run.done // per_epoch + 1}", run.done, run.steps)
         run.step()
-        if run.done % run.train.per_epoch == 0 or run.done == run.steps:
+        if (run.done - begin) % per_epoch == 0 or run.done == end:
             say("scoring the dev set", run.done, run.steps)
-            recent = run.losses[-run.train.per_epoch :]
+            recent = run.losses[-((run.done - begin - 1) % per_epoch + 1) :]
             result.losses.append(sum(recent) / len(recent))
             result.scores.append(run.evaluate())
+            keeper.save()
+        elif (run.done - begin) % run.settings.save_every == 0:
+            keeper.save()
 
 
-def new_result(run: Run, method: Method, source: str) -> FinetuneResult:
+def _new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
     """The parts of a result that are known before training."""
     data, prepared = run.data, run.prepared
     baseline, baseline_is = data.baseline()
     settings = {**asdict(method), **asdict(run.settings), "source": source, "data": data.source, "method": method.name}
+    settings["examples"] = len(run.train.rows)
+    settings["squeezing"] = asdict(squeezing) if squeezing else None
     settings.pop("name")
     return FinetuneResult(
         method=method.name, task=data.name, seed=run.settings.seed, higher_is_better=data.higher_is_better,
@@ -312,8 +222,9 @@ def new_result(run: Run, method: Method, source: str) -> FinetuneResult:
     )  # fmt: skip
 
 
-def finish_result(result: FinetuneResult, run: Run, seconds: float) -> None:
+def _finish(result: FinetuneResult, run: Run, seconds: float) -> None:
     """Fill in what is known after training."""
+    prepared = run.prepared
     headlines = [run.data.headline(scores) for scores in result.scores]
     result.headline = headlines[-1]
     known = [value for value in headlines if not math.isnan(value)]
@@ -323,73 +234,51 @@ def finish_result(result: FinetuneResult, run: Run, seconds: float) -> None:
     result.seconds_per_step = statistics.median(run.seconds) if run.seconds else math.nan
     result.tokens_per_step = run.tokens / max(1, len(run.seconds))
     result.peak_rss_bytes = peak_rss()
+    result.trainable, result.total = prepared.trainable, prepared.total
+    result.matrix_parameters, result.matrix_trainable = prepared.matrix_parameters, prepared.matrix_trainable
 
 
-def peak_rss() -> int:
-    """The largest memory this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def check_folder(folder: Path, source: str | Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done, and clear away an unfinished run that is to be overwritten.
+
+    Raises:
+        MPOError: it is in use; or it holds an unfinished run and neither of the two is asked for.
+    """
+    unfinished = folder.is_dir() and not (folder / "result.json").exists() and _is_run(folder)
+    if unfinished and resume:
+        return
+    if unfinished and not overwrite:
+        raise MPOError(f"{folder} holds an unfinished run: pass --resume to go on, or --overwrite to start anew")
+    if unfinished:
+        shutil.rmtree(folder)
+    elif resume and (folder / "result.json").exists():
+        raise MPOError(f"{folder} holds a finished run, there is nothing to resume: read its result.json")
+    check_target(folder, overwrite=overwrite, marker="result.json", keep=Path(source))
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
-    for name in ("mpo-tn", "torch", "transformers", "numpy", "scikit-learn", "peft"):
+def _is_run(folder: Path) -> bool:
+    inside = {path.name for path in folder.iterdir()}
+    return bool(inside & {"checkpoint", "squeezing"}) and all(
+        name in ("checkpoint", "squeezing") or name.startswith((".checkpoint", ".squeezing")) for name in inside
+    )
+
+
+def save_finetuned(folder: Path, result: FinetuneResult, model: Any, tokenizer: Any, report: str = "") -> None:
+    """Write the model, its tokenizer, ``result.json`` and ``report.html``, whole or not at all.
+
+    The checkpoints of the run are removed with that: ``AutoModelForSequenceClassification.from_pretrained`` reads the
+    folder (after ``import mpo_tn.torch`` if it is compressed).
+
+    Raises:
+        MPOError: the disk is full or may not be written to; the checkpoints are then still there.
+    """
+    with written_beside(folder) as temporary:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _describe_head(model: Any, data: TaskData, tokenizer: Any) -> None:
-    task = data.task
-    if task.is_regression:
-        model.config.problem_type = "regression"
-    else:
-        model.config.problem_type = "single_label_classification"
-        model.config.id2label = dict(enumerate(task.labels))
-        model.config.label2id = {label: k for k, label in enumerate(task.labels)}
-    # Decoders find the last token of a sentence by what pads it.
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id or 0
-
-
-def _logits(model: Any, batch: Batch, settings: Settings) -> torch.Tensor:
-    with torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=settings.bf16):
-        return model(**batch.inputs).logits.float()
-
-
-def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    if logits.ndim == 3:
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
-    if batch.labels.is_floating_point():
-        return functional.mse_loss(logits.squeeze(-1), batch.labels)
-    return functional.cross_entropy(logits, batch.labels)
-
-
-def _predict(model: Any, batches: Batches, settings: Settings, is_regression: bool) -> np.ndarray:
-    found = np.zeros(len(batches.rows), dtype=np.float64 if is_regression else np.int64)
-    for batch in batches.in_order():
-        logits = _logits(model, batch.to(settings.device), settings)
-        predicted = logits.squeeze(-1) if is_regression else logits.argmax(-1)
-        found[list(batch.examples)] = predicted.cpu().numpy()
-    return found
-
-
-def _perplexities(model: Any, batches: Batches, settings: Settings, size: int) -> dict[str, float]:
-    total, tokens = 0.0, 0
-    for batch in batches.in_order():
-        scored = int((batch.labels[:, 1:] != -100).sum())
-        moved = batch.to(settings.device)
-        total += float(_loss(_logits(model, moved, settings), moved)) * scored
-        tokens += scored
-    return {"perplexity": _exp(total / tokens), "byte perplexity": _exp(total / size)}
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """Track nothing."""
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        document = json.dumps(result.to_dict(), indent=2, default=float)
+        (temporary / "result.json").write_text(document, encoding="utf-8")
+        if report:
+            (temporary / "report.html").write_text(report, encoding="utf-8")

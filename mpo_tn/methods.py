@@ -31,9 +31,9 @@ class Method:
 
     Args:
         name: ``"full"`` (dense, everything trains), ``"lfa"`` (compress, then train auxiliary tensors),
-            ``"last-layers"`` (dense; the last ``layers`` blocks and the head), ``"lora"`` (PEFT, with as many parameters as LFA trains),
-            ``"low-rank"`` (two factors per matrix, both trained), ``"one-shot"`` (truncate to given ``bonds`` at once,
-            then as LFA), ``"squeeze"`` (LFA on full bonds, then cut and tune in turn).
+            ``"last-layers"`` (dense; the last ``layers`` blocks and the head), ``"lora"`` (PEFT, with as many
+            parameters as LFA trains), ``"low-rank"`` (two factors per matrix, both trained), ``"one-shot"`` (truncate
+            to given ``bonds`` at once, then as LFA), ``"squeeze"`` (LFA on full bonds, then cut and tune in turn).
         target: the modules to compress, or to put LoRA on; the grammar of :class:`~mpo_tn.torch.MPOConfig`.
         sites: the number of sites of LFA's chains.
         keep: the kept ratio per matrix for ``lfa``, ``low-rank`` and ``one-shot``; none is exact.
@@ -65,6 +65,8 @@ class Method:
             raise MPOError(f"keep={self.keep} and bonds are given together: use one of them")
         if self.name in ("one-shot", "low-rank") and self.bonds is None and self.keep is None:
             raise MPOError(f"the method {self.name} needs a size: give keep, or the bonds of a squeezing")
+        if self.name == "squeeze" and (self.keep is not None or self.bonds is not None):
+            raise MPOError("the method squeeze starts at full bonds: say in Squeezing(keep=...) how far it goes")
         if self.name in ("full", "last-layers", "lora") and self.bonds is not None:
             raise MPOError(f"the method {self.name} has no bonds: leave them out")
 
@@ -190,8 +192,7 @@ def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
     """The compression that a method starts with."""
     sites = "low-rank" if method.name == "low-rank" else method.sites
     if method.bonds is None:
-        keep = None if method.name == "squeeze" else method.keep
-        return MPOConfig(target_modules=method.target, sites=sites, keep=keep)
+        return MPOConfig(target_modules=method.target, sites=sites, keep=method.keep)
     exactly = {name: f"re:{re.escape(name)}" for name in method.bonds}  # a bare name would mean every suffix, too
     units = {unit.name: unit for unit in find_units(model, list(exactly.values()))[0]}
     unknown = sorted(set(method.bonds) - set(units))
