@@ -139,8 +139,8 @@ class _Keeper:
         if self.checkpoint is None or self.saved_at is None:
             return error
         return NotFiniteError(
-            f"{error}. The state after step {self.saved_at} is in {self.checkpoint}: --resume goes on from it, with other "
-            "rates if you like",
+            f"{error}. The state after step {self.saved_at} is in {self.checkpoint}: --resume goes on from it, with "
+            "other rates if you like",
             error.step,
         )
 
@@ -186,9 +186,7 @@ def _phases(
     _train_to(run, end, result, keeper, track, begin)
 
 
-def _train_to(
-    run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track: Track | None, begin: int = 0
-) -> None:
+def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track: Track | None, begin: int = 0) -> None:
     """Train until step ``end``; an epoch after ``begin``, and at ``end``, the dev set is scored."""
     say = track or (lambda _what, _done, _total: None)
     per_epoch = run.train.per_epoch

@@ -337,6 +337,21 @@ def singular_values(matrix: Array, *, gram: bool) -> np.ndarray:
         return left_factor(wide, gram=gram).values
 
 
+def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``matrix == (u * values) @ vh`` on the host, values descending."""
+    try:
+        return scipy.linalg.svd(matrix, full_matrices=False)  # type: ignore[return-value]
+    except np.linalg.LinAlgError:
+        return scipy.linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")  # type: ignore[return-value]
+
+
+def pivoted_qr(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ``r`` of ``matrix[:, order] == q @ r`` on the host, its diagonal falling in size, and ``order``."""
+    result: tuple[Any, Any] = scipy.linalg.qr(matrix, mode="r", pivoting=True)  # type: ignore[assignment]
+    r, order = result
+    return r[: min(matrix.shape)], order
+
+
 def qr(matrix: Array) -> tuple[Array, Array]:
     """``matrix == q @ r`` with orthonormal columns in ``q`` (m, min(m, k))."""
     xp = namespace(matrix)

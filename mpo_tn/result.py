@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+
 @dataclass
 class FinetuneResult:
     """What a run did and how it scored.
@@ -20,7 +21,8 @@ class FinetuneResult:
     ``scores`` holds one dictionary per epoch, in points from 0 to 100 (text: perplexities). ``headline`` is that of the
     *last* epoch: choosing the best one would choose on the dev set; ``best`` is it for comparison. ``baseline`` is what
     a constant scores. ``squeezing`` is the trajectory of the method ``squeeze``, see
-    :class:`~mpo_tn.torch.SqueezeResult`. Seconds are of a training step, evaluation apart; memory is the peak of the whole process.
+    :class:`~mpo_tn.torch.SqueezeResult`. Seconds are of a training step, evaluation apart; memory is the peak of the
+    whole process.
     """
 
     method: str
@@ -82,5 +84,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-

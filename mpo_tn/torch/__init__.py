@@ -7,8 +7,12 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
+from mpo_tn.torch._cuts import Cut, RankedCut, Ranking, bond_spectra, cut_bond, cut_model
+from mpo_tn.torch._squeeze import squeeze
+from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.state import load_state, save_state
 from mpo_tn.torch.training import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 
 if importlib.util.find_spec("transformers") is not None:
@@ -16,6 +20,7 @@ if importlib.util.find_spec("transformers") is not None:
 
 __all__ = [
     "CompressionReport",
+    "Cut",
     "FreezeReport",
     "LayerReport",
     "MPOConfig",
@@ -23,8 +28,18 @@ __all__ = [
     "MPOLayer",
     "MPOLinear",
     "ModuleSpec",
+    "RankedCut",
+    "Ranking",
+    "SqueezeResult",
+    "SqueezeRound",
+    "bond_spectra",
     "compress",
+    "cut_bond",
+    "cut_model",
     "freeze",
+    "load_state",
     "parameter_groups",
     "print_trainable_parameters",
+    "save_state",
+    "squeeze",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,6 +86,33 @@ class MPOLayer(nn.Module):
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
         return MPO(tuple(core.detach() for core in self.cores.forward()))
+
+    def replace_cores(self, tensors: Sequence[torch.Tensor], bonds: Sequence[int]) -> None:
+        """Give the cores other values and bonds; the parameters stay the same objects, without their gradients.
+
+        Modules that share the cores have to be given the same, so that their specs follow. What is passed as it is,
+        the parameter itself, is not touched. The error of a spec with new bonds is unknown.
+
+        Raises:
+            MPOError: shapes that do not fit the legs and bonds; nothing has been changed.
+        """
+        bonds = tuple(bonds)
+        error = (self.spec.rel_error, self.spec.exact) if bonds == self.spec.bonds else (None, False)
+        spec = replace(self.spec, bonds=bonds, rel_error=error[0], exact=error[1])
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes != spec.core_shapes:
+            raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
+        for core, tensor in zip(self.cores, tensors, strict=True):
+            core.grad = None
+            if tensor is core:
+                continue
+            new = tensor.detach().to(core.device, core.dtype).contiguous()
+            # A graph that is still alive, of a loss that somebody kept, holds the node that collects the gradient in
+            # the old shape. Torch makes a new node when the dtype changes, but not when the shape does.
+            core.data = core.data.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
+            core.data = new
+        self.spec = spec
+        self._plan = plan_for_shapes(spec.core_shapes, self.cores[0].element_size())
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch._compress import build, compress, on_compressed
+from mpo_tn.torch._units import on_cut
 from mpo_tn.torch.config import ModuleSpec, MPOConfig, wrap_for_hf
 from mpo_tn.torch.layers import MPOLayer
 
@@ -155,6 +156,15 @@ def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
 def _attach_if_pretrained(model: nn.Module, config: MPOConfig) -> None:
     if isinstance(model, PreTrainedModel):
         attach(model, config)
+
+
+@on_cut
+def _attach_again(model: nn.Module) -> None:
+    """Renew the specs that ``save_pretrained`` writes, outermost model last: they may share one configuration."""
+    for module in reversed(list(model.modules())):
+        quantizer: Any = getattr(module, "hf_quantizer", None)
+        if isinstance(module, PreTrainedModel) and isinstance(quantizer, MPOHfQuantizer):
+            attach(module, quantizer.quantization_config.config)
 
 
 def attach(model: Any, config: MPOConfig) -> None:

@@ -1,0 +1,286 @@
+"""squeeze: lower bonds one by one where it hurts least, tuning after each cut, until the gap is too large."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_tn.bounds import Spectra
+from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.torch._cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
+from mpo_tn.torch._moments import OptimizerLike, check_optimizer
+from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
+from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units, specs_changed
+from mpo_tn.torch.state import TrainingState, capture, random_digest, restore
+
+Progress = Callable[[int, int, str], None]
+"""Called with how many rounds are done, how many there are at most, and what the last one did."""
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """The numbers that decide what is cut and when it ends."""
+
+    delta: float
+    higher_is_better: bool
+    max_steps: int
+    cuts_per_round: int
+    tune_steps: int
+    score: Score
+    keep: float | None
+    minimum_bond: int
+
+    def __post_init__(self) -> None:
+        if not self.delta >= 0:
+            raise MPOError(f"delta={self.delta!r} must be at least 0, in the units of what evaluate returns")
+        for name in ("max_steps", "cuts_per_round", "tune_steps", "minimum_bond"):
+            number, least = whole_number(getattr(self, name)), int(name != "tune_steps")
+            if number is None or number < least:
+                raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number of at least {least}")
+        if self.keep is not None and not 0 < self.keep <= 2:
+            raise MPOError(f"keep={self.keep!r} is not a kept ratio: use for instance keep=0.6, or None for no limit")
+        checked_score(self.score)
+
+    def gap(self, value: float, reference: float) -> float:
+        """By how much ``value`` is worse."""
+        return reference - value if self.higher_is_better else value - reference
+
+
+def choose_cuts(
+    units: dict[str, MPOUnit], spectra: dict[str, Spectra], count: int, *, score: Score = "error",
+    minimum_bond: int = 1, keep: float | None = None,
+) -> list[RankedCut]:  # fmt: skip
+    """The next ``count`` cuts by one, the best first, those of one bond taken together; fewer where ``keep`` is met.
+
+    One after another, each seeing the bonds that the ones before leave, from spectra alone.
+    """
+    dense = sum(unit.spec.out_features * unit.spec.in_features for unit in units.values())
+    ranking = Ranking(spectra, {n: u.spec for n, u in units.items()}, score=score, minimum_bond=minimum_bond)
+    chosen: dict[tuple[str, int], RankedCut] = {}
+    for _ in range(count):
+        kept = sum(spec.num_parameters for spec in ranking.specs.values()) / dense
+        cut = ranking.best()
+        if cut is None or (keep is not None and kept <= keep):
+            break
+        ranking.take(cut)
+        first = chosen.get((cut.unit, cut.bond))
+        if first is not None:
+            cut = replace(cut, before=first.before, score=first.score + cut.score)
+        chosen[cut.unit, cut.bond] = cut
+    return list(chosen.values())
+
+
+def squeeze(
+    model: nn.Module,
+    *,
+    evaluate: Callable[[nn.Module], Any],
+    delta: float,
+    train_step: Callable[[int], Any] | None = None,
+    optimizer: OptimizerLike | None = None,
+    scheduler: Any = None,
+    higher_is_better: bool = True,
+    max_steps: int = 100,
+    cuts_per_round: int = 1,
+    tune_steps: int = 10,
+    score: Score = "error",
+    keep: float | None = None,
+    minimum_bond: int = 1,
+    reference: float | None = None,
+    folder: str | Path | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+    on_round: Callable[[SqueezeRound], None] | None = None,
+) -> SqueezeResult:
+    """Squeeze the bonds of a model, in place: cut, tune, evaluate, until it is worse by more than ``delta``.
+
+    Algorithm 2 of Liu, Gao et al. (ACL 2021). Each round computes the spectra of all bonds as they are now, cuts the
+    ``cuts_per_round`` bonds of least score by one, tunes and evaluates.
+
+    Args:
+        model: with MPO modules, see :func:`~mpo_tn.torch.compress`. What may train is up to the caller.
+        evaluate: ``evaluate(model)`` gives a number. The model is in evaluation mode, and gradients are off.
+        delta: how much worse than the reference is still good, in the units of what ``evaluate`` returns.
+        train_step: ``train_step(step)`` does one optimiser step and returns its loss. ``step`` counts from 0 over the
+            whole run, and the batch has to be a function of it (and of the random generators) so that a run can be
+            resumed. Modules have the training flags they had when this was called. ``None`` cuts without tuning.
+        optimizer: the one that ``train_step`` uses; its state follows the cuts.
+        scheduler: the one that ``train_step`` steps; rolled back and resumed with the rest.
+        higher_is_better: of what ``evaluate`` returns.
+        max_steps: the most rounds.
+        cuts_per_round: cuts by one in each round.
+        tune_steps: calls of ``train_step`` in each round.
+        score: ``"error"``, ``"error_per_parameter"`` or a callable, see :class:`~mpo_tn.torch._cuts.Ranking`.
+        keep: stop at this kept ratio of the decomposed matrices.
+        minimum_bond: no bond goes below this.
+        reference: the value to count the gap from; ``None`` evaluates the model as it is given.
+        folder: for a log of every round, ``log.json``, and the state to resume from.
+        resume: go on with the run in ``folder``, if there is one; else start it afresh.
+        progress: called after each round, see :data:`Progress`.
+        on_round: called after each round with what was logged of it.
+
+    Guarantee: the model, the optimiser and the scheduler end in the state after the last round whose gap was within
+    ``delta``, also if anything raises. Killed at any point and called again with the same arguments and ``folder``, the
+    run ends in the same bonds and bits.
+
+    Returns:
+        Every round, the bonds, and why it stopped.
+
+    Raises:
+        MPOError: a bad argument, a model without MPO modules or without a bond to cut, an optimiser that cannot follow,
+            a loss that is NaN or infinite, a ``folder`` of another run.
+
+    >>> from mpo_tn.torch import MPOConfig, compress
+    >>> model = nn.Sequential(nn.Linear(16, 16))
+    >>> _ = compress(model, MPOConfig(sites=3))
+    >>> weight = model[0].dense_weight().detach()
+    >>> def distance(model):
+    ...     return float((model[0].dense_weight() - weight).norm() / weight.norm())
+    >>> result = squeeze(model, evaluate=distance, delta=0.3, higher_is_better=False)
+    >>> result.stopped, result.value <= 0.3, result.bonds == {"0": model[0].spec.bonds}
+    ('gap', True, True)
+    """
+    policy = _Policy(
+        delta, higher_is_better, max_steps, cuts_per_round, tune_steps if train_step else 0, score, keep, minimum_bond
+    )
+    units = mpo_units(model)
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
+    if all(bond <= minimum_bond for bonds in all_bonds(units).values() for bond in bonds):
+        raise MPOError(f"nothing is left to cut: every bond is at minimum_bond={minimum_bond} or below already")
+    run = _Run(model, units, policy, evaluate, train_step, optimizer, scheduler)
+    return run.go(reference, progress, on_round)
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, units: dict[str, MPOUnit], policy: _Policy, evaluate: Callable[[nn.Module], Any],
+        train_step: Callable[[int], Any] | None, optimizer: OptimizerLike | None, scheduler: Any,
+    ) -> None:  # fmt: skip
+        self.model, self.units, self.policy = model, units, policy
+        self.evaluate, self.train_step = evaluate, train_step
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.flags = {module: module.training for module in model.modules()}
+        self.rounds: list[SqueezeRound] = []
+        self.position = 0
+
+    def go(
+        self, reference: float | None, progress: Progress | None, on_round: Callable[[SqueezeRound], None] | None
+    ) -> SqueezeResult:
+        start = all_bonds(self.units)
+        value = self.measure() if reference is None else float(reference)
+        if not math.isfinite(value):
+            raise MPOError(f"the reference is {value}: evaluate has to give a number before anything is cut")
+        reference = value
+        good = self.snapshot()
+        stopped = ""
+        try:
+            while not (stopped := self.reason_to_stop()):
+                part = self.round(reference)
+                self.rounds.append(part)
+                if part.accepted:
+                    good, value = self.snapshot(), part.value
+                if on_round:
+                    on_round(part)
+                if progress:
+                    progress(len(self.rounds), self.policy.max_steps, _line(part))
+        except BaseException:
+            self.restore(good)
+            raise
+        finally:
+            self.set_flags()
+        if stopped == "gap":
+            self.restore(good)
+        best, kept = sum(part.accepted for part in self.rounds), kept_ratio(self.units.values())
+        return SqueezeResult(
+            tuple(self.rounds), stopped, best, reference, value, start, all_bonds(self.units), kept, self.parameters()
+        )
+
+    def reason_to_stop(self) -> str:
+        """Why there is no further round, or an empty string."""
+        policy = self.policy
+        if self.rounds and not self.rounds[-1].accepted:
+            return "gap"
+        if policy.keep is not None and kept_ratio(self.units.values()) <= policy.keep:
+            return "keep"
+        if all(bond <= policy.minimum_bond for bonds in all_bonds(self.units).values() for bond in bonds):
+            return "nothing left to cut"
+        return "max_steps" if len(self.rounds) >= policy.max_steps else ""
+
+    def round(self, reference: float) -> SqueezeRound:
+        began = time.perf_counter()
+        policy, number = self.policy, len(self.rounds) + 1
+        spectra = {name: unit_spectra(unit) for name, unit in self.units.items()}
+        cuts = choose_cuts(
+            self.units, spectra, policy.cuts_per_round, score=policy.score, minimum_bond=policy.minimum_bond,
+            keep=policy.keep,
+        )  # fmt: skip
+        notes: list[str] = []
+        for cut in cuts:
+            notes += cut_unit(self.units[cut.unit], cut.bond, cut.after, self.optimizer)
+        specs_changed(self.model)
+        loss = self.tune(number)
+        value = self.measure()
+        gap = policy.gap(value, reference)
+        return SqueezeRound(
+            number, tuple(cuts), loss, value, gap, gap <= policy.delta, kept_ratio(self.units.values()),
+            self.parameters(), self.position, random_digest(), time.perf_counter() - began,
+            tuple(notes),
+        )  # fmt: skip
+
+    def tune(self, number: int) -> float | None:
+        """The mean loss of the training steps."""
+        if self.train_step is None:
+            return None
+        self.set_flags()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        total = 0.0
+        for _ in range(self.policy.tune_steps):
+            loss = float(_number(self.train_step(self.position), "train_step"))
+            if not math.isfinite(loss):
+                raise MPOError(
+                    f"the loss of round {number} is {loss} at step {self.position}: the model is back in the state "
+                    f"after round {number - 1}; try a smaller learning rate or more tune_steps"
+                )
+            total += loss
+            self.position += 1
+        return total / self.policy.tune_steps if self.policy.tune_steps else None
+
+    def measure(self) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            return _number(self.evaluate(self.model), "evaluate")
+
+    def set_flags(self) -> None:
+        for module, training in self.flags.items():
+            module.training = training
+
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def snapshot(self) -> TrainingState:
+        extra = {"position": self.position}
+        return capture(self.model, self.optimizer, self.scheduler, extra)
+
+    def restore(self, state: TrainingState) -> None:
+        self.position = restore(state, self.model, self.optimizer, self.scheduler)["position"]
+
+
+def _number(value: Any, source: str) -> float:
+    try:
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise MPOError(f"{source} returned {value!r}, which is no number: return a float") from None
+
+
+def _line(part: SqueezeRound) -> str:
+    cuts: Sequence[str] = [f"{cut.unit}[{cut.bond}] {cut.before} -> {cut.after}" for cut in part.cuts]
+    shown = ", ".join(cuts[:2]) + (f" and {len(cuts) - 2} more" if len(cuts) > 2 else "")
+    return f"{shown}; kept {part.kept:.3f}, value {part.value:.6g}, gap {part.gap:.3g}"

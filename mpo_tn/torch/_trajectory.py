@@ -1,0 +1,97 @@
+"""What a squeezing run did, round by round, and the folder that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpo_tn.torch._cuts import RankedCut
+
+Bonds = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SqueezeRound:
+    """One round: what was cut, and what came of it.
+
+    ``value`` is what ``evaluate`` gave, ``gap`` by how much it is worse than the reference, ``loss`` the mean over the
+    round's training steps. ``kept`` is the kept ratio of the decomposed matrices, ``parameters`` counts the whole
+    model. ``position`` is the number of training steps done so far, ``random`` a digest of all random generators.
+    """
+
+    number: int
+    cuts: tuple[RankedCut, ...]
+    loss: float | None
+    value: float
+    gap: float
+    accepted: bool
+    kept: float
+    parameters: int
+    position: int
+    random: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {**asdict(self), "cuts": [cut.to_dict() for cut in self.cuts], "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SqueezeRound:
+        """The inverse of :meth:`to_dict`."""
+        cuts = tuple(RankedCut(c["unit"], c["bond"], c["from"], c["to"], c["score"]) for c in values["cuts"])
+        plain: dict[str, Any] = {**values, "cuts": cuts, "notes": tuple(values["notes"])}
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class SqueezeResult:
+    """What :func:`squeeze` did. The model is in the state after ``best_round``; 0 is the start.
+
+    ``reference`` is the value that gaps are counted from, ``value`` that of the model now. ``start_bonds`` and
+    ``bonds`` are by unit. ``stopped`` is one of ``"gap"``, ``"keep"``, ``"max_steps"`` and ``"nothing left to cut"``.
+    """
+
+    rounds: tuple[SqueezeRound, ...]
+    stopped: str
+    best_round: int
+    reference: float
+    value: float
+    start_bonds: Bonds
+    bonds: Bonds
+    kept: float
+    parameters: int
+
+    def bonds_after(self, number: int) -> Bonds:
+        """The bonds after the cuts of round ``number``, whether they were accepted or not; 0 is the start."""
+        return bonds_after(self.start_bonds, self.rounds[:number])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {**asdict(self), "rounds": [part.to_dict() for part in self.rounds]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SqueezeResult:
+        """The inverse of :meth:`to_dict`."""
+        rounds = tuple(SqueezeRound.from_dict(part) for part in values["rounds"])
+        plain: dict[str, Any] = {**values, "rounds": rounds}
+        for key in ("start_bonds", "bonds"):
+            plain[key] = {name: tuple(part) for name, part in values[key].items()}
+        return cls(**plain)
+
+    def __str__(self) -> str:
+        cuts = sum(cut.before - cut.after for part in self.rounds[: self.best_round] for cut in part.cuts)
+        return (
+            f"{self.best_round} rounds, {cuts} cuts, kept {self.kept:.3f} of the matrices ({self.parameters} "
+            f"parameters in all), {self.reference:.6g} -> {self.value:.6g}; stopped: {self.stopped}"
+        )
+
+
+def bonds_after(start: Mapping[str, Sequence[int]], rounds: Sequence[SqueezeRound]) -> Bonds:
+    """Bonds after the cuts of some rounds."""
+    bonds = {name: list(part) for name, part in start.items()}
+    for part in rounds:
+        for cut in part.cuts:
+            bonds[cut.unit][cut.bond] = cut.after
+    return {name: tuple(part) for name, part in bonds.items()}
