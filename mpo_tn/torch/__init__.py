@@ -12,6 +12,7 @@ from mpo_tn.torch._squeeze import squeeze
 from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.saved_cores import load_cores, save_cores
 from mpo_tn.torch.state import load_state, save_state
 from mpo_tn.torch.training import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 
@@ -37,9 +38,11 @@ __all__ = [
     "cut_bond",
     "cut_model",
     "freeze",
+    "load_cores",
     "load_state",
     "parameter_groups",
     "print_trainable_parameters",
+    "save_cores",
     "save_state",
     "squeeze",
 ]

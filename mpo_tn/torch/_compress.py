@@ -14,6 +14,7 @@ from torch.nn import functional
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
+from mpo_tn.sites import Sites
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
 from mpo_tn.torch.legs import legs_for
@@ -157,9 +158,7 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
     >>> report.kept <= 0.5, [type(layer).__name__ for layer in model]
     (True, ['MPOLinear', 'ReLU', 'MPOLinear'])
     """
-    if any(isinstance(module, MPOLayer) for module in model.modules()):
-        raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
-    units, skipped = find_units(model, config.target_modules, config.exclude_modules)
+    units, skipped = _find_units(model, config)
     before = _count_parameters(model)
     layers: list[LayerReport] = []
     replacements: list[tuple[str, nn.Module]] = []
@@ -167,12 +166,11 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
         if progress:
             progress(done, len(units), unit.name)
         try:
-            layer, modules = _compress_unit(unit, config.for_module(unit.name))
+            layer, cores = _factorise(unit, config.for_module(unit.name))
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
         layers.append(layer)
-        for names, module in zip(unit.names, modules, strict=True):
-            replacements += [(name, module) for name in names]
+        replacements += _modules(unit, layer.spec, cores)
     for name, module in replacements:
         model.set_submodule(name, module)
     if progress:
@@ -182,44 +180,115 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
     return CompressionReport(tuple(layers), skipped, before, _count_parameters(model))
 
 
+def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]:
+    """Do to the structure of ``model`` what :func:`compress` does, with cores that hold no data.
+
+    To count and to look around: a model that was itself built under ``torch.device("meta")`` needs no memory at all.
+
+    Args:
+        model: any ``torch.nn.Module``, on any device; its modules are replaced in place, by cores on the meta device.
+        config: as for :func:`compress`, but without a tolerance.
+
+    Returns:
+        The specifications by name of the unit.
+
+    Guarantee: modules, legs, bonds and ties are those that :func:`compress` gives.
+
+    Raises:
+        MPOError: as :func:`compress`, and for a tolerance: the bonds that meet it depend on the numbers.
+
+    >>> import torch
+    >>> with torch.device("meta"):
+    ...     model = torch.nn.Sequential(torch.nn.Linear(4096, 16384))
+    >>> compress_empty(model, MPOConfig(keep=0.5))["0"].kept
+    0.49447107315063477
+    """
+    units, _ = _find_units(model, config)
+    specs: dict[str, ModuleSpec] = {}
+    replacements: list[tuple[str, nn.Module]] = []
+    for unit in units:
+        own = config.for_module(unit.name)
+        if own.tolerance is not None:
+            raise MPOError(
+                f"{unit.name}: the bonds that meet tolerance={own.tolerance} depend on the numbers: use keep or bond"
+            )
+        out, in_ = unit.matrix().shape
+        try:
+            sites, cap = _legs_and_cap(unit, own)
+            bonds = sites.full_bonds if cap is None else sites.capped_bonds(cap)
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
+        spec = ModuleSpec(unit.kinds[0], sites, bonds, int(out), int(in_))
+        cores = [
+            nn.Parameter(
+                torch.empty(shape, dtype=unit.weight.dtype, device="meta"), requires_grad=unit.weight.requires_grad
+            )
+            for shape in spec.core_shapes
+        ]
+        specs[unit.name] = _specs(unit, spec)[0]
+        replacements += _modules(unit, spec, cores)
+    for name, module in replacements:
+        model.set_submodule(name, module)
+    return specs
+
+
+def _find_units(model: nn.Module, config: MPOConfig) -> tuple[list[Unit], dict[str, str]]:
+    if any(isinstance(module, MPOLayer) for module in model.modules()):
+        raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
+    return find_units(model, config.target_modules, config.exclude_modules)
+
+
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _compress_unit(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.Module]]:
+def _legs_and_cap(unit: Unit, config: MPOConfig) -> tuple[Sites, int | None]:
+    """The legs, and the largest bond allowed."""
+    out, in_ = (int(size) for size in unit.matrix().shape)
+    sites = legs_for(out, in_, config.sites)
+    return sites, config.bond if config.keep is None else sites.largest_cap(config.keep * out * in_)
+
+
+def _factorise(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.Parameter]]:
     matrix = unit.matrix()
     if matrix.device.type == "meta":
         raise MPOError("its weight is on the meta device and has no data: load the weights first")
-    out, in_ = (int(size) for size in matrix.shape)
-    sites = legs_for(out, in_, config.sites)
-    truncation = config.truncation()
-    if config.keep is not None:
-        truncation = Truncation(max_bond=sites.largest_cap(config.keep * out * in_))
-    rows, columns = sites.shape
+    sites, cap = _legs_and_cap(unit, config)
+    (out, in_), (rows, columns) = (int(size) for size in matrix.shape), sites.shape
     padded = functional.pad(matrix, (0, columns - in_, 0, rows - out))
-    mpo, report = MPO.from_matrix(padded, sites, truncation)
+    mpo, report = MPO.from_matrix(padded, sites, Truncation(max_bond=cap, rel_error=config.tolerance))
     error, exact = _cropped_error(mpo, report, out, in_)
-
     rel_error = error / report.norm if report.norm > 0 else 0.0
     cores = [nn.Parameter(core.contiguous(), requires_grad=unit.weight.requires_grad) for core in mpo.cores]
-    modules: list[nn.Module] = []
     spec = ModuleSpec(unit.kinds[0], sites, mpo.bonds, out, in_, rel_error=rel_error, exact=exact)
-    for position, (module, kind) in enumerate(zip(unit.modules, unit.kinds, strict=True)):
-        own = replace(
+    names = tuple(name for group in unit.names for name in group)
+    return LayerReport(names, _specs(unit, spec)[0], error, report.norm, report), cores
+
+
+def _specs(unit: Unit, spec: ModuleSpec) -> list[ModuleSpec]:
+    """The specification of every module of the unit, given what they share."""
+    return [
+        replace(
             spec,
             kind=kind,
             bias=getattr(module, "bias", None) is not None,
             padding_idx=getattr(module, "padding_idx", None),
             tied_to=None if position == 0 else unit.name,
         )
+        for position, (module, kind) in enumerate(zip(unit.modules, unit.kinds, strict=True))
+    ]
+
+
+def _modules(unit: Unit, spec: ModuleSpec, cores: Sequence[nn.Parameter]) -> list[tuple[str, nn.Module]]:
+    """The MPO modules that replace those of the unit, under all their names."""
+    named: list[tuple[str, nn.Module]] = []
+    for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
         built = build(own, cores, bias=getattr(module, "bias", None))
         for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
             built.__dict__[table] = module.__dict__[table]
-        modules.append(built.train(module.training))
-    first = modules[0]
-    assert isinstance(first, MPOLayer)
-    names = tuple(name for group in unit.names for name in group)
-    return LayerReport(names, first.spec, error, report.norm, report), modules
+        built.train(module.training)
+        named += [(name, built) for name in names]
+    return named
 
 
 def build(
