@@ -67,6 +67,8 @@ def finetune(
         squeezing = squeezing or Squeezing()
     elif squeezing is not None:
         raise MPOError(f"squeezing is given and the method is {method.name}: use the method squeeze")
+    if method.name != "squeeze" and settings.epochs == 0 and settings.max_steps is None:
+        raise MPOError("epochs=0: train for at least one")
     gap_data: TaskData | None = None
     if squeezing is not None and squeezing.gap_on == "held-out":
         data, gap_data = hold_out(data)
@@ -191,7 +193,8 @@ def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track
     say = track or (lambda _what, _done, _total: None)
     per_epoch = run.train.per_epoch
     while run.done < end:
-        say(f"training, epoch {run.done // per_epoch + 1}", run.done, run.steps)
+        loss = f", loss {run.losses[-1]:.3f}" if run.losses else ""
+        say(f"step {run.done + 1} of {run.steps}{loss}", run.done, run.steps)
         run.step()
         if (run.done - begin) % per_epoch == 0 or run.done == end:
             say("scoring the dev set", run.done, run.steps)

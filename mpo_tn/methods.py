@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,22 @@ def load_for_task(source: str | Path, num_labels: int | None, seed: int) -> Any:
         first = (missing or sorted(info["missing_keys"]))[0]
         raise MPOError(f"{source} is incomplete as a {type(model).__name__}: {first} is missing among others")
     return model
+
+
+def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The bonds that a squeezing ended in, by module, from the folder or the ``result.json`` it wrote.
+
+    Raises:
+        MPOError: no such result, or one of another method.
+    """
+    path = folder / "result.json" if folder.is_dir() else folder
+    try:
+        bonds = json.loads(path.read_text(encoding="utf-8"))["squeezing"]["bonds"]
+        return {str(name): tuple(int(bond) for bond in part) for name, part in bonds.items()}
+    except OSError as error:
+        raise MPOError(f"{path} cannot be read ({error.strerror}): name the --out folder of a squeezed run") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MPOError(f"{path} is not the result of a squeezing, it holds no bonds") from None
 
 
 def prepare(model: Any, method: Method, *, seed: int = 0, progress: Progress | None = None) -> Prepared:

@@ -30,7 +30,7 @@ class Settings:
     """How long and in which steps to train; the same for every method.
 
     Args:
-        epochs: passes over the training set.
+        epochs: passes over the training set; none is for squeezing a tuned model.
         max_steps: stop there instead, if given; the learning rate falls to zero at the end either way.
         seed: of the head, the order of the examples and dropout.
         batch_size: examples a step.
@@ -54,8 +54,8 @@ class Settings:
     save_every: int = 200
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise MPOError(f"epochs={self.epochs}, max_steps={self.max_steps}: train for at least one")
+        if self.epochs < 0 or (self.max_steps is not None and self.max_steps < 1):
+            raise MPOError(f"epochs={self.epochs}, max_steps={self.max_steps}: train for at least one step")
         if not 0 <= self.warmup < 1:
             raise MPOError(f"warmup={self.warmup} is not a share of the steps: give for instance 0.06")
         if self.save_every < 1:
