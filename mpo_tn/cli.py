@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from mpo_tn._terminal import (
+    Json,
+    Overwrite,
+    err,
+    is_wide,
+    new_table,
+    out,
+    print_json,
+    sites_of,
+    targets_of,
+    working,
+)  # fmt: skip
+from mpo_tn.cli_train import finetune, squeeze
 from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
@@ -27,11 +34,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
+app.command()(finetune)
+app.command()(squeeze)
 
 
 @app.command()
@@ -44,14 +48,14 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress a real sentence encoder (all-MiniLM-L6-v2), measure what is left, save it and read it back."""
-    with _working(as_json) as track:
+    with working(as_json) as track:
         from mpo_tn.demo import run_demo
 
         result = run_demo(
             folder, source=model, keeps=tuple(keep), sentences=sentences, overwrite=overwrite, track=track
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
     _print_demo(result)
 
@@ -73,13 +77,13 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a model folder into another that AutoModel.from_pretrained loads. Without a size it is exact."""
-    with _working(as_json) as track:
+    with working(as_json) as track:
         from mpo_tn.torch import MPOConfig
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch.folder import check_model_target, load_model, save_model
 
         config = MPOConfig(
-            target_modules=_targets(target), exclude_modules=tuple(exclude or ()), sites=_sites(sites), keep=keep,
+            target_modules=targets_of(target), exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep,
             bond=bond, tolerance=tolerance,
         )  # fmt: skip
         check_model_target(folder, model, overwrite=overwrite)
@@ -90,7 +94,7 @@ def compress(
         save_model(network, model, folder, overwrite=overwrite)
         track("writing the model", 1, 1)
     if as_json:
-        _print_json({"out": str(folder), **report.to_dict()})
+        print_json({"out": str(folder), **report.to_dict()})
         return
     _print_compression(report)
     out.print(f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})")
@@ -104,17 +108,17 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
-    with _working(as_json) as track:
+    with working(as_json) as track:
         from mpo_tn.torch.folder import inspect_model, load_model
 
-        number = _sites(sites)
+        number = sites_of(sites)
         track("reading the model", 0, 1)
         network = load_model(model)
         rows = inspect_model(
             network, target=target, sites=number, progress=lambda d, t, name: track(f"inspecting {name}", d, t)
         )
     if as_json:
-        _print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
+        print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
         return
     _print_matrices(rows)
 
@@ -128,53 +132,8 @@ def main() -> None:
         sys.exit(2)
 
 
-@contextmanager
-def _working(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
-    """A progress bar on the error stream, one line a task; nothing but that reaches the terminal meanwhile."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
-        bar = progress.add_task("starting", total=None)
-
-        def track(what: str, done: int, total: int) -> None:
-            width = max(20, err.width - 50)
-            shown = what if len(what) <= width else f"{what[: width - 3]}..."
-            progress.update(bar, description=shown, completed=done, total=total)
-
-        # Loading torch and transformers takes seconds; the bar is up by then, and their own bars would tear it.
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        yield track
-
-
-def _sites(text: str) -> int | str:
-    if text == "low-rank":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise MPOError(f'--sites {text!r} is neither a number nor "low-rank"') from None
-
-
-def _targets(given: list[str] | None) -> str | tuple[str, ...]:
-    return "all-linear" if not given or given == ["all-linear"] else tuple(given)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    # Straight to the stream: rich would wrap long lines and colour brackets.
-    sys.stdout.write(json.dumps(document, indent=2, default=float) + "\n")
-
-
-def _table(*columns: tuple[str, str], gap: int = 2) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
-    for name, side in columns:
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
-    return table
-
-
 def _print_demo(result: DemoResult) -> None:
-    table = _table(
+    table = new_table(
         ("structure", "left"), ("kept\nmatrices", "right"), ("kept\nmodel", "right"), ("relative\nerror", "right"),
         ("cosine", "right"), ("worst\ncosine", "right"), ("neigh-\nbours", "right"), ("rank\ncorr.", "right"),
     )  # fmt: skip
@@ -187,7 +146,7 @@ def _print_demo(result: DemoResult) -> None:
     out.print(table)
     for sentence in result.findings():
         out.print(f"\n{sentence}", highlight=False)
-    phases = _table(("phase", "left"), ("seconds", "right"))
+    phases = new_table(("phase", "left"), ("seconds", "right"))
     for name, seconds in [*result.phases, ("all", result.seconds)]:
         phases.add_row(name, f"{seconds:.1f}")
     out.print()
@@ -196,7 +155,7 @@ def _print_demo(result: DemoResult) -> None:
 
 
 def _print_compression(report: CompressionReport) -> None:
-    table = _table(
+    table = new_table(
         ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
         ("error", "right"),
     )  # fmt: skip
@@ -214,9 +173,9 @@ def _print_compression(report: CompressionReport) -> None:
 
 
 def _print_matrices(rows: list[MatrixSummary]) -> None:
-    table = _table(
+    table = new_table(
         ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
-        ("error", "right"), ("flat", "right"), ("need", "right"), gap=2 if _is_wide() else 1,
+        ("error", "right"), ("flat", "right"), ("need", "right"), gap=2 if is_wide() else 1,
     )  # fmt: skip
     auto = any(row.auto for row in rows)
     if auto:
@@ -249,21 +208,17 @@ def _auto(row: MatrixSummary) -> str:
 
 
 def _legs(out_legs: tuple[int, ...], in_legs: tuple[int, ...]) -> str:
-    separator = " / " if _is_wide() else "\n"
+    separator = " / " if is_wide() else "\n"
     return f"{_numbers(out_legs)}{separator}{_numbers(in_legs)}"
 
 
 def _name(name: str) -> str:
     """A module's name, on two lines where the terminal is narrow: broken at the dot nearest its middle."""
     dots = [position for position, letter in enumerate(name) if letter == "."]
-    if _is_wide() or not dots:
+    if is_wide() or not dots:
         return name
     middle = min(dots, key=lambda position: abs(2 * position - len(name))) + 1
     return name[:middle] + "\n" + name[middle:]
-
-
-def _is_wide() -> bool:
-    return out.width >= 120
 
 
 def _numbers(values: tuple[int, ...]) -> str:

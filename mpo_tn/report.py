@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import io
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpo_tn import plot
+from mpo_tn._page import drawing, figures, numbers, page, table, text
 from mpo_tn.evaluate import Fidelity
 from mpo_tn.torch import CompressionReport
 
@@ -112,12 +110,12 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         for r in result.rows
     ]  # fmt: skip
     body = [
-        f"<h1>{_text(result.model)} as matrix product operators</h1>",
+        f"<h1>{text(result.model)} as matrix product operators</h1>",
         f"<p class='lead'>{result.matrices} matrices of the encoder, {result.parameters:,} parameters in the whole "
         f"model, {result.sentences} sentences of Python's documentation.</p>",
-        *(f"<p>{_text(sentence)}</p>" for sentence in result.findings()),
+        *(f"<p>{text(sentence)}</p>" for sentence in result.findings()),
         "<h2>Compressed against dense</h2>",
-        _table(
+        table(
             ("structure", "kept, matrices", "kept, model", "relative error", "cosine", "worst cosine", "neighbours",
              "rank correlation"),
             rows,
@@ -126,24 +124,23 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         "exact. Cosine: between dense and compressed sentence embeddings. Neighbours: share of the ten nearest "
         "sentences that stay. Rank correlation: Spearman's, of all pairwise similarities. No tuning, no calibration "
         "data.</p>",
-        f"<div class='plots'>{''.join(f'<figure>{svg}</figure>' for svg in _plots(result))}</div>",
+        figures(_plots(result)),
         "<h2>Layers of the saved model</h2>",
-        f"<p>{_text(result.saved_structure)} at kept {result.saved_keep:g}, in <code>{_text(result.saved)}</code>.</p>",
+        f"<p>{text(result.saved_structure)} at kept {result.saved_keep:g}, in <code>{text(result.saved)}</code>.</p>",
         _layer_table(result.layers) if result.layers else "",
         "<h2>How this was made</h2>",
-        _table(("phase", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in result.phases]),
-        _table(("with", "version"), result.environment.items()),
+        table(("phase", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in result.phases]),
+        table(("with", "version"), result.environment.items()),
     ]  # fmt: skip
-    page = _PAGE.replace("{title}", _text(result.model)).replace("{body}", "\n".join(body))
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(result.model, body), encoding="utf-8")
 
 
 def _layer_table(report: CompressionReport) -> str:
-    return _table(
+    return table(
         ("module", "out x in", "legs out", "legs in", "bonds", "kept", "relative error"),
         [
-            (layer.name, f"{layer.spec.out_features} x {layer.spec.in_features}", _numbers(layer.spec.sites.out),
-             _numbers(layer.spec.sites.in_), _numbers(layer.spec.bonds), f"{layer.spec.kept:.3f}",
+            (layer.name, f"{layer.spec.out_features} x {layer.spec.in_features}", numbers(layer.spec.sites.out),
+             numbers(layer.spec.sites.in_), numbers(layer.spec.bonds), f"{layer.spec.kept:.3f}",
              f"{layer.error / layer.norm if layer.norm else 0.0:.4f}")
             for layer in report.layers
         ],
@@ -151,9 +148,6 @@ def _layer_table(report: CompressionReport) -> str:
 
 
 def _plots(result: DemoResult) -> list[str]:
-    # The object interface: pyplot would keep figures alive and ask for a display.
-    from matplotlib.figure import Figure
-
     drawn: list[str] = []
     structures = list(dict.fromkeys(row.structure for row in result.rows))
 
@@ -166,16 +160,11 @@ def _plots(result: DemoResult) -> list[str]:
         return found
 
     def draw(title: str, fill: Any) -> None:
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        ax = figure.add_subplot()
-        fill(ax)
-        ax.set_title(title, loc="left", fontsize=11)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        text = buffer.getvalue()
-        drawn.append(text[text.index("<svg") :])
+        def filled(ax: Any) -> None:
+            fill(ax)
+            ax.grid(alpha=0.25)
+
+        drawn.append(drawing(title, filled))
 
     kept = "kept ratio of the matrices"
     draw("Neighbours that stay", lambda ax: plot.curves(lines("neighbours"), xlabel=kept, ylabel="share of ten", ax=ax))
@@ -188,36 +177,3 @@ def _plots(result: DemoResult) -> list[str]:
     )
     draw("Cutting one bond, beside white noise", lambda ax: plot.discarded(result.spectra, ax=ax))
     return drawn
-
-
-def _numbers(values: Iterable[int]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    header = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table></div>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} - mpo-tn</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1080px; margin: 2.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.lead { color: #55607a; } .note { color: #55607a; font-size: .88rem; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th { text-align: left; font-weight: 600; border-bottom: 2px solid #1c2330; }
-th, td { padding: .3rem .9rem .3rem 0; white-space: nowrap; } td { border-bottom: 1px solid #e3e7ef; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .5rem; }
-figure { margin: 0; } svg { width: 100%; height: auto; } code { background: #f1f3f8; padding: .1rem .3rem; }
-</style></head><body>
-{body}
-</body></html>
-"""

@@ -20,6 +20,7 @@ from mpo_tn.torch.training import FreezeReport, freeze, parameter_groups, print_
 if importlib.util.find_spec("transformers") is not None:
     from mpo_tn.torch import quantizer as quantizer
 
+
 __all__ = [
     "CompressionReport",
     "Cut",

@@ -1,0 +1,71 @@
+"""What the commands share: the two streams, the progress bar, tables, and the reading of options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mpo_tn.exceptions import MPOError
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
+
+
+@contextmanager
+def working(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
+    """A progress bar on the error stream, one line a task; nothing but that reaches the terminal meanwhile."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
+        bar = progress.add_task("starting", total=None)
+
+        def track(what: str, done: int, total: int) -> None:
+            width = max(20, err.width - 50)
+            shown = what if len(what) <= width else f"{what[: width - 3]}..."
+            progress.update(bar, description=shown, completed=done, total=total)
+
+        # Loading torch and transformers takes seconds; the bar is up by then, and their own bars would tear it.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        yield track
+
+
+def sites_of(text: str) -> int | str:
+    if text == "low-rank":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise MPOError(f'--sites {text!r} is neither a number nor "low-rank"') from None
+
+
+def targets_of(given: list[str] | None) -> str | tuple[str, ...]:
+    return "all-linear" if not given or given == ["all-linear"] else tuple(given)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    # Straight to the stream: rich would wrap long lines and colour brackets.
+    sys.stdout.write(json.dumps(document, indent=2, default=float) + "\n")
+
+
+def new_table(*columns: tuple[str, str], gap: int = 2) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
+    for name, side in columns:
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def is_wide() -> bool:
+    return out.width >= 120

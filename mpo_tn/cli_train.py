@@ -1,0 +1,228 @@
+"""The commands that train: arguments in, tables out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpo_tn._terminal import Json, Overwrite, new_table, out, print_json, sites_of, targets_of, working
+from mpo_tn.exceptions import MPOError
+
+if TYPE_CHECKING:
+    from mpo_tn.methods import Method
+    from mpo_tn.result import FinetuneResult
+    from mpo_tn.run import Settings
+    from mpo_tn.squeezing import Squeezing
+
+_TASKS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, or text for a language model."
+_DATA = "Folder with the task's original TSV files, or with .txt files. [default: fetched with the datasets package]"
+_METHODS = "full, lfa, last-layers, lora, low-rank, one-shot or squeeze."
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
+TaskName = Annotated[str, typer.Option("--task", help=_TASKS)]
+DataDir = Annotated[Path | None, typer.Option(help=_DATA)]
+Out = Annotated[Path, typer.Option("--out", help="Where the tuned model, result.json and report.html go.")]
+Limit = Annotated[int | None, typer.Option(help="Use so many training examples, always the same ones.")]
+BatchSize = Annotated[int, typer.Option(help="Examples a step.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens at which an example is cut; for text the length of a block.")]
+Lr = Annotated[float, typer.Option(help="Learning rate of dense parameters.")]
+TensorLr = Annotated[float, typer.Option(help="Learning rate of cores and of LoRA's matrices.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; parameters stay in float32.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+Device = Annotated[str, typer.Option(help="cpu, or for instance cuda.")]
+Sites = Annotated[str, typer.Option(help="Number of sites of the chains.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help='Module name, dotted suffix or re:PATTERN; several allowed. [default: "all-linear"]'),
+]
+Train = Annotated[list[str] | None, typer.Option(help="More that trains, same grammar; several allowed.")]
+Delta = Annotated[float, typer.Option(help="Squeezing: how many points of score may be lost.")]
+Cuts = Annotated[int, typer.Option(help="Squeezing: cuts by one before the model is tuned again.")]
+TuneSteps = Annotated[int, typer.Option(help="Squeezing: training steps after each round of cuts.")]
+Score = Annotated[str, typer.Option(help="Squeezing: what is cut first, by error or error_per_parameter.")]
+FinalEpochs = Annotated[int, typer.Option(help="Squeezing: epochs of tuning after the last cut.")]
+GapOn = Annotated[str, typer.Option(help="Squeezing: measure the loss of score on dev, or on held-out examples.")]
+
+
+def finetune(
+    model: Model,
+    task: TaskName,
+    folder: Out,
+    data_dir: DataDir = None,
+    method: Annotated[str, typer.Option(help=_METHODS)] = "lfa",
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 3,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead.")] = None,
+    seed: Annotated[list[int], typer.Option(help="May be given several times: one run each.")] = [0],  # noqa: B006
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    limit: Limit = None,
+    lr: Lr = 5e-5,
+    tensor_lr: TensorLr = 2e-4,
+    bf16: Bf16 = False,
+    keep: Annotated[float | None, typer.Option(help="Parameters to keep of each matrix; none is exact.")] = None,
+    sites: Sites = "5",
+    target: Targets = None,
+    train: Train = None,
+    layers: Annotated[int, typer.Option(help="last-layers: how many blocks train.")] = 2,
+    rank: Annotated[int | None, typer.Option(help="lora: the rank. [default: LFA's number of parameters]")] = None,
+    bonds_from: Annotated[
+        Path | None, typer.Option(help="one-shot, low-rank: take the bonds of a squeezed run, its --out folder.")
+    ] = None,
+    delta: Delta = 1.0,
+    cuts_per_round: Cuts = 50,
+    tune_steps: TuneSteps = 10,
+    max_rounds: Annotated[int, typer.Option(help="Squeezing: the most rounds.")] = 100,
+    score: Score = "error",
+    final_epochs: FinalEpochs = 0,
+    gap_on: GapOn = "dev",
+    device: Device = "cpu",
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a model on a task and score it: fully, by its auxiliary tensors alone (lfa), or by one of the controls."""
+    with working(as_json) as track:
+        from mpo_tn.methods import Method, bonds_of
+        from mpo_tn.run import Settings
+        from mpo_tn.squeezing import Squeezing
+
+        squeezing = None
+        if method == "squeeze":
+            squeezing = Squeezing(
+                delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_rounds,
+                score=score, final_epochs=final_epochs, gap_on=gap_on,
+            )  # fmt: skip
+        how = Method(
+            method, target=targets_of(target), sites=sites_of(sites), keep=None if squeezing else keep,
+            bonds=bonds_of(bonds_from) if bonds_from else None, train=tuple(train or ()), layers=layers, rank=rank,
+            lr=lr, tensor_lr=tensor_lr,
+        )  # fmt: skip
+        if not seed or len(set(seed)) < len(seed):
+            raise MPOError(f"the seeds {', '.join(map(str, seed))} are not different: give each once")
+        results: list[FinetuneResult] = []
+        for one in seed:
+            settings = Settings(
+                epochs=epochs, max_steps=max_steps, seed=one, batch_size=batch_size, max_length=max_length, bf16=bf16,
+                device=device, save_every=save_every,
+            )  # fmt: skip
+            place = folder if len(seed) == 1 else folder / f"seed-{one}"
+            results.append(
+                _run(model, task, data_dir, limit, how, settings, squeezing, place, resume, overwrite, track)
+            )
+    _show(results, folder, as_json)
+
+
+def squeeze(
+    model: Model,
+    task: TaskName,
+    folder: Out,
+    data_dir: DataDir = None,
+    delta: Delta = 1.0,
+    cuts_per_round: Cuts = 50,
+    tune_steps: TuneSteps = 10,
+    keep: Annotated[float | None, typer.Option(help="Stop at this share of the matrices' parameters.")] = None,
+    max_steps: Annotated[int, typer.Option(help="The most rounds of cutting and tuning.")] = 100,
+    score: Score = "error",
+    final_epochs: FinalEpochs = 0,
+    gap_on: GapOn = "dev",
+    seed: Annotated[int, typer.Option(help="Of the order of examples, and of a head if the model has none.")] = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    limit: Limit = None,
+    lr: Lr = 5e-5,
+    tensor_lr: TensorLr = 2e-4,
+    bf16: Bf16 = False,
+    sites: Sites = "5",
+    target: Targets = None,
+    train: Train = None,
+    device: Device = "cpu",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Lower the bonds of a tuned model step by step where it hurts least, tuning in between, until delta is lost.
+
+    MODEL is what finetune wrote; a dense one is turned into full chains first.
+    """
+    with working(as_json) as track:
+        from mpo_tn.methods import Method
+        from mpo_tn.run import Settings
+        from mpo_tn.squeezing import Squeezing
+
+        squeezing = Squeezing(
+            delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_steps,
+            score=score, final_epochs=final_epochs, gap_on=gap_on,
+        )  # fmt: skip
+        how = Method(
+            "squeeze", target=targets_of(target), sites=sites_of(sites), train=tuple(train or ()), lr=lr,
+            tensor_lr=tensor_lr,
+        )  # fmt: skip
+        settings = Settings(
+            epochs=0, seed=seed, batch_size=batch_size, max_length=max_length, bf16=bf16, device=device
+        )  # fmt: skip
+        result = _run(model, task, data_dir, limit, how, settings, squeezing, folder, resume, overwrite, track)
+    _show([result], folder, as_json)
+
+
+def _run(
+    model: str, task: str, data_dir: Path | None, limit: int | None, how: Method, settings: Settings,
+    squeezing: Squeezing | None, folder: Path, resume: bool, overwrite: bool, track: Callable[[str, int, int], None],
+) -> FinetuneResult:  # fmt: skip
+    from mpo_tn.finetune import check_folder, finetune, save_finetuned
+    from mpo_tn.report_finetune import finetune_page
+    from mpo_tn.tasks import load_task
+    from mpo_tn.torch.folder import load_tokenizer
+
+    check_folder(folder, model, resume=resume, overwrite=overwrite)
+    track("reading the task", 0, 1)
+    data = load_task(task, data_dir, limit=limit)
+    result, tuned = finetune(
+        model, data, how, settings, squeezing=squeezing, folder=folder, resume=resume, track=track
+    )  # fmt: skip
+    track("writing the model", 0, 1)
+    save_finetuned(folder, result, tuned, load_tokenizer(model), finetune_page(result))
+    return result
+
+
+def _show(results: list[FinetuneResult], folder: Path, as_json: bool) -> None:
+    if as_json:
+        documents = [result.to_dict() for result in results]
+        print_json(
+            {"out": str(folder), **documents[0]} if len(results) == 1 else {"out": str(folder), "runs": documents}
+        )
+        return
+    from mpo_tn.report_finetune import count_rows, findings, score_rows
+
+    for result in results:
+        scores = new_table(("", "left"), *((name, "right") for name in result.baseline), ("training\nloss", "right"))
+        for row in score_rows(result):
+            scores.add_row(*row)
+        out.print(scores)
+        for sentence in findings(result):
+            out.print(f"\n{sentence}", highlight=False, markup=False)
+        out.print()
+    counts = new_table(("", "left"), ("", "left"))
+    for row in count_rows(results[-1]):
+        counts.add_row(*row)
+    out.print(counts)
+    if len(results) > 1:
+        out.print(f"\n{_spread(results)}", highlight=False)
+    where = folder if len(results) == 1 else f"{folder}/seed-*"
+    out.print(f"\nReport: {where}/report.html\nModel:  {where}", highlight=False, soft_wrap=True)
+
+
+def _spread(results: list[FinetuneResult]) -> str:
+    headlines: list[Any] = [result.headline for result in results]
+    shown = ", ".join(f"{value:.2f}" for value in headlines)
+    if any(math.isnan(value) for value in headlines):
+        return f"{len(results)} seeds: {shown}"
+    return (
+        f"{len(results)} seeds: mean {statistics.mean(headlines):.2f}, standard deviation "
+        f"{statistics.stdev(headlines):.2f} ({shown})"
+    )

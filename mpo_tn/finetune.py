@@ -1,0 +1,285 @@
+"""Fine-tuning in plain PyTorch: one loop for every method, scored on the dev set after every epoch, and resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.files import check_target, written_beside
+from mpo_tn.methods import Method
+from mpo_tn.result import FinetuneResult, peak_rss, versions
+from mpo_tn.run import Data, NotFiniteError, Run, Settings, Track, start
+from mpo_tn.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
+from mpo_tn.tasks import TaskData, TextData
+from mpo_tn.torch.state import load_state, save_state
+
+__all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_folder", "finetune", "save_finetuned"]
+
+# What may differ between the two halves of a run: it is what one changes after a loss that was no number.
+_MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
+
+
+def finetune(
+    source: str | Path,
+    data: Data,
+    method: Method | None = None,
+    settings: Settings | None = None,
+    *,
+    squeezing: Squeezing | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    track: Track | None = None,
+) -> tuple[FinetuneResult, Any]:
+    """Tune a model on a task and score it on the dev set after every epoch; returns the result and the tuned model.
+
+    Args:
+        source: a model folder or a hub name; dense, or for ``lfa`` and ``squeeze`` compressed.
+        data: from :func:`~mpo_tn.tasks.load_task`.
+        method: what is compressed and what trains; LFA by default.
+        settings: how long.
+        squeezing: for the method ``squeeze``: what follows after the epochs of LFA.
+        folder: for checkpoints, every ``settings.save_every`` steps and after every epoch. See :func:`save_finetuned`
+            for the end.
+        resume: go on from the checkpoint in ``folder``, if there is one.
+        track: told of the progress.
+
+    Guarantee: the same arguments, versions, threads and machine kind give the same bits, also if the run was killed at
+    any point and resumed.
+
+    Raises:
+        MPOError: bad input, see :func:`mpo_tn.run.start`; a checkpoint of another run.
+        NotFiniteError: the loss is no number any more; the last checkpoint is kept.
+
+    Source: lightweight fine-tuning and dimension squeezing of Liu, Gao et al., ACL 2021, sections 4.1 and 4.2.
+    """
+    began = time.perf_counter()
+    method, settings = method or Method(), settings or Settings()
+    if method.name == "squeeze":
+        squeezing = squeezing or Squeezing()
+    elif squeezing is not None:
+        raise MPOError(f"squeezing is given and the method is {method.name}: use the method squeeze")
+    if method.name != "squeeze" and settings.epochs == 0 and settings.max_steps is None:
+        raise MPOError("epochs=0: train for at least one")
+    gap_data: TaskData | None = None
+    if squeezing is not None and squeezing.gap_on == "held-out":
+        data, gap_data = hold_out(data)
+    run = start(source, data, method, settings, track)
+    result = _new_result(run, method, squeezing, str(source))
+    keeper = _Keeper(folder, run, result, began)
+    if resume:
+        keeper.read()
+    try:
+        _phases(run, result, keeper, squeezing, gap_data, track)
+    except NotFiniteError as error:
+        raise keeper.told(error) from error
+    _finish(result, run, keeper.elapsed())
+    return result, run.prepared.finish(run.model)
+
+
+@dataclass
+class _Keeper:
+    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing."""
+
+    folder: Path | None
+    run: Run
+    result: FinetuneResult
+    began: float
+    resumed: bool = False
+    before: float = 0.0
+    saved_at: int | None = None
+    squeezed_to: dict[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.folder / "checkpoint" if self.folder else None
+
+    def elapsed(self) -> float:
+        """Seconds of this run, of the time before it was resumed too."""
+        return self.before + time.perf_counter() - self.began
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        run, result = self.run, self.result
+        extra: dict[str, Any] = {
+            "done": run.done, "tokens": run.tokens, "seconds": run.seconds, "losses": run.losses,
+            "scores": result.scores, "epoch losses": result.losses, "elapsed": self.elapsed(),
+            "settings": json.dumps(result.to_dict()["settings"]), "squeezing": json.dumps(result.squeezing),
+            "squeezed to": self.squeezed_to,
+        }  # fmt: skip
+        save_state(self.checkpoint, model=run.model, optimizer=run.optimizer, extra=extra)
+        self.saved_at = run.done
+
+    def read(self) -> None:
+        if self.checkpoint is None or not self.checkpoint.is_dir():
+            return
+        self.resumed = True
+        run, result = self.run, self.result
+        rates = [group["initial_lr"] for group in run.optimizer.param_groups]
+        _check_settings(self.checkpoint, result)
+        extra = load_state(self.checkpoint, model=run.model, optimizer=run.optimizer)
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        run.done, run.tokens = extra["done"], extra["tokens"]
+        run.seconds, run.losses = list(extra["seconds"]), list(extra["losses"])
+        result.scores, result.losses = [dict(scores) for scores in extra["scores"]], list(extra["epoch losses"])
+        result.squeezing, self.squeezed_to = json.loads(extra["squeezing"]), dict(extra["squeezed to"])
+        self.before, self.saved_at = extra["elapsed"], run.done
+        result.notes["resumed at step"] = run.done
+
+    def told(self, error: NotFiniteError) -> NotFiniteError:
+        """The same error, with the place of the last good state."""
+        if self.checkpoint is None or self.saved_at is None:
+            return error
+        return NotFiniteError(
+            f"{error}. The state after step {self.saved_at} is in {self.checkpoint}: --resume goes on from it, with "
+            "other rates if you like",
+            error.step,
+        )
+
+
+def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
+    """A checkpoint of other settings is of another run."""
+    try:
+        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        saved = json.loads(values["extra"]["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # load_state says what is wrong with it
+    here = json.loads(json.dumps(result.to_dict()["settings"]))
+    for key in sorted({*saved, *here}):
+        if saved.get(key) != here.get(key) and key not in _MAY_CHANGE:
+            raise MPOError(
+                f"the checkpoint in {checkpoint} is of another run: {key} was {saved.get(key)!r} and is "
+                f"{here.get(key)!r}; give the same arguments, or start anew with --overwrite"
+            )
+
+
+def _phases(
+    run: Run, result: FinetuneResult, keeper: _Keeper, squeezing: Squeezing | None, gap_data: TaskData | None,
+    track: Track | None,
+) -> None:  # fmt: skip
+    first = run.steps
+    if result.squeezing is None:
+        _train_to(run, first, result, keeper, track)
+    if squeezing is None:
+        return
+    per_epoch = run.train.per_epoch
+    if result.squeezing is None:
+        where = keeper.folder / "squeezing" if keeper.folder else None
+        squeezed = squeeze_run(run, squeezing, folder=where, gap_data=gap_data, resume=keeper.resumed, track=track)
+        result.squeezing = squeezed.to_dict()
+        keeper.squeezed_to = {"begin": run.done, "end": run.done + squeezing.final_epochs * per_epoch}
+        if not squeezing.final_epochs:
+            result.scores.append(run.evaluate())
+        keeper.save()
+    begin, end = keeper.squeezed_to["begin"], keeper.squeezed_to["end"]
+    recount(run)
+    run.steps = end
+    run.rate = falling(begin, end, squeezing.rate)
+    _train_to(run, end, result, keeper, track, begin)
+
+
+def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track: Track | None, begin: int = 0) -> None:
+    """Train until step ``end``; an epoch after ``begin``, and at ``end``, the dev set is scored."""
+    say = track or (lambda _what, _done, _total: None)
+    per_epoch = run.train.per_epoch
+    while run.done < end:
+        loss = f", loss {run.losses[-1]:.3f}" if run.losses else ""
+        say(f"step {run.done + 1} of {run.steps}{loss}", run.done, run.steps)
+        run.step()
+        if (run.done - begin) % per_epoch == 0 or run.done == end:
+            say("scoring the dev set", run.done, run.steps)
+            recent = run.losses[-((run.done - begin - 1) % per_epoch + 1) :]
+            result.losses.append(sum(recent) / len(recent))
+            result.scores.append(run.evaluate())
+            keeper.save()
+        elif (run.done - begin) % run.settings.save_every == 0:
+            keeper.save()
+
+
+def _new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
+    """The parts of a result that are known before training."""
+    data, prepared = run.data, run.prepared
+    baseline, baseline_is = data.baseline()
+    settings = {**asdict(method), **asdict(run.settings), "source": source, "data": data.source, "method": method.name}
+    settings["examples"] = len(run.train.rows)
+    settings["squeezing"] = asdict(squeezing) if squeezing else None
+    settings.pop("name")
+    return FinetuneResult(
+        method=method.name, task=data.name, seed=run.settings.seed, higher_is_better=data.higher_is_better,
+        baseline=baseline, baseline_is=baseline_is, note="" if isinstance(data, TextData) else data.task.note,
+        trainable=prepared.trainable, total=prepared.total, matrix_dense=prepared.matrix_dense,
+        matrix_parameters=prepared.matrix_parameters, matrix_trainable=prepared.matrix_trainable,
+        versions=versions(), settings=settings, notes=dict(prepared.notes),
+    )  # fmt: skip
+
+
+def _finish(result: FinetuneResult, run: Run, seconds: float) -> None:
+    """Fill in what is known after training."""
+    prepared = run.prepared
+    headlines = [run.data.headline(scores) for scores in result.scores]
+    result.headline = headlines[-1]
+    known = [value for value in headlines if not math.isnan(value)]
+    result.best = (max if result.higher_is_better else min)(known, default=math.nan)
+    result.steps = run.done
+    result.seconds = seconds
+    result.seconds_per_step = statistics.median(run.seconds) if run.seconds else math.nan
+    result.tokens_per_step = run.tokens / max(1, len(run.seconds))
+    result.peak_rss_bytes = peak_rss()
+    result.trainable, result.total = prepared.trainable, prepared.total
+    result.matrix_parameters, result.matrix_trainable = prepared.matrix_parameters, prepared.matrix_trainable
+
+
+def check_folder(folder: Path, source: str | Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done, and clear away an unfinished run that is to be overwritten.
+
+    Raises:
+        MPOError: it is in use; or it holds an unfinished run and neither of the two is asked for.
+    """
+    unfinished = folder.is_dir() and not (folder / "result.json").exists() and _is_run(folder)
+    if unfinished and resume:
+        return
+    if unfinished and not overwrite:
+        raise MPOError(f"{folder} holds an unfinished run: pass --resume to go on, or --overwrite to start anew")
+    if unfinished:
+        shutil.rmtree(folder)
+    elif resume and (folder / "result.json").exists():
+        raise MPOError(f"{folder} holds a finished run, there is nothing to resume: read its result.json")
+    check_target(folder, overwrite=overwrite, marker="result.json", keep=Path(source))
+
+
+def _is_run(folder: Path) -> bool:
+    inside = {path.name for path in folder.iterdir()}
+    return bool(inside & {"checkpoint", "squeezing"}) and all(
+        name in ("checkpoint", "squeezing") or name.startswith((".checkpoint", ".squeezing")) for name in inside
+    )
+
+
+def save_finetuned(folder: Path, result: FinetuneResult, model: Any, tokenizer: Any, report: str = "") -> None:
+    """Write the model, its tokenizer, ``result.json`` and ``report.html``, whole or not at all.
+
+    The checkpoints of the run are removed with that: ``AutoModelForSequenceClassification.from_pretrained`` reads the
+    folder (after ``import mpo_tn.torch`` if it is compressed).
+
+    Raises:
+        MPOError: the disk is full or may not be written to; the checkpoints are then still there.
+    """
+    with written_beside(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        document = json.dumps(result.to_dict(), indent=2, default=float)
+        (temporary / "result.json").write_text(document, encoding="utf-8")
+        if report:
+            (temporary / "report.html").write_text(report, encoding="utf-8")

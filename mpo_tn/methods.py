@@ -1,0 +1,284 @@
+"""Ways to tune a model, each made ready for the same loop: what is compressed, what trains, and how fast."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.torch import MPOConfig, MPOLayer, compress
+from mpo_tn.torch.config import ModuleSpec
+from mpo_tn.torch.legs import legs_for
+from mpo_tn.torch.matching import find_units
+from mpo_tn.torch.training import GROUPS, freeze, parameter_groups
+
+Progress = Callable[[int, int, str], None]
+Bonds = Mapping[str, Sequence[int]]
+"""Bonds by module name."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to tune: what becomes an MPO, what trains, at which rates.
+
+    Args:
+        name: ``"full"`` (dense, everything trains), ``"lfa"`` (compress, then train auxiliary tensors),
+            ``"last-layers"`` (dense; the last ``layers`` blocks and the head), ``"lora"`` (PEFT, with as many
+            parameters as LFA trains), ``"low-rank"`` (two factors per matrix, both trained), ``"one-shot"`` (truncate
+            to given ``bonds`` at once, then as LFA), ``"squeeze"`` (LFA on full bonds, then cut and tune in turn).
+        target: the modules to compress, or to put LoRA on; the grammar of :class:`~mpo_tn.torch.MPOConfig`.
+        sites: the number of sites of LFA's chains.
+        keep: the kept ratio per matrix for ``lfa``, ``low-rank`` and ``one-shot``; none is exact.
+        bonds: bonds by module, for instance the last ones of a squeezing. ``low-rank`` takes the rank with the same
+            number of parameters, matrix by matrix.
+        train: patterns of more parameters to train.
+        layers: how many blocks ``last-layers`` trains.
+        rank: of LoRA; by default the one with the nearest number of parameters.
+        lr, tensor_lr: of dense parameters, and of cores and LoRA's matrices. The scripts of the paper have two rates.
+        weight_decay: of dense matrices.
+    """
+
+    name: str = "lfa"
+    target: str | tuple[str, ...] = "all-linear"
+    sites: int | str = 5
+    keep: float | None = None
+    bonds: Bonds | None = None
+    train: tuple[str, ...] = ()
+    layers: int = 2
+    rank: int | None = None
+    lr: float = 5e-5
+    tensor_lr: float = 2e-4
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise MPOError(f"unknown method {self.name!r}: there are {', '.join(METHODS)}")
+        if self.bonds is not None and self.keep is not None:
+            raise MPOError(f"keep={self.keep} and bonds are given together: use one of them")
+        if self.name in ("one-shot", "low-rank") and self.bonds is None and self.keep is None:
+            raise MPOError(f"the method {self.name} needs a size: give keep, or the bonds of a squeezing")
+        if self.name == "squeeze" and (self.keep is not None or self.bonds is not None):
+            raise MPOError("the method squeeze starts at full bonds: say in Squeezing(keep=...) how far it goes")
+        if self.name in ("full", "last-layers", "lora") and self.bonds is not None:
+            raise MPOError(f"the method {self.name} has no bonds: leave them out")
+
+
+@dataclass
+class Prepared:
+    """A model ready to train, its optimiser groups, and the counts that belong in a table.
+
+    ``matrix_parameters`` are those of the targeted matrices as they are now, ``matrix_dense`` as they were.
+    ``finish`` turns the tuned model into the one to save; only LoRA has something to do there.
+    """
+
+    model: Any
+    groups: list[dict[str, Any]]
+    matrix_dense: int
+    matrix_parameters: int
+    matrix_trainable: int
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+    finish: Callable[[Any], Any] = lambda model: model
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that train."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def total(self) -> int:
+        """Numbers in the model, shared ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def load_for_task(source: str | Path, num_labels: int | None, seed: int) -> Any:
+    """The model with a head of ``num_labels`` outputs (``None``: a language model), freshly drawn if it had none.
+
+    Raises:
+        MPOError: not a model, or more is missing than a head.
+    """
+    torch.manual_seed(seed)
+    name = "AutoModelForCausalLM" if num_labels is None else "AutoModelForSequenceClassification"
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        auto = getattr(transformers, name)
+        model, info = auto.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **options)
+    except MPOError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise MPOError(f"{source} cannot be read as a model: {lines[0]}") from error
+    body = getattr(model, model.base_model_prefix, model)
+    inside = {f"{model.base_model_prefix}.{key}" for key in body.state_dict()} if body is not model else set[str]()
+    missing = sorted(key for key in info["missing_keys"] if key in inside and "pooler" not in key)
+    if missing or (num_labels is None and info["missing_keys"]):
+        first = (missing or sorted(info["missing_keys"]))[0]
+        raise MPOError(f"{source} is incomplete as a {type(model).__name__}: {first} is missing among others")
+    return model
+
+
+def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The bonds that a squeezing ended in, by module, from the folder or the ``result.json`` it wrote.
+
+    Raises:
+        MPOError: no such result, or one of another method.
+    """
+    path = folder / "result.json" if folder.is_dir() else folder
+    try:
+        bonds = json.loads(path.read_text(encoding="utf-8"))["squeezing"]["bonds"]
+        return {str(name): tuple(int(bond) for bond in part) for name, part in bonds.items()}
+    except OSError as error:
+        raise MPOError(f"{path} cannot be read ({error.strerror}): name the --out folder of a squeezed run") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MPOError(f"{path} is not the result of a squeezing, it holds no bonds") from None
+
+
+def prepare(model: Any, method: Method, *, seed: int = 0, progress: Progress | None = None) -> Prepared:
+    """Compress the model in place as the method wants, choose what trains, and group it for an optimiser.
+
+    A model that holds MPO modules already is taken as it is by ``lfa`` and ``squeeze``, and refused by the others.
+
+    Raises:
+        MPOError: a target that matches nothing, a model of the wrong kind.
+    """
+    compressed = any(isinstance(module, MPOLayer) for module in model.modules())
+    if compressed and method.name not in ("lfa", "squeeze"):
+        raise MPOError(f"the method {method.name} starts from a dense model, and this one is compressed already")
+    if compressed and (method.keep is not None or method.bonds is not None):
+        raise MPOError("the model is compressed already: leave keep and bonds out")
+    return METHODS[method.name](model, method, seed, progress, compressed)
+
+
+def _full(model: Any, method: Method, seed: int, progress: Progress | None, compressed: bool) -> Prepared:
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    dense = sum(unit.matrix().numel() for unit in find_units(model, method.target)[0])
+    groups = parameter_groups(model, method.lr, method.tensor_lr, method.weight_decay)
+    return Prepared(model, groups, dense, dense, dense)
+
+
+def _last_layers(model: Any, method: Method, seed: int, progress: Progress | None, compressed: bool) -> Prepared:
+    blocks = _blocks(model)
+    if not 1 <= method.layers <= len(blocks):
+        raise MPOError(f"layers={method.layers}: the model has {len(blocks)} blocks, give 1 to {len(blocks)}")
+    chosen = blocks[-method.layers :]
+    freeze(model, "none", also=("heads",), train=(*chosen, *method.train))
+    units = find_units(model, method.target)[0]
+    dense = sum(unit.matrix().numel() for unit in units)
+    trains = sum(unit.weight.numel() for unit in units if unit.weight.requires_grad)
+    groups = parameter_groups(model, method.lr, method.tensor_lr, method.weight_decay)
+    return Prepared(model, groups, dense, dense, trains, {"blocks trained": chosen})
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The names of the model's blocks: the children of its largest list of modules."""
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if not lists:
+        raise MPOError(f"{type(model).__name__} holds no list of blocks, so there are no last ones")
+    largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return [f"{largest}.{k}" for k in range(len(lists[largest]))]
+
+
+def _compressed(policy: str) -> Callable[..., Prepared]:
+    def build(model: Any, method: Method, seed: int, progress: Progress | None, compressed: bool) -> Prepared:
+        notes: dict[str, Any] = {}
+        if not compressed:
+            report = compress(model, mpo_config(model, method), progress=progress)
+            notes = {"kept": report.kept, "kept_model": report.kept_model, "rel_error": report.rel_error}
+        frozen = freeze(model, policy, also=GROUPS, train=method.train)
+        specs = [m.spec for m in model.modules() if isinstance(m, MPOLayer) and m.spec.tied_to is None]
+        dense = sum(spec.out_features * spec.in_features for spec in specs)
+        now = sum(spec.num_parameters for spec in specs)
+        groups = parameter_groups(model, method.lr, method.tensor_lr, method.weight_decay)
+        return Prepared(model, groups, dense, now, frozen.by_group["cores"], notes)
+
+    return build
+
+
+def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
+    """The compression that a method starts with."""
+    sites = "low-rank" if method.name == "low-rank" else method.sites
+    if method.bonds is None:
+        return MPOConfig(target_modules=method.target, sites=sites, keep=method.keep)
+    exactly = {name: f"re:{re.escape(name)}" for name in method.bonds}  # a bare name would mean every suffix, too
+    units = {unit.name: unit for unit in find_units(model, list(exactly.values()))[0]}
+    unknown = sorted(set(method.bonds) - set(units))
+    if unknown:
+        raise MPOError(f"bonds are given for {unknown[0]}, which is no matrix of the model: is it another model's log?")
+    overrides: dict[str, dict[str, Any]] = {}
+    for name, bonds in method.bonds.items():
+        out, in_ = (int(size) for size in units[name].matrix().shape)
+        caps: int | tuple[int, ...] = tuple(bonds)
+        if method.name == "low-rank":
+            size = legs_for(out, in_, method.sites).num_parameters(caps)
+            caps = max(1, min(round(size / (out + in_)), out, in_))
+        overrides[exactly[name]] = {"bond": caps}
+    return MPOConfig(target_modules=list(exactly.values()), sites=sites, overrides=overrides)
+
+
+def _lora(model: Any, method: Method, seed: int, progress: Progress | None, compressed: bool) -> Prepared:
+    try:
+        import peft
+    except ImportError:
+        raise MPOError("the method lora needs PEFT: pip install peft") from None
+    units = find_units(model, method.target)[0]
+    dense = sum(unit.matrix().numel() for unit in units)
+    wanted = auxiliary_parameters(units, method)
+    per_rank = sum(sum(unit.matrix().shape) for unit in units)
+    rank = method.rank or max(1, round(wanted / per_rank))
+    names = [name for unit in units for group in unit.names for name in group]
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="|".join(map(re.escape, names)))
+    wrapped = peft.get_peft_model(model, config)
+    # What LFA trains besides its tensors trains here as well, so that the runs differ in the matrices alone.
+    freeze(wrapped, "none", also=GROUPS, train=(r"re:.*\.lora_[AB]\..*", *method.train))
+    lora: list[nn.Parameter] = []
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            lora.append(parameter)
+        elif name.endswith(".base_layer.weight"):
+            parameter.requires_grad_(False)
+    own = set(lora)
+    groups = parameter_groups(wrapped, method.lr, method.tensor_lr, method.weight_decay)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+    groups = [{"name": "tensors", "params": lora, "lr": method.tensor_lr, "weight_decay": 0.0}, *groups]
+    trains = sum(parameter.numel() for parameter in lora)
+    notes = {"rank": rank, "lfa would train": wanted, "lora trains": trains}
+    kept = [group for group in groups if group["params"]]
+    return Prepared(wrapped, kept, dense, dense + trains, trains, notes, lambda m: m.merge_and_unload())
+
+
+def auxiliary_parameters(units: Sequence[Any], method: Method) -> int:
+    """How many numbers the auxiliary tensors of the units would hold, without decomposing anything."""
+    count = 0
+    for unit in units:
+        out, in_ = (int(size) for size in unit.matrix().shape)
+        sites = legs_for(out, in_, method.sites)
+        cap = sites.largest_cap(method.keep * out * in_) if method.keep is not None else max(sites.full_bonds)
+        spec = ModuleSpec(unit.kinds[0], sites, tuple(min(bond, cap) for bond in sites.full_bonds), out, in_)
+        sizes = [a * o * i * b for a, o, i, b in spec.core_shapes]
+        count += sum(sizes) - sizes[spec.center]
+    return count
+
+
+METHODS: dict[str, Callable[..., Prepared]] = {
+    "full": _full,
+    "lfa": _compressed("auxiliary"),
+    "last-layers": _last_layers,
+    "lora": _lora,
+    "low-rank": _compressed("cores"),
+    "one-shot": _compressed("auxiliary"),
+    "squeeze": _compressed("auxiliary"),
+}
+"""The ways to tune, by name."""

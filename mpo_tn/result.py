@@ -1,0 +1,86 @@
+"""What a fine-tuning did and how it scored."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+@dataclass
+class FinetuneResult:
+    """What a run did and how it scored.
+
+    ``scores`` holds one dictionary per epoch, in points from 0 to 100 (text: perplexities). ``headline`` is that of the
+    *last* epoch: choosing the best one would choose on the dev set; ``best`` is it for comparison. ``baseline`` is what
+    a constant scores. ``squeezing`` is the trajectory of the method ``squeeze``, see
+    :class:`~mpo_tn.torch.SqueezeResult`. Seconds are of a training step, evaluation apart; memory is the peak of the
+    whole process.
+    """
+
+    method: str
+    task: str
+    seed: int
+    scores: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    losses: list[float] = field(default_factory=list[float])
+    headline: float = math.nan
+    best: float = math.nan
+    higher_is_better: bool = True
+    baseline: dict[str, float] = field(default_factory=dict[str, float])
+    baseline_is: str = ""
+    note: str = ""
+    trainable: int = 0
+    total: int = 0
+    matrix_dense: int = 0
+    matrix_parameters: int = 0
+    matrix_trainable: int = 0
+    steps: int = 0
+    tokens_per_step: float = 0.0
+    seconds_per_step: float = 0.0
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+    squeezing: dict[str, Any] | None = None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The scores of the last epoch."""
+        return self.scores[-1] if self.scores else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold; NaN becomes None."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def peak_rss() -> int:
+    """The largest memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+    for name in ("mpo-tn", "torch", "transformers", "numpy", "scikit-learn", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
