@@ -204,7 +204,7 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
 
 
 def _auto(row: MatrixSummary) -> str:
-    return ("  " if _is_wide() else "\n").join(f"{p.mode[0]} {p.relative_flops:.3g}" for p in row.auto) or "-"
+    return ("  " if is_wide() else "\n").join(f"{p.mode[0]} {p.relative_flops:.3g}" for p in row.auto) or "-"
 
 
 def _legs(out_legs: tuple[int, ...], in_legs: tuple[int, ...]) -> str:
