@@ -30,6 +30,8 @@ def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, np.generic):
         return encode(value.item(), path, tensors)
     if isinstance(value, torch.Tensor):
+        while path in tensors:  # a key with a slash in it
+            path += "'"
         tensors[path] = value.detach().to("cpu", copy=True).contiguous()
         return {_TAG: "tensor", "key": path, "host": value.device.type == "cpu"}
     if isinstance(value, (list, tuple)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import nn
 from mpo_tn.bounds import Spectra
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.torch._cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
-from mpo_tn.torch._moments import OptimizerLike, check_optimizer
-from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
+from mpo_tn.torch._moments import OptimizerLike, check_optimizer, unwrapped
+from mpo_tn.torch._run_folder import RunFolder
+from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound, bonds_after
 from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units, specs_changed
 from mpo_tn.torch.state import TrainingState, capture, random_digest, restore
 
@@ -155,7 +156,10 @@ def squeeze(
     if all(bond <= minimum_bond for bonds in all_bonds(units).values() for bond in bonds):
         raise MPOError(f"nothing is left to cut: every bond is at minimum_bond={minimum_bond} or below already")
     run = _Run(model, units, policy, evaluate, train_step, optimizer, scheduler)
-    return run.go(reference, progress, on_round)
+    home = None
+    if folder is not None:
+        home = RunFolder(folder, {**run.settings(), "reference": reference}, resume=resume)
+    return run.go(reference, home, progress, on_round)
 
 
 class _Run:
@@ -167,39 +171,112 @@ class _Run:
         self.evaluate, self.train_step = evaluate, train_step
         self.optimizer, self.scheduler = optimizer, scheduler
         self.flags = {module: module.training for module in model.modules()}
+        self.start = all_bonds(units)
         self.rounds: list[SqueezeRound] = []
         self.position = 0
 
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same for a run to be resumed."""
+        score = self.policy.score
+        name = score if isinstance(score, str) else getattr(score, "__qualname__", type(score).__qualname__)
+        return {
+            **{field.name: getattr(self.policy, field.name) for field in fields(self.policy)},
+            "score": name,
+            "tuned": self.train_step is not None,
+            "optimizer": None if self.optimizer is None else type(unwrapped(self.optimizer)).__name__,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+        }
+
     def go(
-        self, reference: float | None, progress: Progress | None, on_round: Callable[[SqueezeRound], None] | None
+        self,
+        reference: float | None,
+        home: RunFolder | None,
+        progress: Progress | None,
+        on_round: Callable[[SqueezeRound], None] | None,
     ) -> SqueezeResult:
-        start = all_bonds(self.units)
-        value = self.measure() if reference is None else float(reference)
-        if not math.isfinite(value):
-            raise MPOError(f"the reference is {value}: evaluate has to give a number before anything is cut")
-        reference = value
-        good = self.snapshot()
-        stopped = ""
         try:
-            while not (stopped := self.reason_to_stop()):
-                part = self.round(reference)
-                self.rounds.append(part)
-                if part.accepted:
-                    good, value = self.snapshot(), part.value
-                if on_round:
-                    on_round(part)
-                if progress:
-                    progress(len(self.rounds), self.policy.max_steps, _line(part))
-        except BaseException:
-            self.restore(good)
-            raise
+            if home is not None and home.log is not None:
+                good, reference = self.resume(home), float(home.log["reference"])
+                if "result" in home.log:
+                    return self.result(home.log["result"]["stopped"], reference)
+            else:
+                reference = self.measure() if reference is None else float(reference)
+                if not math.isfinite(reference):
+                    raise MPOError(f"the reference is {reference}: evaluate has to give a number before the first cut")
+                good = self.snapshot()
+                self.save(home, reference, good)
+            try:
+                while not (stopped := self.reason_to_stop()):
+                    part = self.round(reference)
+                    self.rounds.append(part)
+                    if part.accepted:
+                        good = self.snapshot()
+                    self.save(home, reference, good if part.accepted else None)
+                    if on_round:
+                        on_round(part)
+                    if progress:
+                        progress(len(self.rounds), self.policy.max_steps, _line(part))
+            except BaseException:
+                self.restore(good)
+                raise
+            if stopped == "gap":
+                self.restore(good)
+            result = self.result(stopped, reference)
+            self.save(home, reference, None, result)
+            return result
         finally:
             self.set_flags()
-        if stopped == "gap":
+
+    def resume(self, home: RunFolder) -> TrainingState:
+        """Bring everything to the state that a folder holds."""
+        assert home.log is not None
+        try:
+            start = {name: tuple(bonds) for name, bonds in home.log["start_bonds"].items()}
+            rounds = [SqueezeRound.from_dict(part) for part in home.log["rounds"]]
+            known = [bonds_after(start, rounds[:number]) for number in range(len(rounds) + 1)]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MPOError(
+                f"the log in {home.path} is damaged ({error!r}): pass resume=False to start afresh"
+            ) from error
+        if all_bonds(self.units) not in known:
+            raise MPOError(
+                f"{home.path} is of a run of another model: it started from the bonds {start}, and this model has "
+                f"{all_bonds(self.units)}; name another folder, or pass resume=False to start afresh"
+            )
+        good = home.state()
+        try:
             self.restore(good)
-        best, kept = sum(part.accepted for part in self.rounds), kept_ratio(self.units.values())
+        except MPOError as error:
+            raise MPOError(f"{home.path} cannot be resumed: {error}, or pass resume=False to start afresh") from error
+        self.start, self.rounds = start, rounds
+        return good
+
+    def save(
+        self, home: RunFolder | None, reference: float, state: TrainingState | None, result: SqueezeResult | None = None
+    ) -> None:
+        if home is None:
+            return
+        content: dict[str, Any] = {
+            "reference": reference,
+            "start_bonds": self.start,
+            "rounds": [part.to_dict() for part in self.rounds],
+        }
+        if result is not None:
+            content["result"] = {key: value for key, value in result.to_dict().items() if key not in content}
+        home.write(content, state, len(self.rounds))
+
+    def result(self, stopped: str, reference: float) -> SqueezeResult:
+        accepted = [part for part in self.rounds if part.accepted]
         return SqueezeResult(
-            tuple(self.rounds), stopped, best, reference, value, start, all_bonds(self.units), kept, self.parameters()
+            rounds=tuple(self.rounds),
+            stopped=stopped,
+            best_round=len(accepted),
+            reference=reference,
+            value=accepted[-1].value if accepted else reference,
+            start_bonds=self.start,
+            bonds=all_bonds(self.units),
+            kept=kept_ratio(self.units.values()),
+            parameters=self.parameters(),
         )
 
     def reason_to_stop(self) -> str:

@@ -106,7 +106,7 @@ class MPOLayer(nn.Module):
             core.grad = None
             if tensor is core:
                 continue
-            new = tensor.detach().to(core.device, core.dtype).contiguous()
+            new = tensor.detach().to(core.device, core.dtype, copy=True).contiguous()
             # A graph that is still alive, of a loss that somebody kept, holds the node that collects the gradient in
             # the old shape. Torch makes a new node when the dtype changes, but not when the shape does.
             core.data = core.data.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
