@@ -45,7 +45,7 @@ def save_cores(
     Guarantee: the folder is there as a whole or not at all. A digest of every frozen parameter that is not written goes
     along; a parameter that is neither frozen nor written (``which="auxiliary"``) may be anything on the base.
 
-    Cost: one pass over the bytes of the model, about a second for a GB.
+    Cost: one pass over the bytes of the model, one to two seconds for a GB.
 
     Raises:
         MPOError: nothing to write, a parameter without data, a folder that may not be written or replaced.
@@ -110,7 +110,7 @@ def load_cores(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
     Guarantee: afterwards the written tensors are what they were, bit for bit; ``requires_grad`` is left as it is. If
     anything differs, the model is untouched.
 
-    Cost: one pass over the bytes of the model, about a second for a GB.
+    Cost: one pass over the bytes of the model, one to two seconds for a GB.
 
     Raises:
         MPOError: not such a folder, damaged, of a newer version; or another base, with what differs: other modules,
