@@ -119,6 +119,8 @@ def _f1(truth: np.ndarray, predicted: np.ndarray) -> float:
 def _matthews(truth: np.ndarray, predicted: np.ndarray) -> float:
     from sklearn.metrics import matthews_corrcoef
 
+    if np.ptp(truth) == 0 or np.ptp(predicted) == 0:
+        return 0.0  # by convention; of a single class scikit-learn warns
     return float(matthews_corrcoef(truth, predicted))
 
 

@@ -208,6 +208,7 @@ def _show(results: list[FinetuneResult], folder: Path, as_json: bool) -> None:
             out.print(f"\n{sentence}", highlight=False, markup=False)
         out.print()
     counts = new_table(("", "left"), ("", "left"))
+    counts.show_header = False
     for row in count_rows(results[-1]):
         counts.add_row(*row)
     out.print(counts)

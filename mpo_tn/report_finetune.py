@@ -67,9 +67,11 @@ def findings(result: FinetuneResult) -> list[str]:
     metric = " and ".join(result.baseline) if len(result.baseline) < 3 else "all scores"
     average = "mean of " if len(result.baseline) > 1 and result.task != "text" else ""
     shown = "perplexity" if result.task == "text" else f"{average}{metric}"
+    best = ""
+    if len(result.scores) > 1 and result.best != result.headline:
+        best = f" (the best epoch had {number(result.best, 2)}, but to take it would be to choose on the dev set)"
     sentences = [
-        f"{result.method} on {result.task}, seed {result.seed}: {shown} {number(result.headline, 2)} after the last "
-        f"epoch (best epoch: {number(result.best, 2)}, which is chosen on the dev set and so is no result).",
+        f"{result.method} on {result.task}, seed {result.seed}: {shown} {number(result.headline, 2)} at the end{best}.",
         f"The constant is {result.baseline_is}.",
     ]
     if result.note:
@@ -100,7 +102,7 @@ def finetune_page(result: FinetuneResult) -> str:
     elif squeezed is not None and squeezed.rounds:
         body += ["<h2>The squeezing</h2>", figures([_trajectory(squeezed, result)], "wide")]
     elif len(result.scores) > 1:
-        body.append(figures([_curve(result)]))
+        body.append(figures([_curve(result), _losses(result)]))
     if squeezed is not None:
         body += _squeezing_tables(squeezed)
     body += [
@@ -161,6 +163,16 @@ def _curve(result: FinetuneResult) -> str:
         ax.legend(frameon=False)
 
     return drawing("Score on the dev set", fill)
+
+
+def _losses(result: FinetuneResult) -> str:
+    def fill(ax: Any) -> None:
+        epochs = range(1, len(result.losses) + 1)
+        ax.plot(epochs, result.losses, marker="o", color="#55607a")
+        ax.set(xlabel="epoch", ylabel="mean loss", xticks=list(epochs))
+        ax.grid(alpha=0.25)
+
+    return drawing("Loss on the training set", fill)
 
 
 def _trajectory(squeezed: SqueezeResult, result: FinetuneResult) -> str:
