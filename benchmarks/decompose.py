@@ -30,6 +30,12 @@ def ours(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
     return list(mpo.cores)
 
 
+def ours_singular(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
+    """With singular vectors on every bond, also where nothing is cut and the default has nothing to compute."""
+    mpo, _ = MPO.from_matrix(matrix, sites, Truncation(max_bond=cap), method="gram")
+    return list(mpo.cores)
+
+
 def tensorly_tt(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
     ranks = [1, *(sites.full_bonds if cap is None else sites.capped_bonds(cap)), 1]
     train = tensor_train(interleaved(matrix, sites), rank=ranks)
@@ -70,6 +76,7 @@ def quimb_mps(matrix: np.ndarray, sites: Sites, cap: int | None) -> Cores:
 
 PEERS: dict[str, Callable[[np.ndarray, Sites, int | None], Cores]] = {
     "mpo_tn": ours,
+    'mpo_tn, method="gram"': ours_singular,
     "TensorNetwork": tensornetwork_chain,
     "tensorly": tensorly_tt,
     "torchTT": torchtt_ttm,
