@@ -100,6 +100,17 @@ def cut_once(
     return tuple(cuts), tuple(notes)
 
 
+def training_flags(model: nn.Module) -> dict[nn.Module, bool]:
+    """Which modules are in training mode, outer ones first."""
+    return {module: module.training for module in model.modules()}
+
+
+def set_training(flags: dict[nn.Module, bool]) -> None:
+    """Bring modules back to their modes, through ``train``, which some override."""
+    for module, training in flags.items():
+        module.train(training)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Of the whole model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -15,7 +15,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch._cuts import Score
 from mpo_tn.torch._moments import OptimizerLike, check_optimizer, unwrapped
-from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once
+from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once, set_training, training_flags
 from mpo_tn.torch._run_folder import RunFolder
 from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound, bonds_after
 from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units
@@ -116,7 +116,7 @@ class _Run:
         self.model, self.units, self.policy = model, units, policy
         self.evaluate, self.train_step = evaluate, train_step
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.flags = {module: module.training for module in model.modules()}
+        self.flags = training_flags(model)
         self.start = all_bonds(units)
         self.rounds: list[SqueezeRound] = []
         self.position = 0
@@ -171,7 +171,7 @@ class _Run:
             self.save(home, reference, None, result)
             return result
         finally:
-            self.set_flags()
+            set_training(self.flags)
 
     def resume(self, home: RunFolder) -> TrainingState:
         """Bring everything to the state that a folder holds."""
@@ -249,7 +249,7 @@ class _Run:
         """The mean loss of the training steps."""
         if self.train_step is None:
             return None
-        self.set_flags()
+        set_training(self.flags)
         for parameter in self.model.parameters():
             parameter.grad = None
         total = 0.0
@@ -268,10 +268,6 @@ class _Run:
         self.model.eval()
         with torch.no_grad():
             return as_number(self.evaluate(self.model), "evaluate")
-
-    def set_flags(self) -> None:
-        for module, training in self.flags.items():
-            module.training = training
 
     def snapshot(self) -> TrainingState:
         extra = {"position": self.position}

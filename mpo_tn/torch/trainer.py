@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.torch._cuts import RankedCut, Score
 from mpo_tn.torch._moments import check_optimizer
-from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once
+from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once, set_training, training_flags
 from mpo_tn.torch._trajectory import Bonds, SqueezeResult, SqueezeRound
 from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units
 from mpo_tn.torch.state import TrainingState, capture, random_digest, restore
@@ -101,12 +101,11 @@ class SqueezeCallback(TrainerCallback):
         if self.evaluate is None:
             run.asked, control.should_evaluate = step, True
         else:
-            training = {module: module.training for module in run.model.modules()}
+            flags = training_flags(run.model)
             run.model.eval()
             with torch.no_grad():
                 value = as_number(self.evaluate(run.model), "evaluate")
-            for module, flag in training.items():
-                module.training = flag
+            set_training(flags)
             self._decide(run, value, state, control)
 
     def on_evaluate(
