@@ -74,7 +74,7 @@ def test_finetune_squeeze_and_the_one_shot_control(mpo_tn: Any, places: dict[str
     code, printed, _ = mpo_tn("finetune", places["encoder"], *task, "--epochs", "2", "--out", tuned)
     words = " ".join(printed.split())
     assert code == 0
-    assert "a constant 54.2 70.3" in words
+    assert "majority class 54.2 70.3" in words
     assert "epoch 2" in words
     assert "always '1', 69% of the training set" in words
     result = json.loads((tuned / "result.json").read_text())
@@ -98,7 +98,7 @@ def test_finetune_squeeze_and_the_one_shot_control(mpo_tn: Any, places: dict[str
     page = (squeezed / "report.html").read_text()
     assert _Page(page).open == []
     assert _Page(page).links == []
-    assert all(text in page for text in ("Rounds", "bert.pooler.dense", "<svg", "a constant"))
+    assert all(text in page for text in ("Rounds", "bert.pooler.dense", "<svg", "majority class"))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(squeezed)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MPOLayer)}
     assert {name: list(module.spec.bonds) for name, module in layers.items()} == bonds
