@@ -10,7 +10,16 @@ import torch
 from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional
 
-from mpo_tn.torch._merge import any_wanted, merge_parts, merge_tree, merged_matrix, passing_product, spread, workspace
+from mpo_tn.torch._merge import (
+    any_wanted,
+    give_back,
+    merge_parts,
+    merge_tree,
+    merged_matrix,
+    passing_product,
+    spread,
+    workspace,
+)
 from mpo_tn.torch.cost import Route
 
 
