@@ -186,12 +186,16 @@ def spread(
     else:
         product = ordered
     product = product.reshape(rows * in_a, out_b * columns)
-    for tree_of, node, of_first in ((tree[0], parts[0], True), (tree[1], parts[1], False)):
-        if any_wanted(tree_of, wanted):
-            one = product if of_first else a.reshape(rows * in_a, bond).mH
-            other = b.reshape(bond, out_b * columns).mH if of_first else product
-            part = passing_product(one, other, kept=node[1] is None)
-            spread(tree_of, node[1], part.view(node[0].shape), wanted, found)
+    both = any_wanted(tree[1], wanted)
+    if any_wanted(tree[0], wanted):
+        part = passing_product(product, b.reshape(bond, out_b * columns).mH, kept=parts[0][1] is None)
+        if not both:
+            give_back(product)
+        spread(tree[0], parts[0][1], part.view(a.shape), wanted, found)
+    if both:
+        part = passing_product(a.reshape(rows * in_a, bond).mH, product, kept=parts[1][1] is None)
+        give_back(product)
+        spread(tree[1], parts[1][1], part.view(b.shape), wanted, found)
 
 
 def passing_product(a: torch.Tensor, b: torch.Tensor, *, kept: bool) -> torch.Tensor:
