@@ -33,6 +33,8 @@ def working(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
             width = max(20, err.width - 50)
             shown = what if len(what) <= width else f"{what[: width - 3]}..."
             progress.update(bar, description=shown, completed=done, total=total)
+            if done < total:
+                progress.tasks[0].finished_time = None  # one task stands for many: its clock goes on
 
         # Loading torch and transformers takes seconds; the bar is up by then, and their own bars would tear it.
         from transformers.utils import logging

@@ -70,7 +70,7 @@ def compress(
     sites: Annotated[str, typer.Option(help='Number of sites, or "low-rank".')] = "5",
     target: Annotated[
         list[str] | None,
-        typer.Option(help='Module name, dotted suffix or re:PATTERN; several allowed. [default: "all-linear"]'),
+        typer.Option(help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear)."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same grammar.")] = None,
     overwrite: Overwrite = False,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpo_tn.squeezing import Squeezing
 
 _TASKS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, or text for a language model."
-_DATA = "Folder with the task's original TSV files, or with .txt files. [default: fetched with the datasets package]"
+_DATA = "Folder with the task's original TSV files, or with .txt files; without it, from the hub (datasets)."
 _METHODS = "full, lfa, last-layers, lora, low-rank, one-shot or squeeze."
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
@@ -38,7 +38,7 @@ Device = Annotated[str, typer.Option(help="cpu, or for instance cuda.")]
 Sites = Annotated[str, typer.Option(help="Number of sites of the chains.")]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help='Module name, dotted suffix or re:PATTERN; several allowed. [default: "all-linear"]'),
+    typer.Option("--target", help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear)."),
 ]
 Train = Annotated[list[str] | None, typer.Option(help="More that trains, same grammar; several allowed.")]
 Delta = Annotated[float, typer.Option(help="Squeezing: how many points of score may be lost.")]
@@ -68,10 +68,10 @@ def finetune(
     sites: Sites = "5",
     target: Targets = None,
     train: Train = None,
-    layers: Annotated[int, typer.Option(help="last-layers: how many blocks train.")] = 2,
-    rank: Annotated[int | None, typer.Option(help="lora: the rank. [default: LFA's number of parameters]")] = None,
+    layers: Annotated[int, typer.Option(help="Of last-layers: how many blocks train.")] = 2,
+    rank: Annotated[int | None, typer.Option(help="Of lora; by default LFA's number of parameters.")] = None,
     bonds_from: Annotated[
-        Path | None, typer.Option(help="one-shot, low-rank: take the bonds of a squeezed run, its --out folder.")
+        Path | None, typer.Option(help="For one-shot and low-rank: the --out folder of a squeezed run.")
     ] = None,
     delta: Delta = 1.0,
     cuts_per_round: Cuts = 50,

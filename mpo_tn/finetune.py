@@ -176,7 +176,7 @@ def _phases(
     if result.squeezing is None:
         where = keeper.folder / "squeezing" if keeper.folder else None
         squeezed = squeeze_run(run, squeezing, folder=where, gap_data=gap_data, resume=keeper.resumed, track=track)
-        result.squeezing = squeezed.to_dict()
+        result.squeezing = json.loads(json.dumps(squeezed.to_dict()))  # the same as after a restart: no tuples
         keeper.squeezed_to = {"begin": run.done, "end": run.done + squeezing.final_epochs * per_epoch}
         if not squeezing.final_epochs:
             result.scores.append(run.evaluate())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,7 +240,9 @@ def _lora(model: Any, method: Method, seed: int, progress: Progress | None, comp
     names = [name for unit in units for group in unit.names for name in group]
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="|".join(map(re.escape, names)))
-    wrapped = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
+        wrapped = peft.get_peft_model(model, config)
     # What LFA trains besides its tensors trains here as well, so that the runs differ in the matrices alone.
     freeze(wrapped, "none", also=GROUPS, train=(r"re:.*\.lora_[AB]\..*", *method.train))
     lora: list[nn.Parameter] = []

@@ -24,7 +24,7 @@ def number(value: float, digits: int = 1) -> str:
 def score_rows(result: FinetuneResult) -> list[tuple[str, ...]]:
     """Rows of the score table: the baseline, then every time the dev set was scored. The last one is the result."""
     names = list(result.baseline)
-    rows = [("a constant", *(number(result.baseline[name]) for name in names), "")]
+    rows = [(baseline_name(result), *(number(result.baseline[name]) for name in names), "")]
     squeezed_at = _squeezed_at(result)
     for k, scores in enumerate(result.scores):
         loss = f"{result.losses[k]:.4f}" if k < len(result.losses) else ""
@@ -33,6 +33,13 @@ def score_rows(result: FinetuneResult) -> list[tuple[str, ...]]:
             what = "squeezed"
         rows.append((what, *(number(scores[name]) for name in names), loss))
     return rows
+
+
+def baseline_name(result: FinetuneResult) -> str:
+    """What stands beside every score."""
+    if result.task == "text":
+        return "byte frequencies"
+    return "mean predictor" if "pearson" in result.baseline else "majority class"
 
 
 def _squeezed_at(result: FinetuneResult) -> int:
@@ -72,7 +79,7 @@ def findings(result: FinetuneResult) -> list[str]:
         best = f" (the best epoch had {number(result.best, 2)}, but to take it would be to choose on the dev set)"
     sentences = [
         f"{result.method} on {result.task}, seed {result.seed}: {shown} {number(result.headline, 2)} at the end{best}.",
-        f"The constant is {result.baseline_is}.",
+        f"The {baseline_name(result)}: {result.baseline_is}.",
     ]
     if result.note:
         sentences.append(f"{result.task} is {result.note}.")
@@ -158,7 +165,7 @@ def _curve(result: FinetuneResult) -> str:
             line = ax.plot(epochs, [scores[name] for scores in result.scores], marker="o", label=name)[0]
             if not math.isnan(result.baseline[name]):
                 ax.axhline(result.baseline[name], color=line.get_color(), ls=":", lw=1)
-        ax.set(xlabel="epoch (dotted: a constant)", ylabel="score", xticks=list(epochs))
+        ax.set(xlabel=f"epoch (dotted: {baseline_name(result)})", ylabel="score", xticks=list(epochs))
         ax.grid(alpha=0.25)
         ax.legend(frameon=False)
 
@@ -207,6 +214,7 @@ def _trajectory(squeezed: SqueezeResult, result: FinetuneResult) -> str:
     )  # fmt: skip
     bonds.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
     bonds.set_xlabel("round")
+    bonds.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=bonds, label="bonds left", shrink=0.9, pad=0.01)
     return svg(figure)
 

@@ -11,7 +11,7 @@ from mpo_tn.batches import task_batches
 from mpo_tn.exceptions import MPOError
 from mpo_tn.run import Data, Run, Track, batch_sizes
 from mpo_tn.tasks import Split, TaskData, TextData
-from mpo_tn.torch import MPOLayer, SqueezeResult, squeeze
+from mpo_tn.torch import MPOLayer, SqueezeResult, SqueezeRound, squeeze
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,17 @@ def squeeze_run(
     def evaluate(_model: Any) -> float:
         return data.headline(run.evaluate(data, splits))
 
-    def say(done: int, total: int, line: str) -> None:
+    def say(part: SqueezeRound) -> None:
         if track:
-            track(f"squeezing: {line}", done, total)
+            track(f"squeezed to {part.kept:.3f}, score {part.value:.2f}", part.number, how.max_rounds)
 
-    say(0, how.max_rounds, "measuring what the gap is counted from")
+    if track:
+        track("scoring before the first cut", 0, how.max_rounds)
     result = squeeze(
         run.model, evaluate=evaluate, delta=how.delta, train_step=train_step if how.tune_steps else None,
         optimizer=run.optimizer, higher_is_better=data.higher_is_better, max_steps=how.max_rounds,
         cuts_per_round=how.cuts_per_round, tune_steps=how.tune_steps or 1, score=how.score, keep=how.keep,
-        folder=folder, resume=resume, progress=say,
+        folder=folder, resume=resume, on_round=say,
     )  # fmt: skip
     run.done = began + (result.rounds[result.best_round - 1].position if result.best_round else 0)
     recount(run)

@@ -25,7 +25,8 @@ def write_encoder(folder: Path, *, dropout: float = 0.1) -> Path:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=20,
-        max_position_embeddings=32, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        max_position_embeddings=32, initializer_range=0.2, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     write_tokenizer(folder)
     transformers.BertModel(config).save_pretrained(folder)
@@ -58,6 +59,21 @@ def write_mrpc(folder: Path, *, train: int = 48, dev: int = 24) -> Path:
             first, same = sentence(source), source.random() < 0.6
             lines.append(f'{int(same)}\t{k}\t{k}\t{first} "\t{first if same else sentence(source)} .')
         (folder / f"{name}.tsv").write_text(mark + "\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_sst2(folder: Path, *, train: int = 64, dev: int = 24) -> Path:
+    """Sentences whose label says whether there is a dog: easy enough for a model of two layers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = random.Random(3)
+    for name, count in (("train", train), ("dev", dev)):
+        lines = ["sentence\tlabel"]
+        for k in range(count):
+            words = [source.choice([word for word in WORDS if word != "dog"]) for _ in range(source.randint(3, 9))]
+            if k % 2:
+                words[source.randrange(len(words))] = "dog"
+            lines.append(f"{' '.join(words)} \t{k % 2}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 

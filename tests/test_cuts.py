@@ -27,6 +27,7 @@ from mpo_tn.torch import (
     MPOLayer,
     MPOLinear,
     Ranking,
+    _cuts,
     bond_spectra,
     compress,
     cut_bond,
@@ -140,6 +141,24 @@ def test_the_maps_of_a_cut(cores: list[torch.Tensor], data: st.DataObject) -> No
     if new == d and min(*unfoldings(dense(cores), sites_of(cores))[k].shape) >= d:
         assert np.array_equal(cut.q, np.eye(d))
         np.testing.assert_allclose(cut.p, np.eye(d), atol=slack("float64", d, scale_at(cores, k) / cut.spectrum[d - 1]))
+
+
+@given(chains(torch.float64), st.integers(1, 3))
+def test_a_cut_without_numpy_is_the_same(cores: list[torch.Tensor], new: int) -> None:
+    """Cores that are not on the host are swept by torch."""
+    layer = unit_of(cores)
+    k, new = len(cores) // 2 - 1, min(new, layer.spec.bonds[len(cores) // 2 - 1])
+    expected, spectra = cut_bond(cores, k, new), bond_spectra(nn.Sequential(layer))["0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cuts, "_workable", lambda cores, name: [core.detach() for core in cores])
+        cut, again = cut_bond(cores, k, new), bond_spectra(nn.Sequential(layer))["0"]
+    allowed = slack("float64", 1, scale_at(cores, k))
+    assert np.abs(cut.spectrum - expected.spectrum).max() <= allowed
+    assert np.abs(again[k] - spectra[k]).max() <= allowed
+    before, after = dense(cores), dense([*cores[:k], cut.left, cut.right, *cores[k + 2 :]])
+    tail = np.linalg.norm(cut.spectrum[new:])
+    assert abs(np.linalg.norm(before - after) - tail) <= slack("float64", before.size, scale_at(cores, k))
+    assert isinstance(cut.left, torch.Tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -21,14 +21,14 @@ from mpo_tn.torch import (
     MPOConfig,
     MPOLayer,
     SqueezeResult,
-    _squeeze,
+    _policy,
     bond_spectra,
     compress,
     layers,
     load_state,
     squeeze,
 )
-from mpo_tn.torch._squeeze import choose_cuts
+from mpo_tn.torch._policy import choose_cuts
 from mpo_tn.torch._units import all_bonds, kept_ratio, mpo_units
 
 
@@ -99,7 +99,7 @@ def test_it_stops_at_the_gap_and_goes_back(frozen: bool) -> None:
 def test_each_round_cuts_what_the_spectra_of_that_moment_say(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task()
     expected: list[Any] = []
-    inner = _squeeze.choose_cuts
+    inner = _policy.choose_cuts
 
     def watched(units: Any, spectra: Any, count: int, **options: Any) -> Any:
         fresh = bond_spectra(task.model)
@@ -113,7 +113,7 @@ def test_each_round_cuts_what_the_spectra_of_that_moment_say(monkeypatch: pytest
         expected.append(min(scores, key=lambda place: scores[place]))
         return inner(units, spectra, count, **options)
 
-    monkeypatch.setattr(_squeeze, "choose_cuts", watched)
+    monkeypatch.setattr(_policy, "choose_cuts", watched)
     result = task.run(max_steps=6, delta=0.2)
     assert result.stopped == "max_steps"
     assert [(part.cuts[0].unit, part.cuts[0].bond) for part in result.rounds] == expected

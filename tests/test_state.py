@@ -145,6 +145,18 @@ def test_before_the_first_step_and_without_an_optimiser(tmp_path: Path) -> None:
         load_state(tmp_path / "state", **second.parts())
 
 
+def test_going_back_over_a_cut_brings_the_error_of_the_compression_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16))
+    compress(model, MPOConfig(sites=3, bond=3))
+    spec, before = model[0].spec, state.capture(model)
+    assert spec.rel_error
+    cut_model(model, {"0": [1, 1]})
+    assert model[0].spec.rel_error is None
+    state.restore(before, model)
+    assert model[0].spec == spec
+
+
 def test_frozen_tensors_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     net = Net()
     central = net.layers[0].cores[1].requires_grad_(False)

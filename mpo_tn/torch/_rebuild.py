@@ -53,7 +53,9 @@ _workspace = _Workspace()
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Contract in the dtype of the cores: autocast then rounds the weight once, as it does a dense one."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+    if autocast_dtype(device) is None:  # an autocast object takes longer to make than a small product
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 Node = tuple[torch.Tensor, Any]
@@ -233,8 +235,7 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, _, ctx.route, ctx.size, ctx.dtype, *cores = inputs
         # As for a dense layer: without a gradient for the weight, x is not needed.
-        ctx.has_x = any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(x if ctx.has_x else None, *cores)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[5:]) else None, *cores)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -340,29 +341,36 @@ def mpo_linear(
     nothing there. Can be differentiated twice.
     """
     device = x.device
-    dtype = None
     rounded = autocast_dtype(device)
+    if rounded is None:
+        return _mpo_linear(x, bias, route, size, None, cores)
     with no_autocast(device):
-        if rounded is not None and route.mode == "rebuild":
-            x, bias = _cast(x, rounded), None if bias is None else _cast(bias, rounded)
+        if route.mode == "rebuild":
             dtype = rounded if _castable(cores[0]) else None
-        elif rounded is not None:  # a chain is contracted in the dtype of the cores as well, and the result rounded
-            x = x.to(cores[0].dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():
-            y: torch.Tensor = _Product.apply(flat, bias, route, size, dtype, *cores)  # pyright: ignore
-        else:
-            y = product(flat, bias, route, size, dtype, cores)
-        if rounded is not None:
-            y = _cast(y, rounded)
-    return y.view(*x.shape[:-1], size[0])
+            bias = None if bias is None else _cast(bias, rounded)
+            return _cast(_mpo_linear(_cast(x, rounded), bias, route, size, dtype, cores), rounded)
+        # A chain is contracted in the dtype of the cores as well, and the result rounded.
+        return _cast(_mpo_linear(x.to(cores[0].dtype), bias, route, size, None, cores), rounded)
+
+
+def _mpo_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, route: Route, size: tuple[int, int], dtype: torch.dtype | None,
+    cores: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        y: torch.Tensor = _Product.apply(flat, bias, route, size, dtype, *cores)  # pyright: ignore
+    else:
+        y = product(flat, bias, route, size, dtype, cores)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], size[0])
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast rounds the operands of a matrix product, None outside of it."""
-    if not is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if not is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def _castable(value: torch.Tensor) -> bool:

@@ -5,77 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpo_tn.bounds import Spectra
-from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.torch._cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
+from mpo_tn.exceptions import MPOError
+from mpo_tn.torch._cuts import Score
 from mpo_tn.torch._moments import OptimizerLike, check_optimizer, unwrapped
+from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once, set_training, training_flags
 from mpo_tn.torch._run_folder import RunFolder
 from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound, bonds_after
-from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units, specs_changed
+from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units
 from mpo_tn.torch.state import TrainingState, capture, random_digest, restore
 
 Progress = Callable[[int, int, str], None]
 """Called with how many rounds are done, how many there are at most, and what the last one did."""
-
-
-@dataclass(frozen=True)
-class _Policy:
-    """The numbers that decide what is cut and when it ends."""
-
-    delta: float
-    higher_is_better: bool
-    max_steps: int
-    cuts_per_round: int
-    tune_steps: int
-    score: Score
-    keep: float | None
-    minimum_bond: int
-
-    def __post_init__(self) -> None:
-        if not self.delta >= 0:
-            raise MPOError(f"delta={self.delta!r} must be at least 0, in the units of what evaluate returns")
-        for name in ("max_steps", "cuts_per_round", "tune_steps", "minimum_bond"):
-            number, least = whole_number(getattr(self, name)), int(name != "tune_steps")
-            if number is None or number < least:
-                raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number of at least {least}")
-        if self.keep is not None and not 0 < self.keep <= 2:
-            raise MPOError(f"keep={self.keep!r} is not a kept ratio: use for instance keep=0.6, or None for no limit")
-        checked_score(self.score)
-
-    def gap(self, value: float, reference: float) -> float:
-        """By how much ``value`` is worse."""
-        return reference - value if self.higher_is_better else value - reference
-
-
-def choose_cuts(
-    units: dict[str, MPOUnit], spectra: dict[str, Spectra], count: int, *, score: Score = "error",
-    minimum_bond: int = 1, keep: float | None = None,
-) -> list[RankedCut]:  # fmt: skip
-    """The next ``count`` cuts by one, the best first, those of one bond taken together; fewer where ``keep`` is met.
-
-    One after another, each seeing the bonds that the ones before leave, from spectra alone.
-    """
-    dense = sum(unit.spec.out_features * unit.spec.in_features for unit in units.values())
-    ranking = Ranking(spectra, {n: u.spec for n, u in units.items()}, score=score, minimum_bond=minimum_bond)
-    chosen: dict[tuple[str, int], RankedCut] = {}
-    for _ in range(count):
-        kept = sum(spec.num_parameters for spec in ranking.specs.values()) / dense
-        cut = ranking.best()
-        if cut is None or (keep is not None and kept <= keep):
-            break
-        ranking.take(cut)
-        first = chosen.get((cut.unit, cut.bond))
-        if first is not None:
-            cut = replace(cut, before=first.before, score=first.score + cut.score)
-        chosen[cut.unit, cut.bond] = cut
-    return list(chosen.values())
 
 
 def squeeze(
@@ -147,14 +94,13 @@ def squeeze(
     >>> result.stopped, result.value <= 0.3, result.bonds == {"0": model[0].spec.bonds}
     ('gap', True, True)
     """
-    policy = _Policy(
+    policy = Policy(
         delta, higher_is_better, max_steps, cuts_per_round, tune_steps if train_step else 0, score, keep, minimum_bond
     )
     units = mpo_units(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
-    if all(bond <= minimum_bond for bonds in all_bonds(units).values() for bond in bonds):
-        raise MPOError(f"nothing is left to cut: every bond is at minimum_bond={minimum_bond} or below already")
+    policy.check_start(units)
     run = _Run(model, units, policy, evaluate, train_step, optimizer, scheduler)
     home = None
     if folder is not None:
@@ -164,13 +110,13 @@ def squeeze(
 
 class _Run:
     def __init__(
-        self, model: nn.Module, units: dict[str, MPOUnit], policy: _Policy, evaluate: Callable[[nn.Module], Any],
+        self, model: nn.Module, units: dict[str, MPOUnit], policy: Policy, evaluate: Callable[[nn.Module], Any],
         train_step: Callable[[int], Any] | None, optimizer: OptimizerLike | None, scheduler: Any,
     ) -> None:  # fmt: skip
         self.model, self.units, self.policy = model, units, policy
         self.evaluate, self.train_step = evaluate, train_step
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.flags = {module: module.training for module in model.modules()}
+        self.flags = training_flags(model)
         self.start = all_bonds(units)
         self.rounds: list[SqueezeRound] = []
         self.position = 0
@@ -225,7 +171,7 @@ class _Run:
             self.save(home, reference, None, result)
             return result
         finally:
-            self.set_flags()
+            set_training(self.flags)
 
     def resume(self, home: RunFolder) -> TrainingState:
         """Bring everything to the state that a folder holds."""
@@ -276,7 +222,7 @@ class _Run:
             start_bonds=self.start,
             bonds=all_bonds(self.units),
             kept=kept_ratio(self.units.values()),
-            parameters=self.parameters(),
+            parameters=count_parameters(self.model),
         )
 
     def reason_to_stop(self) -> str:
@@ -284,43 +230,31 @@ class _Run:
         policy = self.policy
         if self.rounds and not self.rounds[-1].accepted:
             return "gap"
-        if policy.keep is not None and kept_ratio(self.units.values()) <= policy.keep:
-            return "keep"
-        if all(bond <= policy.minimum_bond for bonds in all_bonds(self.units).values() for bond in bonds):
-            return "nothing left to cut"
-        return "max_steps" if len(self.rounds) >= policy.max_steps else ""
+        return policy.satisfied(self.units) or ("max_steps" if len(self.rounds) >= policy.max_steps else "")
 
     def round(self, reference: float) -> SqueezeRound:
         began = time.perf_counter()
         policy, number = self.policy, len(self.rounds) + 1
-        spectra = {name: unit_spectra(unit) for name, unit in self.units.items()}
-        cuts = choose_cuts(
-            self.units, spectra, policy.cuts_per_round, score=policy.score, minimum_bond=policy.minimum_bond,
-            keep=policy.keep,
-        )  # fmt: skip
-        notes: list[str] = []
-        for cut in cuts:
-            notes += cut_unit(self.units[cut.unit], cut.bond, cut.after, self.optimizer)
-        specs_changed(self.model)
+        cuts, notes = cut_once(self.model, self.units, policy, self.optimizer)
         loss = self.tune(number)
         value = self.measure()
         gap = policy.gap(value, reference)
         return SqueezeRound(
             number, tuple(cuts), loss, value, gap, gap <= policy.delta, kept_ratio(self.units.values()),
-            self.parameters(), self.position, random_digest(), time.perf_counter() - began,
-            tuple(notes),
+            count_parameters(self.model), self.position, random_digest(), time.perf_counter() - began,
+            notes,
         )  # fmt: skip
 
     def tune(self, number: int) -> float | None:
         """The mean loss of the training steps."""
         if self.train_step is None:
             return None
-        self.set_flags()
+        set_training(self.flags)
         for parameter in self.model.parameters():
             parameter.grad = None
         total = 0.0
         for _ in range(self.policy.tune_steps):
-            loss = float(_number(self.train_step(self.position), "train_step"))
+            loss = float(as_number(self.train_step(self.position), "train_step"))
             if not math.isfinite(loss):
                 raise MPOError(
                     f"the loss of round {number} is {loss} at step {self.position}: the model is back in the state "
@@ -333,14 +267,7 @@ class _Run:
     def measure(self) -> float:
         self.model.eval()
         with torch.no_grad():
-            return _number(self.evaluate(self.model), "evaluate")
-
-    def set_flags(self) -> None:
-        for module, training in self.flags.items():
-            module.training = training
-
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+            return as_number(self.evaluate(self.model), "evaluate")
 
     def snapshot(self) -> TrainingState:
         extra = {"position": self.position}
@@ -348,13 +275,6 @@ class _Run:
 
     def restore(self, state: TrainingState) -> None:
         self.position = restore(state, self.model, self.optimizer, self.scheduler)["position"]
-
-
-def _number(value: Any, source: str) -> float:
-    try:
-        return float(value.detach() if isinstance(value, torch.Tensor) else value)
-    except (TypeError, ValueError, RuntimeError):
-        raise MPOError(f"{source} returned {value!r}, which is no number: return a float") from None
 
 
 def _line(part: SqueezeRound) -> str:

@@ -308,11 +308,15 @@ def _merged(shapes: tuple[Shape, ...]) -> dict[tuple[int, int], tuple[Tree, Cost
     for length in range(1, len(shapes)):
         for first in range(len(shapes) - length):
             last = first + length
-            options: list[tuple[Tree, Cost]] = []
+            options: list[tuple[int, int, Tree, Cost]] = []
             for cut in range(first, last):
                 (left_tree, left), (right_tree, right) = best[first, cut], best[cut + 1, last]
-                options.append(((left_tree, right_tree), left + right + _merge(shapes, first, cut, last)))
-            best[first, last] = min(options, key=lambda option: (option[1].flops, option[1].moved))
+                merge = _merge(shapes, first, cut, last)
+                cost = left + right + merge
+                options.append((cost.flops, merge.flops, (left_tree, right_tree), cost))
+            # Of equals the one with the cheaper last merge, whose gradients no frozen core spares.
+            _, _, tree, cost = min(options, key=lambda option: option[:2])
+            best[first, last] = (tree, cost)
     return best
 
 

@@ -33,9 +33,15 @@ class Cores(nn.ParameterList):
     without that, offloaded cores would turn results into noise.
     """
 
+    def __init__(self, cores: Sequence[nn.Parameter]) -> None:
+        super().__init__(cores)
+        self._names = tuple(map(str, range(len(cores))))
+
     def forward(self) -> tuple[torch.Tensor, ...]:
         """The cores, first to last."""
-        return tuple(self)
+        held = self._parameters
+        # Looking them up one by one takes longer than a small product.
+        return tuple(held.values()) if tuple(held) == self._names else tuple(self)  # pyright: ignore[reportReturnType]
 
 
 class _Dense:
@@ -45,23 +51,19 @@ class _Dense:
         self.weight = weight
         # The old memory is held, so that no new tensor can come to lie at the same address.
         self._cores = [core.detach() for core in cores]
-        self._versions = [core._version for core in cores]
+        self._seen = [(core.data_ptr(), core._version, core.stride()) for core in cores]
 
     @staticmethod
     def can_watch(cores: Sequence[torch.Tensor]) -> bool:
         """Whether changes of the cores can be seen: not those of inference tensors, and not those of no data at all."""
-        return not any(core.is_inference() or core.device.type == "meta" for core in cores)
+        return not any(core.is_inference() or core.is_meta for core in cores)
 
     def is_of(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
         """Whether these are the same cores in the same memory, unchanged since, and the weight has this dtype."""
-        return self.weight.dtype == dtype and all(
-            core.data_ptr() == old.data_ptr()
-            and core._version == version
-            and core.shape == old.shape
-            and core.dtype == old.dtype
-            and core.device == old.device
-            for core, old, version in zip(cores, self._cores, self._versions, strict=True)
-        )
+        # The same memory means the same dtype and device, and the shapes are those of the spec.
+        return self.weight.dtype == dtype and self._seen == [
+            (core.data_ptr(), core._version, core.stride()) for core in cores
+        ]
 
 
 class MPOLayer(nn.Module):
@@ -165,14 +167,16 @@ class MPOLayer(nn.Module):
         }
 
     def _cached_weight(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
-        """The dense weight that mode ``"cached"`` keeps; None where the mode is another or keeping it would be wrong.
+        """The dense weight that mode ``"cached"`` keeps; None where keeping it would be wrong.
 
         While torch traces, nothing could tell the graph that a core has changed, so nothing is kept then.
         """
-        if self._mode != "cached" or torch.compiler.is_compiling() or not _Dense.can_watch(cores):
+        if torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
             self._dense = None  # about to change
+            return None
+        if not _Dense.can_watch(cores):
             return None
         if self._dense is None or not self._dense.is_of(cores, dtype):
             self._dense = None  # before the new one is made: two at once would be one too many
@@ -253,9 +257,10 @@ class MPOLinear(MPOLayer):
         if x.shape[-1] != self.in_features:
             raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self.in_features}")
         cores = self.cores.forward()
-        weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
-        if weight is not None:
-            return functional.linear(x, weight, self.bias)
+        if self._mode == "cached":
+            weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
+            if weight is not None:
+                return functional.linear(x, weight, self.bias)
         return mpo_linear(x, self.bias, self._route(x, cores), self._size, cores)
 
     def _route(self, x: torch.Tensor, cores: Sequence[torch.Tensor]) -> Route:
