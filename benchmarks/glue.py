@@ -22,9 +22,7 @@ import transformers
 
 from mpo_tn.demo import demo_model
 from mpo_tn.files import write_whole
-from mpo_tn.finetune import Settings, Squeezing, finetune
-from mpo_tn.methods import Method
-from mpo_tn.tasks import load_task
+from mpo_tn.tuning import Method, Settings, Squeezing, finetune, load_task
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 EPOCHS = 3

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from common import SEED, header, print_head, print_row, take_turns  # isort: skip
 
@@ -140,7 +140,7 @@ def training_table(repeats: int, tokens: int) -> None:
 
 
 def peak_of(name: str, kind: str, tokens: int) -> float:
-    """Peak resident memory of three steps in a process of its own, above what it had before the model was built."""
+    """Peak resident memory of two steps in a process of its own, above what it had before the model was built."""
     import subprocess
 
     run = [sys.executable, __file__, "--peak", name, kind, "--tokens", str(tokens)]
@@ -151,12 +151,18 @@ def print_peak(name: str, kind: str, tokens: int) -> None:
     sites, depth = TRAINED[name]
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the thread pool and its memory
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     cap = {"full fine-tuning": None, "LFA, full bonds": 10**6, "LFA, bond 64": 64}[kind]
     run = step(*training_stack(sites, cap, depth), torch.randn(tokens, sites.shape[1]))
-    for _ in range(3):
+    for _ in range(2):  # the second has the optimiser's state
         run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_resident("VmHWM") - before) / 1024)
+
+
+def _resident(field: str) -> int:
+    """KiB; the peak that ``resource`` knows is inherited from the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> None:

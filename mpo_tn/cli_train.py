@@ -14,10 +14,10 @@ from mpo_tn._terminal import Json, Overwrite, new_table, out, print_json, sites_
 from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
-    from mpo_tn.methods import Method
-    from mpo_tn.result import FinetuneResult
-    from mpo_tn.run import Settings
-    from mpo_tn.squeezing import Squeezing
+    from mpo_tn.tuning.methods import Method
+    from mpo_tn.tuning.result import FinetuneResult
+    from mpo_tn.tuning.run import Settings
+    from mpo_tn.tuning.squeezing import Squeezing
 
 _TASKS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, or text for a language model."
 _DATA = "Folder with the task's original TSV files, or with .txt files; without it, from the hub (datasets)."
@@ -88,9 +88,9 @@ def finetune(
 ) -> None:
     """Tune a model on a task and score it: fully, by its auxiliary tensors alone (lfa), or by one of the controls."""
     with working(as_json) as track:
-        from mpo_tn.methods import Method, bonds_of
-        from mpo_tn.run import Settings
-        from mpo_tn.squeezing import Squeezing
+        from mpo_tn.tuning.methods import Method, bonds_of
+        from mpo_tn.tuning.run import Settings
+        from mpo_tn.tuning.squeezing import Squeezing
 
         squeezing = None
         if method == "squeeze":
@@ -151,9 +151,9 @@ def squeeze(
     MODEL is what finetune wrote; a dense one is turned into full chains first.
     """
     with working(as_json) as track:
-        from mpo_tn.methods import Method
-        from mpo_tn.run import Settings
-        from mpo_tn.squeezing import Squeezing
+        from mpo_tn.tuning.methods import Method
+        from mpo_tn.tuning.run import Settings
+        from mpo_tn.tuning.squeezing import Squeezing
 
         squeezing = Squeezing(
             delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_steps,
@@ -174,10 +174,10 @@ def _run(
     model: str, task: str, data_dir: Path | None, limit: int | None, how: Method, settings: Settings,
     squeezing: Squeezing | None, folder: Path, resume: bool, overwrite: bool, track: Callable[[str, int, int], None],
 ) -> FinetuneResult:  # fmt: skip
-    from mpo_tn.finetune import check_folder, finetune, save_finetuned
-    from mpo_tn.report_finetune import finetune_page
-    from mpo_tn.tasks import load_task
     from mpo_tn.torch.folder import load_tokenizer
+    from mpo_tn.tuning._finetune import check_folder, finetune, save_finetuned
+    from mpo_tn.tuning.report import finetune_page
+    from mpo_tn.tuning.tasks import load_task
 
     check_folder(folder, model, resume=resume, overwrite=overwrite)
     track("reading the task", 0, 1)
@@ -197,7 +197,7 @@ def _show(results: list[FinetuneResult], folder: Path, as_json: bool) -> None:
             {"out": str(folder), **documents[0]} if len(results) == 1 else {"out": str(folder), "runs": documents}
         )
         return
-    from mpo_tn.report_finetune import count_rows, findings, score_rows
+    from mpo_tn.tuning.report import count_rows, findings, score_rows
 
     for result in results:
         scores = new_table(("", "left"), *((name, "right") for name in result.baseline), ("training\nloss", "right"))

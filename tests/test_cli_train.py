@@ -15,9 +15,9 @@ import transformers
 from task_folders import write_decoder, write_encoder, write_mrpc, write_stsb, write_text
 
 from mpo_tn import cli
-from mpo_tn.result import FinetuneResult
-from mpo_tn.run import Run
 from mpo_tn.torch import MPOLayer
+from mpo_tn.tuning.result import FinetuneResult
+from mpo_tn.tuning.run import Run
 
 SMALL = ("--batch-size", "12", "--sites", "3", "--max-length", "24")
 
@@ -117,8 +117,8 @@ def test_finetune_squeeze_and_the_one_shot_control(mpo_tn: Any, places: dict[str
 
 def test_the_saved_model_is_the_one_that_was_scored(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:
     """A new process reads the folder and finds the predictions behind the score; LoRA's are merged by then."""
-    from mpo_tn.batches import task_batches
-    from mpo_tn.tasks import TaskData, load_task
+    from mpo_tn.tuning.batches import task_batches
+    from mpo_tn.tuning.tasks import TaskData, load_task
 
     for name in ("lfa", "lora"):
         out = tmp_path / name
@@ -234,7 +234,7 @@ def test_a_mistake_is_one_sentence_and_code_2(
 def test_the_page_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from mpo_tn.report_finetune import finetune_page
+    from mpo_tn.tuning.report import finetune_page
 
     result = FinetuneResult(
         "lfa", "WNLI", 0, scores=[{"accuracy": 50.0}], losses=[0.7], headline=50.0, best=50.0,

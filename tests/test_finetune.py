@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from task_folders import write_decoder, write_encoder, write_mrpc, write_sst2, write_stsb, write_text
 
 from mpo_tn import MPOError
-from mpo_tn.batches import Batches, text_batches
-from mpo_tn.finetune import NotFiniteError, Settings, Squeezing, check_folder, finetune, save_finetuned
-from mpo_tn.methods import METHODS, Method, auxiliary_parameters, bonds_of, load_for_task, prepare
-from mpo_tn.run import Run, learning_rate_factor, start
-from mpo_tn.squeezing import hold_out
-from mpo_tn.tasks import load_task
 from mpo_tn.torch import MPOLayer, freeze
 from mpo_tn.torch.folder import load_tokenizer
 from mpo_tn.torch.matching import find_units
+from mpo_tn.tuning._finetune import NotFiniteError, Settings, Squeezing, check_folder, finetune, save_finetuned
+from mpo_tn.tuning.batches import Batches, text_batches
+from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, load_for_task, prepare
+from mpo_tn.tuning.run import Run, learning_rate_factor, start
+from mpo_tn.tuning.squeezing import hold_out
+from mpo_tn.tuning.tasks import load_task
 
 QUICK = Settings(epochs=2, batch_size=12, max_length=24, save_every=3)
 SQUEEZE = Squeezing(delta=200.0, cuts_per_round=15, tune_steps=2, max_rounds=3)
@@ -384,7 +384,7 @@ def test_a_checkpoint_of_another_run_is_refused(places: dict[str, Path], mrpc: A
 
 def poison(monkeypatch: pytest.MonkeyPatch, place: int, *, gradient: bool = False) -> None:
     """From step ``place`` on the loss is NaN, or only its gradient is."""
-    import mpo_tn.run as module
+    import mpo_tn.tuning.run as module
 
     whole = module._loss
     count = 0

@@ -262,7 +262,7 @@ def test_the_chain_never_builds_the_matrix(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*args: Any) -> Any:
         raise AssertionError("the matrix is built")
 
-    monkeypatch.setattr(_rebuild, "_transient_matrix", refuse)
+    monkeypatch.setattr(_rebuild, "merged_matrix", refuse)
     for tokens in (1, 10_000):
         layer = layer_of(LARGER, "chain")
         layer(torch.randn(tokens, LARGER.in_features, dtype=torch.float64)).sum().backward()

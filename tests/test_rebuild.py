@@ -265,11 +265,11 @@ def test_a_result_outlives_the_next_call() -> None:
 
 
 def test_a_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpo_tn.torch import _rebuild
+    from mpo_tn.torch import _merge
 
     layer = layer_of(LARGER, "rebuild")
     x = torch.randn(5, LARGER.in_features, dtype=torch.float64)
     whole = layer(x)
     for block in (1, 3000, 10**9):
-        monkeypatch.setattr(_rebuild, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(_merge, "_BLOCK_BYTES", block)
         close(layer(x), whole)

@@ -78,6 +78,15 @@ def test_it_cuts_as_training_goes_and_the_model_is_saved(tmp_path: Path) -> None
     assert callback.result is result
 
 
+def test_other_evaluations_decide_nothing_and_no_cut_is_left_untuned(tmp_path: Path) -> None:
+    callback = SqueezeCallback(delta=math.inf, every_steps=3)
+    run = trainer(callback, tmp_path, max_steps=11, eval_strategy="steps", eval_steps=2)
+    run.train()
+    assert [part.position for part in callback.result.rounds] == [6, 9]  # at 9 two steps are left, too few for a cut
+    assert run.state.global_step == 11
+    assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry] == [2, 3, 4, 6, 8, 9, 10, 11]
+
+
 @pytest.mark.parametrize("metric", [True, False])
 def test_it_goes_back_when_the_gap_is_too_large(metric: bool, tmp_path: Path) -> None:
     values = iter([0.9, 0.8, 0.85, 0.2])

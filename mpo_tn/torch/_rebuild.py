@@ -1,17 +1,7 @@
-"""``y = x W^T + b`` from the cores of ``W``. For backward only ``x`` and the cores are kept; the rest is made again.
-
-Merging two neighbours, and applying a run of cores to ``x``, as plain matrix products::
-
-      o_1    o_2             o_1 o_2
-       |      |                 |
-    --T_1----T_2--   ->   -----T_12-----
-       |      |                 |
-      i_1    i_2             i_1 i_2
-"""
+"""``y = x W^T + b`` from the cores of ``W``. For backward only ``x`` and the cores are kept; the rest is made again."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,35 +10,17 @@ import torch
 from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional
 
-from mpo_tn.torch.cost import Route, Tree
-
-_BLOCK_BYTES = 2**20
-
-
-class _Workspace(threading.local):
-    """Memory in which matrices are rebuilt on the CPU, one piece a thread, as large as the largest matrix so far.
-
-    Fresh memory of that size comes from the system page by page, which takes longer than filling it.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, *wanted: tuple[int, torch.dtype]) -> list[torch.Tensor]:
-        """One-dimensional tensors of so many entries, with whatever is in them. They last until the next call."""
-        sizes = [-(-count * dtype.itemsize // 64) * 64 for count, dtype in wanted]
-        if self.bytes.numel() < sum(sizes):
-            with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
-                self.bytes = torch.empty(sum(sizes), dtype=torch.uint8)
-        taken: list[torch.Tensor] = []
-        start = 0
-        for size, (count, dtype) in zip(sizes, wanted, strict=True):
-            taken.append(self.bytes[start : start + count * dtype.itemsize].view(dtype))
-            start += size
-        return taken
-
-
-_workspace = _Workspace()
+from mpo_tn.torch._merge import (
+    any_wanted,
+    give_back,
+    merge_parts,
+    merge_tree,
+    merged_matrix,
+    passing_product,
+    spread,
+    workspace,
+)
+from mpo_tn.torch.cost import Route
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -56,91 +28,6 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if autocast_dtype(device) is None:  # an autocast object takes longer to make than a small product
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-Node = tuple[torch.Tensor, Any]
-"""A merged tensor (left, out, in, right) and the two nodes it was merged from, None for a core."""
-
-
-def dense_matrix(cores: Sequence[torch.Tensor], tree: Tree, size: tuple[int, int]) -> torch.Tensor:
-    """The matrix (out, in) of cores merged in the order of ``tree``, cropped to ``size``; differentiable."""
-    return _cropped(_merge_tree(tree, cores)[0], size)
-
-
-def _cropped(merged: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return merged.reshape(merged.shape[1], merged.shape[2])[: size[0], : size[1]]
-
-
-def _transient_matrix(
-    parts: Sequence[Node] | None, core: torch.Tensor, size: tuple[int, int], dtype: torch.dtype | None
-) -> torch.Tensor:
-    """The matrix merged from two parts, for immediate use, or that of a single core.
-
-    On the CPU it lies in the workspace, where the next one overwrites it.
-    """
-    if parts is None:
-        matrix = _cropped(core, size)
-        return matrix if dtype is None else matrix.to(dtype)
-    a, b = parts[0][0], parts[1][0]
-    if a.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        matrix = _cropped(_merge(a, b), size)
-        return matrix if dtype is None else matrix.to(dtype)
-    _, out_a, in_a, bond = a.shape
-    _, out_b, in_b, _ = b.shape
-    row_entries = in_a * out_b * in_b
-    rows = min(out_a, max(1, _BLOCK_BYTES // (row_entries * a.element_size())))
-    flat, block = _workspace.take((out_a * row_entries, dtype or a.dtype), (rows * row_entries, a.dtype))
-    matrix = flat.view(out_a, out_b, in_a, in_b)
-    a, b = a.reshape(out_a, in_a, bond), b.reshape(bond, out_b * in_b)
-    for start in range(0, out_a, rows):
-        part = a[start : start + rows]
-        product = block[: part.shape[0] * row_entries].view(part.shape[0] * in_a, out_b * in_b)
-        torch.mm(part.reshape(part.shape[0] * in_a, bond), b, out=product)
-        matrix[start : start + rows] = product.view(-1, in_a, out_b, in_b).transpose(1, 2)
-    return matrix.view(out_a * out_b, in_a * in_b)[: size[0], : size[1]]
-
-
-def _parts(tree: Tree, cores: Sequence[torch.Tensor]) -> tuple[Node, Node] | None:
-    """What the root of a tree is merged from; None for a single core."""
-    return None if isinstance(tree, int) else (_merge_tree(tree[0], cores), _merge_tree(tree[1], cores))
-
-
-def _merge_tree(tree: Tree, cores: Sequence[torch.Tensor]) -> Node:
-    if isinstance(tree, int):
-        return cores[tree], None
-    left, right = _merge_tree(tree[0], cores), _merge_tree(tree[1], cores)
-    return _merge(left[0], right[0]), (left, right)
-
-
-def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    left, out_a, in_a, bond = a.shape
-    _, out_b, in_b, right = b.shape
-    product = torch.mm(a.reshape(-1, bond), b.reshape(bond, -1))
-    ordered = product.view(left, out_a, in_a, out_b, in_b, right).transpose(2, 3)
-    return ordered.reshape(left, out_a * out_b, in_a * in_b, right)
-
-
-def _spread(
-    tree: Tree, parts: Sequence[Node] | None, gradient: torch.Tensor, wanted: Sequence[bool],
-    found: list[torch.Tensor | None],
-) -> None:  # fmt: skip
-    """Carry the gradient of a merged tensor to the wanted cores it was merged from; the others cost nothing."""
-    if parts is None:
-        found[tree] = gradient
-        return
-    a, b = parts[0][0], parts[1][0]
-    left, out_a, in_a, bond = a.shape
-    _, out_b, in_b, right = b.shape
-    product = gradient.reshape(left, out_a, out_b, in_a, in_b, right).transpose(2, 3)
-    product = product.reshape(left * out_a * in_a, out_b * in_b * right)
-    if _any_wanted(tree[0], wanted):
-        _spread(tree[0], parts[0][1], torch.mm(product, b.reshape(bond, -1).mH).view(a.shape), wanted, found)
-    if _any_wanted(tree[1], wanted):
-        _spread(tree[1], parts[1][1], torch.mm(a.reshape(-1, bond).mH, product).view(b.shape), wanted, found)
-
-
-def _any_wanted(tree: Tree, wanted: Sequence[bool]) -> bool:
-    return wanted[tree] if isinstance(tree, int) else _any_wanted(tree[0], wanted) or _any_wanted(tree[1], wanted)
 
 
 class _Chain:
@@ -157,7 +44,7 @@ class _Chain:
 
     def __init__(self, route: Route, cores: Sequence[torch.Tensor]) -> None:
         self.from_last = route.from_last
-        self.nodes = [_merge_tree(tree, cores) for tree in route.segments]
+        self.nodes = [merge_tree(tree, cores) for tree in route.segments]
 
     def matrix(self, k: int) -> torch.Tensor:
         """Segment k as the matrix that multiplies a state from the left."""
@@ -243,7 +130,7 @@ class _Product(torch.autograd.Function):
         want_x, want_bias, _, _, _, *want_cores = ctx.needs_input_grad
         g = gradients[0]
         # The backward pass of a step can run inside of autocast.
-        with no_autocast(g.device):
+        with no_autocast(g.device), workspace(cores[0]):
             backward = _rebuild_backward if ctx.route.mode == "rebuild" else _chain_backward
             of_x, of_cores = backward(ctx, g, x, cores, want_x, want_cores)
             of_bias = g.sum(0) if want_bias else None
@@ -258,14 +145,20 @@ def _rebuild_backward(
     if not want_x and not any(want_cores):
         return None, of_cores
     tree = ctx.route.segments[0]
-    parts = _parts(tree, cores)
-    of_x = torch.mm(g, _transient_matrix(parts, cores[0], ctx.size, ctx.dtype).conj()) if want_x else None
+    parts = merge_parts(tree, cores)
+    of_x = None
+    if want_x:
+        matrix = merged_matrix(parts, cores[0], ctx.size, ctx.dtype)
+        of_x = torch.mm(g, matrix.conj())
+        give_back(matrix)
     if x is not None:
-        of_matrix = torch.mm(g.T, x.conj()).to(cores[0].dtype)
         rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
+        of_matrix = passing_product(g.T, x.conj(), kept=isinstance(tree, int))
+        if of_matrix.dtype != cores[0].dtype:
+            of_matrix = of_matrix.to(cores[0].dtype)
         if (rows, columns) != ctx.size:
             of_matrix = functional.pad(of_matrix, (0, columns - ctx.size[1], 0, rows - ctx.size[0]))
-        _spread(tree, parts, of_matrix.view(1, rows, columns, 1), want_cores, of_cores)
+        spread(tree, parts, of_matrix.view(1, rows, columns, 1), want_cores, of_cores)
     return of_x, of_cores
 
 
@@ -277,7 +170,7 @@ def _chain_backward(
     if not want_x and not any(want_cores):
         return None, of_cores
     chain = _Chain(ctx.route, cores)
-    wanted = [_any_wanted(tree, want_cores) for tree in ctx.route.segments]
+    wanted = [any_wanted(tree, want_cores) for tree in ctx.route.segments]
     # The states before the segments that want a gradient; nothing after the last of them is needed.
     last = max([0, *[k for k, want in enumerate(wanted) if want]])
     rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
@@ -293,7 +186,7 @@ def _chain_backward(
                 gradient.transpose(0, 1).reshape(matrix.shape[0], gradient.shape[0] * beside),
                 states[k].transpose(0, 1).reshape(matrix.shape[1], gradient.shape[0] * beside).mH,
             )
-            _spread(ctx.route.segments[k], chain.nodes[k][1], chain.gradient(k, of_matrix), want_cores, of_cores)
+            spread(ctx.route.segments[k], chain.nodes[k][1], chain.gradient(k, of_matrix), want_cores, of_cores)
         if not want_x and not any(wanted[:k]):
             break
         gradient = _apply(matrix.mH, gradient)
@@ -313,8 +206,20 @@ def product(
     cores: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """``x`` (tokens, in) to (tokens, out), without a gradient of its own."""
+    with workspace(cores[0]):
+        return _product_of(x, bias, route, size, dtype, cores)
+
+
+def _product_of(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    route: Route,
+    size: tuple[int, int],
+    dtype: torch.dtype | None,
+    cores: Sequence[torch.Tensor],
+) -> torch.Tensor:
     if route.mode == "rebuild":
-        matrix = _transient_matrix(_parts(route.segments[0], cores), cores[0], size, dtype)
+        matrix = merged_matrix(merge_parts(route.segments[0], cores), cores[0], size, dtype)
         return functional.linear(x, matrix, bias)
     y = apply_chain(_padded(x, _product([core.shape[2] for core in cores])), cores, route)
     y = y[:, : size[0]]

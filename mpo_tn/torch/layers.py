@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
-from mpo_tn.torch._rebuild import autocast_dtype, dense_matrix, mpo_linear, no_autocast
+from mpo_tn.torch._merge import dense_matrix
+from mpo_tn.torch._rebuild import autocast_dtype, mpo_linear, no_autocast
 from mpo_tn.torch.config import ModuleSpec
 from mpo_tn.torch.cost import Choices, Route, checked_mode, choices, rebuild_route
 

@@ -95,8 +95,7 @@ class SqueezeCallback(TrainerCallback):
         if run is None or run.stopped:
             return
         self._missing(run)
-        last = step >= state.max_steps
-        if step % self.every_steps and not (last and run.cuts):
+        if step % self.every_steps:
             return
         if self.evaluate is None:
             run.asked, control.should_evaluate = step, True

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpo_tn.batches import task_batches
 from mpo_tn.exceptions import MPOError
-from mpo_tn.run import Data, Run, Track, batch_sizes
-from mpo_tn.tasks import Split, TaskData, TextData
 from mpo_tn.torch import MPOLayer, SqueezeResult, SqueezeRound, squeeze
+from mpo_tn.tuning.batches import task_batches
+from mpo_tn.tuning.run import Data, Run, Track, batch_sizes
+from mpo_tn.tuning.tasks import Split, TaskData, TextData
 
 
 @dataclass(frozen=True)

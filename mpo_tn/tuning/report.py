@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_tn._page import drawing, figures, numbers, page, svg, table, text
-from mpo_tn.result import FinetuneResult
 from mpo_tn.torch import SqueezeResult
+from mpo_tn.tuning.result import FinetuneResult
 
 
 def number(value: float, digits: int = 1) -> str:

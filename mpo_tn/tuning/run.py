@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mpo_tn.batches import Batch, Batches, task_batches, text_batches, text_bytes
 from mpo_tn.exceptions import MPOError
-from mpo_tn.methods import Method, Prepared, load_for_task, prepare
-from mpo_tn.tasks import TaskData, TextData
 from mpo_tn.torch.folder import load_tokenizer
+from mpo_tn.tuning.batches import Batch, Batches, task_batches, text_batches, text_bytes
+from mpo_tn.tuning.methods import Method, Prepared, load_for_task, prepare
+from mpo_tn.tuning.tasks import TaskData, TextData
 
 Data = TaskData | TextData
 Track = Callable[[str, int, int], None]

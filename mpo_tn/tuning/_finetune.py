@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.files import check_target, written_beside
-from mpo_tn.methods import Method
-from mpo_tn.result import FinetuneResult, peak_rss, versions
-from mpo_tn.run import Data, NotFiniteError, Run, Settings, Track, start
-from mpo_tn.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
-from mpo_tn.tasks import TaskData, TextData
 from mpo_tn.torch.state import load_state, save_state
+from mpo_tn.tuning.methods import Method
+from mpo_tn.tuning.result import FinetuneResult, peak_rss, versions
+from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings, Track, start
+from mpo_tn.tuning.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
+from mpo_tn.tuning.tasks import TaskData, TextData
 
 __all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_folder", "finetune", "save_finetuned"]
 
@@ -43,7 +43,7 @@ def finetune(
 
     Args:
         source: a model folder or a hub name; dense, or for ``lfa`` and ``squeeze`` compressed.
-        data: from :func:`~mpo_tn.tasks.load_task`.
+        data: from :func:`~mpo_tn.tuning.tasks.load_task`.
         method: what is compressed and what trains; LFA by default.
         settings: how long.
         squeezing: for the method ``squeeze``: what follows after the epochs of LFA.
@@ -56,7 +56,7 @@ def finetune(
     any point and resumed.
 
     Raises:
-        MPOError: bad input, see :func:`mpo_tn.run.start`; a checkpoint of another run.
+        MPOError: bad input, see :func:`mpo_tn.tuning.run.start`; a checkpoint of another run.
         NotFiniteError: the loss is no number any more; the last checkpoint is kept.
 
     Source: lightweight fine-tuning and dimension squeezing of Liu, Gao et al., ACL 2021, sections 4.1 and 4.2.
