@@ -310,7 +310,7 @@ def test_nothing_builds_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a matrix was built")
 
     monkeypatch.setattr(MPOLayer, "dense_weight", never)
-    monkeypatch.setattr(layers, "contract_matrix", never)
+    monkeypatch.setattr(layers, "mpo_linear", never)
     monkeypatch.setattr(mpo_tn.network, "contract_matrix", never)
     spectra = bond_spectra(model)
     ranking = Ranking(spectra, {"0": layer.spec}, score="error_per_parameter")

@@ -182,8 +182,8 @@ def test_factorisation_that_fails_is_repeated_and_reported(monkeypatch, library,
     monkeypatch.setattr(xp.linalg, name, fail)
     mpo, report = MPO.from_matrix(matrix, SITES, Truncation(max_bond=3))
     small, _ = plain.compress(Truncation(max_bond=2))
-    used = name == "svd" or dtype in ("float32", "complex64")
-    assert any("did not converge" in note for note in report.notes) == (used and (name, dtype) not in UNUSED)
+    # The Gram matrix comes first whatever the dtype; so much is cut at the last bond that no SVD has to decide.
+    assert any("did not converge" in note for note in report.notes) == ((name, dtype) not in UNUSED)
     assert mpo.dtype == matrix.dtype
     assert abs(report.error - expected.error) <= slack(dtype, w.size, fro(w))
     assert abs(fro(host(w) - dense(mpo.cores)) - report.error) <= slack(dtype, w.size, fro(w))

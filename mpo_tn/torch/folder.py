@@ -32,11 +32,7 @@ def load_model(source: str | Path) -> Any:
     Raises:
         MPOError: no such folder, not a model, damaged or incomplete files.
     """
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise MPOError(f"{source} is not a model folder: it has no config.json")
-    if not path.is_dir() and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
-        raise MPOError(f"there is no model folder {source}: give a folder with config.json and weights, or a hub name")
+    check_source(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         names = config.architectures or []
@@ -56,12 +52,26 @@ def load_model(source: str | Path) -> Any:
     return model.eval()
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse what is neither a model folder nor can be a name on the hub.
+
+    Raises:
+        MPOError: no such folder, or one that holds no model.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise MPOError(f"{source} is not a model folder: it has no config.json")
+    if not path.is_dir() and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
+        raise MPOError(f"there is no model folder {source}: give a folder with config.json and weights, or a hub name")
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        MPOError: there is none.
+        MPOError: there is none, or no such folder.
     """
+    check_source(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
