@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mpo_tn import Sites
 from mpo_tn.torch import ModuleSpec, MPOLinear
+from mpo_tn.torch._merge import free_workspace
 from mpo_tn.torch.cost import choices
 
 try:
@@ -112,6 +113,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) ->
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        x.grad = None
 
     return run
 
@@ -131,7 +133,7 @@ def training_table(repeats: int, tokens: int) -> None:
             "LFA, full bonds": training_stack(sites, 10**6, depth),
             "LFA, bond 64": training_stack(sites, 64, depth),
         }
-        x = torch.randn(tokens, sites.shape[1])
+        x = torch.randn(tokens, sites.shape[1], requires_grad=True)  # as inside of a model
         medians, _ = take_turns({kind: step(*pair, x) for kind, pair in made.items()}, repeats)
         counts = {kind: sum(p.numel() for g in o.param_groups for p in g["params"]) for kind, (_, o) in made.items()}
         for kind, seconds in medians.items():
@@ -145,6 +147,8 @@ def peak_of(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor)
 
     Counted rather than read from the system, whose allocator adds a random 10 %.
     """
+    free_workspace()  # may be larger than this stack needs
+    step(model, optimizer, x)()
     with LiveTensors() as live:
         states = [value for state in optimizer.state.values() for value in state.values()]
         for value in (*model.parameters(), *states, x):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpo_tn.torch._merge import free_workspace
 from mpo_tn.torch.config import ModuleSpec
 
 
@@ -298,11 +299,9 @@ def peak_of_a_step(layers: list[Any], tokens: int) -> int:
 
 @pytest.mark.parametrize("tokens", [8, 64, 1000])
 def test_a_step_that_trains_auxiliaries_needs_no_more_memory_than_full_fine_tuning(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
 ) -> None:
-    from mpo_tn.torch import _merge
-
-    monkeypatch.setattr(_merge, "_workspace", _merge._Workspace())
+    free_workspace()  # of other tests
     wide, narrow = (2, 4, 6, 4, 2), (2, 4, 4, 4, 2)
     up, down = spec_of(wide, narrow, 10**6), spec_of(narrow, wide, 10**6)
     options: Any = {"dtype": torch.float32, "frozen": (2,)}
@@ -332,4 +331,5 @@ def test_a_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = layer(x)
     for block in (1, 3000, 10**9):
         monkeypatch.setattr(_merge, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(_merge, "_BLOCK_ROWS", min(block, 64))
         close(layer(x), whole)
