@@ -197,7 +197,7 @@ MISTAKES = {
         ("finetune", "{encoder}", "--task", "RTE", "--data-dir", "{mrpc}"),
         "it has no column 'sentence1' and no 'sentence2' and no 'label', its columns are 'Quality'",
     ),
-    "no model": (("finetune", "{mrpc}", "--task", "MRPC", "--data-dir", "{mrpc}"), "no tokenizer that can be read"),
+    "no model": (("finetune", "{mrpc}", "--task", "MRPC", "--data-dir", "{mrpc}"), "is not a model folder"),
     "delta negative": (("squeeze", "{encoder}", "--task", "MRPC", "--delta", "-1"), "delta=-1"),
     "no squeezed run": (
         ("finetune", "{encoder}", "--task", "MRPC", "--method", "one-shot", "--bonds-from", "{mrpc}"), "result.json"
