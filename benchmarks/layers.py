@@ -8,18 +8,20 @@ one after another, which do not fit there, as in a model.
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from common import SEED, header, print_head, print_row, take_turns  # isort: skip
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mpo_tn import Sites
 from mpo_tn.torch import ModuleSpec, MPOLinear
+from mpo_tn.torch._merge import free_workspace
 from mpo_tn.torch.cost import choices
 
 try:
@@ -111,6 +113,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) ->
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        x.grad = None
 
     return run
 
@@ -123,46 +126,58 @@ TRAINED = {
 
 def training_table(repeats: int, tokens: int) -> None:
     print(f"\nOne step (forward, backward, AdamW) at {tokens} tokens; LFA trains all cores but the central one.\n")
-    print_head("layers", "method", "ms", "of full fine-tuning", "trained numbers", "peak MiB above idle")
+    print_head("layers", "method", "ms", "of full fine-tuning", "trained numbers", "peak MiB of tensors")
     for name, (sites, depth) in TRAINED.items():
         made = {
             "full fine-tuning": training_stack(sites, None, depth),
             "LFA, full bonds": training_stack(sites, 10**6, depth),
             "LFA, bond 64": training_stack(sites, 64, depth),
         }
-        x = torch.randn(tokens, sites.shape[1])
+        x = torch.randn(tokens, sites.shape[1], requires_grad=True)  # as inside of a model
         medians, _ = take_turns({kind: step(*pair, x) for kind, pair in made.items()}, repeats)
         counts = {kind: sum(p.numel() for g in o.param_groups for p in g["params"]) for kind, (_, o) in made.items()}
         for kind, seconds in medians.items():
-            peak = peak_of(name, kind, tokens)
+            peak = peak_of(*made[kind], x)
             ratio = f"{seconds / medians['full fine-tuning']:.3f}"
             print_row(f"{2 * depth} x {name}", kind, f"{seconds * 1e3:.0f}", ratio, counts[kind], f"{peak:.0f}")
 
 
-def peak_of(name: str, kind: str, tokens: int) -> float:
-    """Peak resident memory of two steps in a process of its own, above what it had before the model was built."""
-    import subprocess
+def peak_of(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
+    """MiB of all tensors alive at the worst moment of a step, parameters, optimiser and workspaces included.
 
-    run = [sys.executable, __file__, "--peak", name, kind, "--tokens", str(tokens)]
-    return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def print_peak(name: str, kind: str, tokens: int) -> None:
-    sites, depth = TRAINED[name]
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the thread pool and its memory
-    gc.collect()
-    before = _resident("VmRSS")
-    cap = {"full fine-tuning": None, "LFA, full bonds": 10**6, "LFA, bond 64": 64}[kind]
-    run = step(*training_stack(sites, cap, depth), torch.randn(tokens, sites.shape[1]))
-    for _ in range(2):  # the second has the optimiser's state
-        run()
-    print((_resident("VmHWM") - before) / 1024)
+    Counted rather than read from the system, whose allocator adds a random 10 %.
+    """
+    free_workspace()  # may be larger than this stack needs
+    step(model, optimizer, x)()
+    with LiveTensors() as live:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        for value in (*model.parameters(), *states, x):
+            live.count(value)
+        step(model, optimizer, x)()
+    return live.peak / 2**20
 
 
-def _resident(field: str) -> int:
-    """KiB; the peak that ``resource`` knows is inherited from the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+class LiveTensors(TorchDispatchMode):
+    """Adds up the memory of all tensors that any operation has touched and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def count(self, value: torch.Tensor) -> None:
+        """Count a tensor from now on; views of the same memory count once."""
+        storage = value.untyped_storage()
+        self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            if isinstance(value, torch.Tensor):
+                self.count(value)
+        self.held = {key: entry for key, entry in self.held.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return result
 
 
 def main() -> None:
@@ -170,12 +185,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a training step")
     parser.add_argument("--only", choices=("forward", "training"))
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(SEED)
-    if options.peak:
-        print_peak(*options.peak, options.tokens)
-        return
     print(header(options.repeats))
     if options.only != "training":
         forward_table(options.repeats)

@@ -36,8 +36,6 @@ EPS = {
 _SQUARES_IN_RANGE = (1e-140, 1e140)
 """Norms whose square is in range, and the square of whose entries is where they matter to 16 digits."""
 
-_GEQRT_BLOCK = 32
-
 _PIECE = 2**16
 """Entries of an array that are widened at once in order to be summed."""
 
@@ -385,13 +383,15 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 
 
 def triangle(matrix: Array) -> Array:
-    """The ``r`` of :func:`qr` alone, which is half the work; on NumPy by LAPACK's recursive ``geqrt``."""
-    if not isinstance(matrix, np.ndarray):
-        r = namespace(matrix).linalg.qr(matrix, mode="r")[1]
-        return r if bool(namespace(matrix).all(namespace(matrix).isfinite(r))) else qr(matrix)[1]
-    (geqrt,) = scipy.linalg.get_lapack_funcs(("geqrt",), (matrix,))
-    rank = min(matrix.shape)
-    return np.triu(geqrt(min(rank, _GEQRT_BLOCK), matrix)[0][:rank])
+    """The ``r`` of :func:`qr` alone, which is half the work.
+
+    Not by SciPy's recursive ``geqrt``: on one thread that takes a fifth less time, but on two its own pool of threads
+    and NumPy's get in each other's way, and a sweep takes more than twice as long.
+    """
+    if isinstance(matrix, np.ndarray):
+        return np.linalg.qr(matrix, mode="r")
+    r = namespace(matrix).linalg.qr(matrix, mode="r")[1]
+    return r if bool(namespace(matrix).all(namespace(matrix).isfinite(r))) else qr(matrix)[1]
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mode_helpers import COMPUTING, LARGER, MODES, SMALL, agrees, layer_of, spec_of, specs
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpo_tn.torch._merge import free_workspace
 from mpo_tn.torch.config import ModuleSpec
 
 
@@ -252,6 +256,61 @@ def test_inference_mode_and_training_take_turns() -> None:
             larger(torch.randn(2, 64, dtype=torch.float64))
 
 
+class LiveTensors(TorchDispatchMode):
+    """Adds up the memory of all tensors that any operation has touched and that are still alive."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self.count(known)
+
+    def count(self, values: Any) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count((args, kwargs, result))
+        self.held = {key: entry for key, entry in self.held.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return result
+
+
+def peak_of_a_step(layers: list[Any], tokens: int) -> int:
+    """Bytes of tensors at the worst moment of a step with AdamW, its state and all parameters included."""
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    x = torch.randn(tokens, layers[0].in_features)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    with LiveTensors(*model.parameters(), *states, x) as live:
+        step()
+    return live.peak
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 1000])
+def test_a_step_that_trains_auxiliaries_needs_no_more_memory_than_full_fine_tuning(
+    tokens: int,
+) -> None:
+    free_workspace()  # of other tests
+    wide, narrow = (2, 4, 6, 4, 2), (2, 4, 4, 4, 2)
+    up, down = spec_of(wide, narrow, 10**6), spec_of(narrow, wide, 10**6)
+    options: Any = {"dtype": torch.float32, "frozen": (2,)}
+    mpo = [layer_of(spec, "rebuild", **options) for spec in (up, down, up)]
+    dense = [torch.nn.Linear(spec.in_features, spec.out_features) for spec in (up, down, up)]
+    assert sum(layer.spec.num_parameters for layer in mpo) > sum(layer.weight.numel() for layer in dense)
+    assert peak_of_a_step(mpo, tokens) <= peak_of_a_step(dense, tokens)
+
+
 def test_a_result_outlives_the_next_call() -> None:
     """The matrix is overwritten by the next one; nothing that was returned may be."""
     layer, other = layer_of(LARGER, "rebuild"), layer_of(LARGER, "rebuild", seed=1)
@@ -272,4 +331,5 @@ def test_a_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = layer(x)
     for block in (1, 3000, 10**9):
         monkeypatch.setattr(_merge, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(_merge, "_BLOCK_ROWS", min(block, 64))
         close(layer(x), whole)

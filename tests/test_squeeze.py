@@ -140,7 +140,7 @@ def test_cuts_without_training_and_no_matrix_is_built(monkeypatch: pytest.Monkey
         raise AssertionError("a matrix was built")
 
     monkeypatch.setattr(MPOLayer, "dense_weight", never)
-    monkeypatch.setattr(layers, "contract_matrix", never)
+    monkeypatch.setattr(layers, "mpo_linear", never)
     result = squeeze(task.model, evaluate=lambda model: 1.0, delta=0, optimizer=task.optimizer)
     assert result.stopped == "nothing left to cut"
     assert {bond for bonds in task.bonds().values() for bond in bonds} == {1}

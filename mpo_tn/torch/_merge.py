@@ -22,6 +22,7 @@ from torch import nn
 from mpo_tn.torch.cost import Tree
 
 _BLOCK_BYTES = 2**20
+_BLOCK_ROWS = 64  # fewer make slow matrix products
 _MOST_KEPT_BYTES = 2**28
 
 Node = tuple[torch.Tensor, Any]
@@ -65,6 +66,10 @@ class _Workspace(threading.local):
         self._busy.append(buffer)
         return buffer[:size].view(dtype)
 
+    def drop(self) -> None:
+        """Forget the memory that is not in use."""
+        self._idle = []
+
     def give_back(self, value: torch.Tensor) -> None:
         """Let the memory of what :meth:`take` gave be used again."""
         for buffer in self._busy:
@@ -75,6 +80,11 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
+
+
+def free_workspace() -> None:
+    """Give the memory back that this thread keeps for merging."""
+    _workspace.drop()
 
 
 def workspace(core: torch.Tensor) -> AbstractContextManager[None]:
@@ -148,7 +158,7 @@ def merge(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) ->
         torch.mm(a, b, out=ordered.view(rows * in_a, out_b * columns))
         return ordered.view(shape)
     # In blocks: each is put in order while it is in the cache.
-    at_once = min(rows, max(1, _BLOCK_BYTES // (entries * a.element_size())))
+    at_once = min(rows, max(1, _BLOCK_BYTES // (entries * a.element_size()), _BLOCK_ROWS // in_a))
     block = _workspace.take(at_once * entries, a.dtype).view(at_once * in_a, out_b * columns)
     for start in range(0, rows, at_once):
         count = min(at_once, rows - start)
@@ -186,12 +196,16 @@ def spread(
     else:
         product = ordered
     product = product.reshape(rows * in_a, out_b * columns)
-    for tree_of, node, of_first in ((tree[0], parts[0], True), (tree[1], parts[1], False)):
-        if any_wanted(tree_of, wanted):
-            one = product if of_first else a.reshape(rows * in_a, bond).mH
-            other = b.reshape(bond, out_b * columns).mH if of_first else product
-            part = passing_product(one, other, kept=node[1] is None)
-            spread(tree_of, node[1], part.view(node[0].shape), wanted, found)
+    both = any_wanted(tree[1], wanted)
+    if any_wanted(tree[0], wanted):
+        part = passing_product(product, b.reshape(bond, out_b * columns).mH, kept=parts[0][1] is None)
+        if not both:
+            give_back(product)
+        spread(tree[0], parts[0][1], part.view(a.shape), wanted, found)
+    if both:
+        part = passing_product(a.reshape(rows * in_a, bond).mH, product, kept=parts[1][1] is None)
+        give_back(product)
+        spread(tree[1], parts[1][1], part.view(b.shape), wanted, found)
 
 
 def passing_product(a: torch.Tensor, b: torch.Tensor, *, kept: bool) -> torch.Tensor:

@@ -22,6 +22,9 @@ from mpo_tn.torch._merge import (
 )
 from mpo_tn.torch.cost import Route
 
+_NARROW = 64
+"""Fewer columns than this make slow matrix products."""
+
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Contract in the dtype of the cores: autocast then rounds the weight once, as it does a dense one."""
@@ -34,7 +37,7 @@ class _Chain:
     """The sweep over the segments of a chain. Between two steps a state has the shape (batch, taken, beside).
 
     From the last segment, with what is left of ``x`` in the batch and what is there of ``y`` beside; each segment
-    multiplies from the left in the layout it has, and nothing is ever transposed::
+    multiplies from the left in the layout it has, and only narrow states are ever transposed::
 
         (tokens i_1 ... i_k-1,  i_k bond_k,    o_k+1 ... o_n)  before
         (tokens i_1 ... i_k-1,  bond_k-1 o_k,  o_k+1 ... o_n)  after
@@ -87,8 +90,12 @@ def _product(sizes: Sequence[int]) -> int:
 
 def _apply(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """``matrix`` (given, taken) times every member of ``state`` (batch, taken, beside)."""
-    if state.shape[2] == 1:
-        return torch.mm(state.reshape(state.shape[0], state.shape[1]), matrix.T).unsqueeze(2)
+    batch, taken, beside = state.shape
+    if beside == 1:
+        return torch.mm(state.reshape(batch, taken), matrix.T).unsqueeze(2)
+    if batch > 1 and beside < _NARROW:  # one product that reads the matrix once, for a copy of the state
+        flat = torch.mm(state.transpose(1, 2).reshape(batch * beside, taken), matrix.T)
+        return flat.view(batch, beside, matrix.shape[0]).transpose(1, 2)
     return torch.bmm(matrix.unsqueeze(0).expand(state.shape[0], -1, -1), state)
 
 

@@ -366,7 +366,8 @@ def _step(shapes: Sequence[Shape], first: int, last: int, *, from_last: bool) ->
     else:
         beside = math.prod(shape[1] for shape in before) * math.prod(shape[2] for shape in after)
         taken, given = left * in_, out * right
-    return _product(0, taken, given, tokens=beside), beside * given
+    # Putting what it takes and gives in order moves both once more.
+    return _product(0, taken, given, tokens=beside) + Cost(moved_per_token=beside * (taken + given)), beside * given
 
 
 def _legs(shapes: Sequence[Shape], first: int, last: int) -> int:

@@ -32,7 +32,7 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
     cannot see is writing through ``core.data.copy_()``: set the mode again after that. With gradients on, modules whose
     cores require them compute as in ``"rebuild"``, and so does everything that torch compiles or exports.
 
-    The mode is not saved with the model.
+    The mode is not saved with the model. Embeddings have one too, but gather the rows asked for in every mode.
 
     Raises:
         MPOError: an unknown mode, or no MPO module (whose name matches).
