@@ -371,6 +371,33 @@ def test_killed_and_resumed_is_bit_equal(
         assert result.squeezing["bonds"] == expected.squeezing["bonds"] != result.squeezing["start_bonds"]
 
 
+def test_rounds_that_are_done_are_not_done_again(
+    places: dict[str, Path], mrpc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without an epoch before the squeezing, as ``mpo-tn squeeze`` runs; the bits would not tell."""
+
+    def go(folder: Path | None, resume: bool = False, **changes: Any) -> Any:
+        settings = replace(QUICK, epochs=0, **changes)
+        how = method("squeeze")
+        return finetune(places["encoder"], mrpc, how, settings, squeezing=SQUEEZE, folder=folder, resume=resume)
+
+    expected, model = go(None)
+    rounds = len(expected.squeezing["rounds"])
+    assert rounds >= 2
+    assert expected.steps == rounds * SQUEEZE.tune_steps
+    with monkeypatch.context() as patch:
+        kill_at(patch, SQUEEZE.tune_steps + 1)
+        with pytest.raises(Killed):
+            go(tmp_path)
+    with pytest.raises(MPOError, match="another run: batch_size was"):
+        go(tmp_path, resume=True, batch_size=QUICK.batch_size + 1)
+    with monkeypatch.context() as patch:
+        kill_at(patch, expected.steps - SQUEEZE.tune_steps)  # one step more would be one too many
+        result, again = go(tmp_path, resume=True)
+    assert equal(state(model), state(again))
+    assert result.squeezing["bonds"] == expected.squeezing["bonds"]
+
+
 def test_a_checkpoint_of_another_run_is_refused(places: dict[str, Path], mrpc: Any, tmp_path: Path) -> None:
     finetune(places["encoder"], mrpc, method("lfa"), replace(QUICK, max_steps=3), folder=tmp_path)
     for how, settings, key in (

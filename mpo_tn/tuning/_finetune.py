@@ -175,6 +175,8 @@ def _phases(
     per_epoch = run.train.per_epoch
     if result.squeezing is None:
         where = keeper.folder / "squeezing" if keeper.folder else None
+        if keeper.saved_at is None:  # no epoch before: without a checkpoint the rounds would not be known as this run's
+            keeper.save()
         squeezed = squeeze_run(run, squeezing, folder=where, gap_data=gap_data, resume=keeper.resumed, track=track)
         result.squeezing = json.loads(json.dumps(squeezed.to_dict()))  # the same as after a restart: no tuples
         keeper.squeezed_to = {"begin": run.done, "end": run.done + squeezing.final_epochs * per_epoch}
