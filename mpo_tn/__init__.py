@@ -6,6 +6,7 @@ tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 
 from mpo_tn._accuracy import OperatorNorm
 from mpo_tn._refine import FitReport
+from mpo_tn._truncated import truncated
 from mpo_tn.bounds import ErrorBounds, Spectra
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
@@ -25,4 +26,5 @@ __all__ = [
     "Spectra",
     "Truncation",
     "__version__",
+    "truncated",
 ]

@@ -119,7 +119,8 @@ def check_values(array: Array, what: str) -> None:
     xp = namespace(array)
     if getattr(array, "requires_grad", False):
         raise MPOError(
-            f"{what} requires grad, and cores are defined only up to a gauge, so they have no gradient: pass w.detach()"
+            f"{what} requires grad, and cores are defined only up to a gauge, so they have no gradient: pass "
+            "w.detach(), or use mpo_tn.truncated, whose result is a matrix"
         )
     if is_traced(array):
         raise MPOError(
@@ -279,6 +280,20 @@ def interleave(matrix: Array, out: tuple[int, ...], in_: tuple[int, ...]) -> Arr
     order = [axis for k in range(len(out)) for axis in (k, len(out) + k) if sizes[axis] > 1]
     tensor = xp.reshape(matrix, tuple(sizes[axis] for axis in kept))
     return xp.reshape(xp.permute_dims(tensor, tuple(kept.index(axis) for axis in order)), (-1,))
+
+
+def deinterleave(vector: Array, out: tuple[int, ...], in_: tuple[int, ...]) -> Array:
+    """The matrix (out, in) of a vector ordered by ``(out_1, in_1, ..., out_n, in_n)``: the inverse of `interleave`.
+
+    >>> matrix = np.arange(24.0).reshape(4, 6)
+    >>> bool((deinterleave(interleave(matrix, (2, 2), (3, 2)), (2, 2), (3, 2)) == matrix).all())
+    True
+    """
+    xp = namespace(vector)
+    pairs = [(out[k], in_[k]) for k in range(len(out)) if out[k] * in_[k] > 1]
+    tensor = xp.reshape(vector, tuple(size for pair in pairs for size in pair))
+    order = (*range(0, 2 * len(pairs), 2), *range(1, 2 * len(pairs), 2))
+    return xp.reshape(xp.permute_dims(tensor, order), (math.prod(out), math.prod(in_)))
 
 
 def tails(values: np.ndarray) -> np.ndarray:
