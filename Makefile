@@ -39,6 +39,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/compress.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/bounds.py
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/training.py
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -102,3 +102,12 @@ def write_text(folder: Path, *, valid: bool = True) -> Path:
     if valid:
         (folder / "valid.txt").write_text("\n".join(line for _ in range(5)))
     return folder
+
+
+def write_all(root: Path) -> dict[str, Path]:
+    """Two models and a folder for every kind of task, by name."""
+    writers = {
+        "encoder": write_encoder, "decoder": write_decoder, "mrpc": write_mrpc, "stsb": write_stsb, "sst2": write_sst2,
+        "text": write_text,
+    }  # fmt: skip
+    return {name: write(root / name) for name, write in writers.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from task_folders import write_decoder, write_encoder, write_mrpc, write_stsb, write_text
+from task_folders import write_all
 
 from mpo_tn import cli
 from mpo_tn.torch import MPOLayer
@@ -24,14 +24,7 @@ SMALL = ("--batch-size", "12", "--sites", "3", "--max-length", "24")
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("train")
-    return {
-        "encoder": write_encoder(root / "encoder"),
-        "decoder": write_decoder(root / "decoder"),
-        "mrpc": write_mrpc(root / "mrpc"),
-        "stsb": write_stsb(root / "stsb"),
-        "text": write_text(root / "text"),
-    }
+    return write_all(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture

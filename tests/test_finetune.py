@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from task_folders import write_decoder, write_encoder, write_mrpc, write_sst2, write_stsb, write_text
+from task_folders import write_all
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOLayer, freeze
@@ -30,15 +30,7 @@ SQUEEZE = Squeezing(delta=200.0, cuts_per_round=15, tune_steps=2, max_rounds=3)
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("finetune")
-    return {
-        "encoder": write_encoder(root / "encoder"),
-        "decoder": write_decoder(root / "decoder"),
-        "mrpc": write_mrpc(root / "mrpc"),
-        "stsb": write_stsb(root / "stsb"),
-        "sst2": write_sst2(root / "sst2"),
-        "text": write_text(root / "text"),
-    }
+    return write_all(tmp_path_factory.mktemp("finetune"))
 
 
 @pytest.fixture

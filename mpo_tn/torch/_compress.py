@@ -16,6 +16,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites
+from mpo_tn.torch._units import count_parameters
 from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
 from mpo_tn.torch.legs import legs_for
@@ -160,7 +161,7 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
     (True, ['MPOLinear', 'ReLU', 'MPOLinear'])
     """
     units, skipped = _find_units(model, config)
-    before = _count_parameters(model)
+    before = count_parameters(model)
     layers: list[LayerReport] = []
     replacements: list[tuple[str, nn.Module]] = []
     for done, unit in enumerate(units):
@@ -178,7 +179,7 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
         progress(len(units), len(units), units[-1].name)
     for callback in _after_compress:
         callback(model, config)
-    return CompressionReport(tuple(layers), skipped, before, _count_parameters(model))
+    return CompressionReport(tuple(layers), skipped, before, count_parameters(model))
 
 
 def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]:
@@ -237,10 +238,6 @@ def _find_units(model: nn.Module, config: MPOConfig) -> tuple[list[Unit], dict[s
     if any(isinstance(module, MPOLayer) for module in model.modules()):
         raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
     return find_units(model, config.target_modules, config.exclude_modules)
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _legs_and_cap(unit: Unit, config: MPOConfig) -> tuple[Sites, int | None]:

@@ -111,11 +111,6 @@ def set_training(flags: dict[nn.Module, bool]) -> None:
         module.train(training)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Of the whole model, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def as_number(value: Any, source: str) -> float:
     """What a caller's function returned, as a float."""
     try:

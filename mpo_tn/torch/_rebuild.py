@@ -214,23 +214,12 @@ def product(
 ) -> torch.Tensor:
     """``x`` (tokens, in) to (tokens, out), without a gradient of its own."""
     with workspace(cores[0]):
-        return _product_of(x, bias, route, size, dtype, cores)
-
-
-def _product_of(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    route: Route,
-    size: tuple[int, int],
-    dtype: torch.dtype | None,
-    cores: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    if route.mode == "rebuild":
-        matrix = merged_matrix(merge_parts(route.segments[0], cores), cores[0], size, dtype)
-        return functional.linear(x, matrix, bias)
-    y = apply_chain(_padded(x, _product([core.shape[2] for core in cores])), cores, route)
-    y = y[:, : size[0]]
-    return y.contiguous() if bias is None else y + bias
+        if route.mode == "rebuild":
+            matrix = merged_matrix(merge_parts(route.segments[0], cores), cores[0], size, dtype)
+            return functional.linear(x, matrix, bias)
+        y = apply_chain(_padded(x, _product([core.shape[2] for core in cores])), cores, route)
+        y = y[:, : size[0]]
+        return y.contiguous() if bias is None else y + bias
 
 
 def mpo_linear(

@@ -15,10 +15,10 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch._cuts import Score
 from mpo_tn.torch._moments import OptimizerLike, check_optimizer, unwrapped
-from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once, set_training, training_flags
+from mpo_tn.torch._policy import Policy, as_number, cut_once, set_training, training_flags
 from mpo_tn.torch._run_folder import RunFolder
-from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound, bonds_after
-from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units
+from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound, bonds_after, outcome
+from mpo_tn.torch._units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
 from mpo_tn.torch.state import TrainingState, capture, random_digest, restore
 
 Progress = Callable[[int, int, str], None]
@@ -162,7 +162,7 @@ class _Run:
                         on_round(part)
                     if progress:
                         progress(len(self.rounds), self.policy.max_steps, _line(part))
-            except BaseException:
+            except BaseException:  # an interrupt, too: whatever ends the run, the last good state is what is left
                 self.restore(good)
                 raise
             if stopped == "gap":
@@ -212,18 +212,7 @@ class _Run:
         home.write(content, state, len(self.rounds))
 
     def result(self, stopped: str, reference: float) -> SqueezeResult:
-        accepted = [part for part in self.rounds if part.accepted]
-        return SqueezeResult(
-            rounds=tuple(self.rounds),
-            stopped=stopped,
-            best_round=len(accepted),
-            reference=reference,
-            value=accepted[-1].value if accepted else reference,
-            start_bonds=self.start,
-            bonds=all_bonds(self.units),
-            kept=kept_ratio(self.units.values()),
-            parameters=count_parameters(self.model),
-        )
+        return outcome(self.model, self.units, self.rounds, stopped, reference, self.start)
 
     def reason_to_stop(self) -> str:
         """Why there is no further round, or an empty string."""

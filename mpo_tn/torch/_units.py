@@ -90,6 +90,11 @@ def kept_ratio(units: Iterable[MPOUnit]) -> float:
     return sum(s.num_parameters for s in specs) / sum(s.out_features * s.in_features for s in specs)
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Of the whole model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def all_bonds(units: Mapping[str, MPOUnit]) -> dict[str, tuple[int, ...]]:
     """The bonds of every unit."""
     return {name: unit.spec.bonds for name, unit in units.items()}

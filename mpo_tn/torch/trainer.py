@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.torch._cuts import RankedCut, Score
 from mpo_tn.torch._moments import check_optimizer
-from mpo_tn.torch._policy import Policy, as_number, count_parameters, cut_once, set_training, training_flags
-from mpo_tn.torch._trajectory import Bonds, SqueezeResult, SqueezeRound
-from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, mpo_units
+from mpo_tn.torch._policy import Policy, as_number, cut_once, set_training, training_flags
+from mpo_tn.torch._trajectory import Bonds, SqueezeResult, SqueezeRound, outcome
+from mpo_tn.torch._units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
 from mpo_tn.torch.state import TrainingState, capture, random_digest, restore
 
 if TYPE_CHECKING:  # importing these takes a second
@@ -204,19 +204,8 @@ class _Run:
         restore(self.good, self.model, self.optimizer)
 
     def summary(self) -> SqueezeResult:
-        accepted = [part for part in self.rounds if part.accepted]
         reference = math.nan if self.reference is None else self.reference
-        return SqueezeResult(
-            rounds=tuple(self.rounds),
-            stopped=self.stopped or "max_steps",
-            best_round=len(accepted),
-            reference=reference,
-            value=accepted[-1].value if accepted else reference,
-            start_bonds=self.start,
-            bonds=all_bonds(self.units),
-            kept=kept_ratio(self.units.values()),
-            parameters=count_parameters(self.model),
-        )
+        return outcome(self.model, self.units, self.rounds, self.stopped or "max_steps", reference, self.start)
 
 
 def _check_trainer(args: TrainingArguments, state: TrainerState) -> None:
