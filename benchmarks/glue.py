@@ -2,7 +2,7 @@
 
 ``python benchmarks/glue.py run DATA_DIR RESULTS --tasks MRPC --seeds 0 1`` makes the runs that are missing in RESULTS,
 one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables.
-The squeezed run of a task, seed and kept ratio comes first: the controls take its bonds and its number of steps.
+The squeezed runs of a task and seed come before their controls, which take their bonds and their number of steps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +24,113 @@ import transformers
 
 from mpo_tn.demo import demo_model
 from mpo_tn.files import write_whole
-from mpo_tn.tuning import Method, Settings, Squeezing, finetune, load_task
+from mpo_tn.torch.state import capture, restore
+from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing, TaskData, finetune, load_task
+from mpo_tn.tuning._finetune import fill_in, new_result
+from mpo_tn.tuning.run import start
+from mpo_tn.tuning.squeezing import falling, recount, squeeze_run
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
-EPOCHS = 3
-TUNED_EPOCHS, FINAL_EPOCHS = 2, 1
-"""Of a squeezed run: on full bonds before the first cut, and after the last one."""
+EPOCHS = {"SST-2": 2}
+"""Where it is not three. A squeezed run has one less on full bonds, and one after the last cut."""
 CUTS, STEPS = 150, 15
 """Of a round of squeezing: bonds lowered by one, and training steps after them."""
-KEPT = (0.6, 0.4, 0.8)
+KEPT = (0.8, 0.6, 0.4)
 LIMIT = {"SST-2": 10_000}
 PLAIN = ("full", "lfa", "lora", "last-layers")
 CONTROLS = ("one-shot", "low-rank")
+RATES: dict[str, dict[str, float]] = {}
+"""Learning rates that are not the defaults of ``Method``."""
 
 
-def rows(plain: tuple[str, ...] = PLAIN, kept: tuple[float, ...] = KEPT) -> list[tuple[str, float | None]]:
+@dataclass(frozen=True)
+class Maker:
+    """Makes the runs of one task and seed that are missing in a folder."""
+
+    data: TaskData
+    seed: int
+    results: Path
+    bf16: bool
+
+    def make(self, plain: list[str], kept: list[float]) -> None:
+        """The rows named, the squeezed ones before their controls."""
+        for name in plain:
+            if not self.file(name).exists():
+                self.tune(name, None, method(name), self.settings(self.epochs))
+        kept = sorted(kept, reverse=True)
+        if any(not self.file("squeeze", keep).exists() for keep in kept):
+            self.squeeze(kept)
+        for keep in kept:
+            squeezed = json.loads(self.file("squeeze", keep).read_text(encoding="utf-8"))
+            for name in CONTROLS:
+                if not self.file(name, keep).exists():
+                    how = method(name, bonds=squeezed["squeezing"]["bonds"])
+                    self.tune(name, keep, how, self.settings(max_steps=squeezed["steps"]))
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training set."""
+        return EPOCHS.get(self.data.name, 3)
+
+    def settings(self, epochs: int = 3, max_steps: int | None = None) -> Settings:
+        """The settings of a run; ``max_steps`` comes before ``epochs``."""
+        return Settings(epochs=epochs, max_steps=max_steps, seed=self.seed, bf16=self.bf16)
+
+    def file(self, row: str, keep: float | None = None) -> Path:
+        """Where a run is kept."""
+        return self.results / f"{self.data.name}-{self.seed}-{row}{'' if keep is None else f'-{keep:g}'}.json"
+
+    def tune(self, row: str, keep: float | None, how: Method, settings: Settings) -> None:
+        """One run without squeezing."""
+        result, _ = finetune(demo_model(), self.data, how, settings)
+        self.write(row, keep, result)
+
+    def squeeze(self, kept: list[float]) -> None:
+        """One way down through all kept ratios; at each a final epoch is tuned, and then gone back on."""
+        began = time.perf_counter()
+        how = method("squeeze")
+        run = start(demo_model(), self.data, how, self.settings(self.epochs - 1))
+        while run.done < run.steps:
+            run.step()
+        rounds: list[dict[str, Any]] = []
+        for keep in kept:
+            # No delta: the rows are compared at equal bonds, not at equal loss.
+            squeezing = Squeezing(delta=100.0, cuts_per_round=CUTS, tune_steps=STEPS, keep=keep, final_epochs=1)
+            squeezed = json.loads(json.dumps(squeeze_run(run, squeezing).to_dict()))
+            rounds += [{key: value for key, value in part.items() if key != "cuts"} for part in squeezed["rounds"]]
+            state, done, taken, tokens = capture(run.model, run.optimizer), run.done, len(run.losses), run.tokens
+            run.rate = falling(done, done + run.train.per_epoch, squeezing.rate)
+            for _ in range(run.train.per_epoch):
+                run.step()
+            result = new_result(run, how, squeezing, "")
+            result.squeezing = {**squeezed, "rounds": rounds}
+            result.scores = [run.evaluate()]
+            fill_in(result, run, time.perf_counter() - began)
+            self.write("squeeze", keep, result)
+            restore(state, run.model, run.optimizer)
+            run.done, run.tokens = done, tokens
+            del run.losses[taken:], run.seconds[taken:]
+            recount(run)
+
+    def write(self, row: str, keep: float | None, result: FinetuneResult) -> None:
+        """Keep a run, without anything that belongs to this machine alone."""
+        document = {**result.to_dict(), "row": row, "keep": keep, "threads": torch.get_num_threads()}
+        document["settings"]["source"] = "all-MiniLM-L6-v2"
+        document["settings"]["data"] = self.data.name  # a name, not a place on this machine
+        file = self.file(row, keep)
+        write_whole(file, json.dumps(document, indent=1, default=float).encode())
+        print(f"{file.stem}: {result.headline:.2f} after {result.steps} steps, {result.seconds:.0f} s", flush=True)
+
+
+def method(name: str, **options: Any) -> Method:
+    """A method on the matrices of the encoder, at its learning rates."""
+    return Method(name, target=ENCODER, **RATES.get(name, {}), **options)
+
+
+def rows() -> list[tuple[str, float | None]]:
     """Every row of the table: the method and the kept ratio it is squeezed to."""
-    squeezed = [(method, keep) for keep in kept for method in ("squeeze", *CONTROLS)]
-    return [*((method, None) for method in plain), *squeezed]
-
-
-def run_one(task: str, seed: int, method: str, keep: float | None, data_dir: Path, results: Path, bf16: bool) -> None:
-    """One run, into one file, unless it is there."""
-    file = results / f"{task}-{seed}-{method}{'' if keep is None else f'-{keep:g}'}.json"
-    if file.exists():
-        return
-    data = load_task(task, data_dir, limit=LIMIT.get(task))
-    settings = Settings(epochs=EPOCHS, seed=seed, bf16=bf16)
-    squeezing = None
-    how = Method(method, target=ENCODER) if keep is None else None
-    if method == "squeeze":
-        how = Method("squeeze", target=ENCODER)
-        settings = Settings(epochs=TUNED_EPOCHS, seed=seed, bf16=bf16)
-        # No delta: the rows are compared at equal bonds, not at equal loss.
-        squeezing = Squeezing(delta=100.0, cuts_per_round=CUTS, tune_steps=STEPS, keep=keep, final_epochs=FINAL_EPOCHS)
-    elif keep is not None:
-        squeezed = json.loads((results / f"{task}-{seed}-squeeze-{keep:g}.json").read_text(encoding="utf-8"))
-        how = Method(method, target=ENCODER, bonds=squeezed["squeezing"]["bonds"])
-        settings = Settings(max_steps=squeezed["steps"], seed=seed, bf16=bf16)
-    transformers.logging.set_verbosity_error()  # the head is new, which need not be said every time
-    transformers.logging.disable_progress_bar()
-    result, _ = finetune(demo_model(), data, how, settings, squeezing=squeezing)
-    document = {**result.to_dict(), "row": method, "keep": keep, "threads": torch.get_num_threads()}
-    for part in (document["squeezing"] or {}).get("rounds", ()):
-        part.pop("cuts", None)  # thousands
-    write_whole(file, json.dumps(document, indent=1, default=float).encode())
-    print(f"{file.stem}: {result.headline:.2f} after {result.steps} steps, {result.seconds:.0f} s", flush=True)
+    squeezed = [(name, keep) for keep in KEPT for name in ("squeeze", *CONTROLS)]
+    return [*((name, None) for name in PLAIN), *squeezed]
 
 
 def tables(results: Path) -> str:
@@ -82,7 +145,7 @@ def tables(results: Path) -> str:
         lines += ["", f"## {task}", ""]
         head = ("row", "kept", *metrics, "seeds", "trained in the matrices", "trained in all", "steps")
         lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-        for method, keep in rows(kept=tuple(sorted(KEPT, reverse=True))):
+        for method, keep in rows():
             runs = found.get((task, method, keep), [])
             if runs:
                 lines.append(_line(method, runs, metrics))
@@ -131,10 +194,13 @@ def main() -> None:
         print(tables(arguments.results))
         return
     arguments.results.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()  # the head is new, which need not be said every time
+    transformers.logging.disable_progress_bar()
     for seed in arguments.seeds:
         for task in arguments.tasks:
-            for method, keep in rows(tuple(arguments.plain), tuple(arguments.kept)):
-                run_one(task, seed, method, keep, arguments.data_dir, arguments.results, not arguments.float32)
+            data = load_task(task, arguments.data_dir, limit=LIMIT.get(task))
+            maker = Maker(data, seed, arguments.results, not arguments.float32)
+            maker.make(arguments.plain, arguments.kept)
 
 
 if __name__ == "__main__":

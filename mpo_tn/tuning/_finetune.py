@@ -73,7 +73,7 @@ def finetune(
     if squeezing is not None and squeezing.gap_on == "held-out":
         data, gap_data = hold_out(data)
     run = start(source, data, method, settings, track)
-    result = _new_result(run, method, squeezing, str(source))
+    result = new_result(run, method, squeezing, str(source))
     keeper = _Keeper(folder, run, result, began)
     if resume:
         keeper.read()
@@ -81,7 +81,7 @@ def finetune(
         _phases(run, result, keeper, squeezing, gap_data, track)
     except NotFiniteError as error:
         raise keeper.told(error) from error
-    _finish(result, run, keeper.elapsed())
+    fill_in(result, run, keeper.elapsed())
     return result, run.prepared.finish(run.model)
 
 
@@ -208,7 +208,7 @@ def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track
             keeper.save()
 
 
-def _new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
+def new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
     """The parts of a result that are known before training."""
     data, prepared = run.data, run.prepared
     baseline, baseline_is = data.baseline()
@@ -225,7 +225,7 @@ def _new_result(run: Run, method: Method, squeezing: Squeezing | None, source: s
     )  # fmt: skip
 
 
-def _finish(result: FinetuneResult, run: Run, seconds: float) -> None:
+def fill_in(result: FinetuneResult, run: Run, seconds: float) -> None:
     """Fill in what is known after training."""
     prepared = run.prepared
     headlines = [run.data.headline(scores) for scores in result.scores]
