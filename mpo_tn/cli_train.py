@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_tn._terminal import Json, Overwrite, new_table, out, print_json, sites_of, targets_of, working
+from mpo_tn._terminal import Json, Overwrite, err, new_table, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
@@ -113,7 +113,20 @@ def finetune(
             )  # fmt: skip
             place = folder if len(seed) == 1 else folder / f"seed-{one}"
             results.append(
-                _run(model, task, data_dir, limit, how, settings, squeezing, place, resume, overwrite, track)
+                _run(
+                    model,
+                    task,
+                    data_dir,
+                    limit,
+                    how,
+                    settings,
+                    squeezing,
+                    place,
+                    resume,
+                    overwrite,
+                    track,
+                    len(seed) > 1,
+                )
             )
     _show(results, folder, as_json)
 
@@ -127,7 +140,7 @@ def squeeze(
     cuts_per_round: Cuts = 50,
     tune_steps: TuneSteps = 10,
     keep: Annotated[float | None, typer.Option(help="Stop at this share of the matrices' parameters.")] = None,
-    max_steps: Annotated[int, typer.Option(help="The most rounds of cutting and tuning.")] = 100,
+    max_rounds: Annotated[int, typer.Option(help="The most rounds of cutting and tuning.")] = 100,
     score: Score = "error",
     final_epochs: FinalEpochs = 0,
     gap_on: GapOn = "dev",
@@ -156,7 +169,7 @@ def squeeze(
         from mpo_tn.tuning.squeezing import Squeezing
 
         squeezing = Squeezing(
-            delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_steps,
+            delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_rounds,
             score=score, final_epochs=final_epochs, gap_on=gap_on,
         )  # fmt: skip
         how = Method(
@@ -173,13 +186,25 @@ def squeeze(
 def _run(
     model: str, task: str, data_dir: Path | None, limit: int | None, how: Method, settings: Settings,
     squeezing: Squeezing | None, folder: Path, resume: bool, overwrite: bool, track: Callable[[str, int, int], None],
+    may_be_done: bool = False,
 ) -> FinetuneResult:  # fmt: skip
+    """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
     from mpo_tn.torch.folder import load_tokenizer
-    from mpo_tn.tuning._finetune import check_folder, finetune, save_finetuned
+    from mpo_tn.tuning._finetune import check_folder, finetune, finished_run, save_finetuned
     from mpo_tn.tuning.report import finetune_page
     from mpo_tn.tuning.tasks import load_task
 
+    if may_be_done and resume and (folder / "result.json").exists():
+        data = load_task(task, data_dir, limit=limit)
+        return finished_run(folder, model, data, how, settings, squeezing)
     check_folder(folder, model, resume=resume, overwrite=overwrite)
+    if resume and not (folder / "checkpoint").is_dir():
+        err.print(
+            f"mpo-tn: there is no checkpoint in {folder}: starting afresh",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     track("reading the task", 0, 1)
     data = load_task(task, data_dir, limit=limit)
     result, tuned = finetune(

@@ -53,7 +53,9 @@ def written_beside(folder: Path) -> Generator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        for path in [temporary, *temporary.rglob("*")]:  # safetensors makes files that their owner alone can read
+            if not path.is_symlink():
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / "old")

@@ -243,6 +243,15 @@ def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode & 0o055 == 0o055 & ~_umask()
 
 
+def test_what_is_saved_can_be_read_by_whom_the_umask_allows(dense_folder: Path, tmp_path: Path) -> None:
+    """safetensors makes files for their owner alone, and mkdtemp such folders."""
+    save_model(load_model(dense_folder), dense_folder, tmp_path / "out")
+    paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert "model.safetensors" in {path.name for path in paths}
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~_umask()
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -81,13 +82,21 @@ def test_finetune_squeeze_and_the_one_shot_control(mpo_tn: Any, places: dict[str
     assert tokenizer("red dog")["input_ids"] == [2, 5, 8, 3]
     assert not (tuned / "checkpoint").exists()
 
-    cut = ("--delta", "200", "--max-steps", "2", "--cuts-per-round", "25", "--tune-steps", "2")
+    cut = ("--delta", "200", "--max-rounds", "2", "--cuts-per-round", "25", "--tune-steps", "2")
     code, printed, _ = mpo_tn("squeeze", tuned, *task, *cut, "--out", squeezed)
     assert code == 0
     assert "50 cuts" in printed
     result = json.loads((squeezed / "result.json").read_text())
     bonds = result["squeezing"]["bonds"]
     assert result["steps"] == 4
+    words = " ".join(printed.split())
+    reference = result["squeezing"]["reference"]
+    assert ("there was nothing to lose" in words) == (reference <= result["baseline_headline"])
+    code, printed, error = mpo_tn(
+        "squeeze", tuned, "--task", "STS-B", "--data-dir", places["stsb"], "--out", tmp_path / "no"
+    )  # fmt: skip
+    assert code == 2
+    assert "was tuned on MRPC, and the task is STS-B" in " ".join(error.split())
     page = (squeezed / "report.html").read_text()
     assert _Page(page).open == []
     assert _Page(page).links == []
@@ -143,6 +152,21 @@ def test_several_seeds(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> 
     headlines = [json.loads((tmp_path / "o" / f"seed-{s}" / "result.json").read_text())["headline"] for s in (0, 3)]
     assert f"2 seeds: mean {sum(headlines) / 2:.2f}" in words
 
+    # Interrupted in the second seed: the first one is read and not run again.
+    shutil.rmtree(tmp_path / "o" / "seed-3")
+    first = (tmp_path / "o" / "seed-0" / "result.json").read_bytes()
+    seeds = ("--max-steps", "2", "--seed", "0", "--seed", "3", "--out", tmp_path / "o", "--resume")
+    code, printed, error = mpo_tn(*args, *seeds)
+    assert code == 0
+    assert [line for line in error.splitlines() if "afresh" in line] == [
+        f"mpo-tn: there is no checkpoint in {tmp_path / 'o' / 'seed-3'}: starting afresh"
+    ]
+    assert f"2 seeds: mean {sum(headlines) / 2:.2f}" in " ".join(printed.split())
+    assert (tmp_path / "o" / "seed-0" / "result.json").read_bytes() == first
+    code, _, error = mpo_tn(*args, *seeds, "--lr", "1e-3")
+    assert code == 2
+    assert "lr was 5e-05 and is 0.001" in " ".join(error.split())
+
 
 def test_text(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:
     args = ("finetune", places["decoder"], "--task", "text", "--data-dir", places["text"], *SMALL, "--max-steps", "2")
@@ -180,6 +204,9 @@ def test_killed_and_resumed(
     code, _, _ = mpo_tn(*args, tmp_path / "out", "--resume")
     assert code == 0
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
+    assert mpo_tn(*args, tmp_path / "new", "--resume")[2].strip() == (
+        f"mpo-tn: there is no checkpoint in {tmp_path / 'new'}: starting afresh"
+    )
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -231,11 +258,13 @@ def test_the_page_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
     result = FinetuneResult(
         "lfa", "WNLI", 0, scores=[{"accuracy": 50.0}], losses=[0.7], headline=50.0, best=50.0,
-        baseline={"accuracy": 56.3}, baseline_is="always '0'", note="uninformative: <why>", matrix_dense=1, total=2,
+        baseline={"accuracy": 56.3}, baseline_headline=56.3, baseline_is="always '0'",
+        note="uninformative: <why>", matrix_dense=1, total=2,
     )  # fmt: skip
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     page = finetune_page(result)
     assert "matplotlib is not installed" in page
+    assert "At the end the model is no better than the majority class." in page
     assert "WNLI is uninformative: &lt;why&gt;" in page
     assert _Page(page).open == []
 

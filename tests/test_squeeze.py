@@ -332,6 +332,13 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     wider.model.add_module("extra", nn.Linear(8, 8))
     with pytest.raises(MPOError, match=r"cannot be resumed: the state is of another model: extra.weight"):
         wider.run(folder=tmp_path / "run", max_steps=2)
+    moved = Task()
+    with torch.no_grad():
+        next(p for p in moved.model.parameters() if p.requires_grad).mul_(1.5)
+    before = {name: value.clone() for name, value in moved.model.state_dict().items()}
+    with pytest.raises(MPOError, match="other values at the start"):
+        moved.run(folder=tmp_path / "run", max_steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in moved.model.state_dict().items())
     log = tmp_path / "run" / "log.json"
     good = log.read_text()
     for text, match in [

@@ -16,7 +16,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.files import write_whole
 from mpo_tn.torch.state import TrainingState, read_state, write_state
 
-LOG_VERSION = 1
+LOG_VERSION = 2
 
 _LOG = "log.json"
 

@@ -118,6 +118,7 @@ class _Run:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.flags = training_flags(model)
         self.start = all_bonds(units)
+        self.start_digest = ""
         self.rounds: list[SqueezeRound] = []
         self.position = 0
 
@@ -150,6 +151,7 @@ class _Run:
                 if not math.isfinite(reference):
                     raise MPOError(f"the reference is {reference}: evaluate has to give a number before the first cut")
                 good = self.snapshot()
+                self.start_digest = good.model_digest()
                 self.save(home, reference, good)
             try:
                 while not (stopped := self.reason_to_stop()):
@@ -179,6 +181,7 @@ class _Run:
         try:
             start = {name: tuple(bonds) for name, bonds in home.log["start_bonds"].items()}
             rounds = [SqueezeRound.from_dict(part) for part in home.log["rounds"]]
+            digest = str(home.log["start_digest"])
             known = [bonds_after(start, rounds[:number]) for number in range(len(rounds) + 1)]
         except (KeyError, TypeError, AttributeError) as error:
             raise MPOError(
@@ -189,12 +192,19 @@ class _Run:
                 f"{home.path} is of a run of another model: it started from the bonds {start}, and this model has "
                 f"{all_bonds(self.units)}; name another folder, or pass resume=False to start afresh"
             )
+        given = self.snapshot() if all_bonds(self.units) == start else None
         good = home.state()
         try:
             self.restore(good)
         except MPOError as error:
             raise MPOError(f"{home.path} cannot be resumed: {error}, or pass resume=False to start afresh") from error
-        self.start, self.rounds = start, rounds
+        if given is not None and given.model_digest() != digest:
+            self.restore(given)
+            raise MPOError(
+                f"{home.path} is of a run of another model: its tensors had other values at the start; give the model "
+                "it started from, name another folder, or pass resume=False to start afresh"
+            )
+        self.start, self.start_digest, self.rounds = start, digest, rounds
         return good
 
     def save(
@@ -205,6 +215,7 @@ class _Run:
         content: dict[str, Any] = {
             "reference": reference,
             "start_bonds": self.start,
+            "start_digest": self.start_digest,
             "rounds": [part.to_dict() for part in self.rounds],
         }
         if result is not None:

@@ -37,6 +37,10 @@ class TrainingState:
     tensors: dict[str, torch.Tensor]
     values: dict[str, Any]
 
+    def model_digest(self) -> str:
+        """A digest of the model's tensors, without the optimiser's and the random generators."""
+        return _digest({name: value for name, value in self.tensors.items() if name.startswith("model/")})
+
 
 def capture(
     model: nn.Module,

@@ -17,7 +17,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.files import check_target, written_beside
 from mpo_tn.torch.state import load_state, save_state
 from mpo_tn.tuning.methods import Method
-from mpo_tn.tuning.result import FinetuneResult, peak_rss, versions
+from mpo_tn.tuning.result import FinetuneResult, peak_rss, read_result, versions
 from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings, Track, start
 from mpo_tn.tuning.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
 from mpo_tn.tuning.tasks import TaskData, TextData
@@ -69,6 +69,8 @@ def finetune(
         raise MPOError(f"squeezing is given and the method is {method.name}: use the method squeeze")
     if method.name != "squeeze" and settings.epochs == 0 and settings.max_steps is None:
         raise MPOError("epochs=0: train for at least one")
+    if squeezing is not None and settings.epochs == 0:
+        _check_task(Path(source), data)
     gap_data: TaskData | None = None
     if squeezing is not None and squeezing.gap_on == "held-out":
         data, gap_data = hold_out(data)
@@ -147,6 +149,19 @@ class _Keeper:
         )
 
 
+def _check_task(source: Path, data: Data) -> None:
+    """A model tuned on another task has no score here that a loss could be counted from."""
+    try:
+        task = json.loads((source / "result.json").read_text(encoding="utf-8"))["task"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not ours to judge
+    if task != data.name:
+        raise MPOError(
+            f"{source} was tuned on {task}, and the task is {data.name}: its score there is nothing to count a loss "
+            f"from; tune it on {data.name} first, with mpo-tn finetune"
+        )
+
+
 def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
     """A checkpoint of other settings is of another run."""
     try:
@@ -208,17 +223,24 @@ def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track
             keeper.save()
 
 
+def _settings(
+    source: str, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
+) -> dict[str, Any]:
+    """What a run was asked for."""
+    asked = {**asdict(method), **asdict(settings), "source": source, "data": data.source, "method": method.name}
+    asked.pop("name")
+    return {**asked, "squeezing": asdict(squeezing) if squeezing else None}
+
+
 def new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
     """The parts of a result that are known before training."""
     data, prepared = run.data, run.prepared
     baseline, baseline_is = data.baseline()
-    settings = {**asdict(method), **asdict(run.settings), "source": source, "data": data.source, "method": method.name}
-    settings["examples"] = len(run.train.rows)
-    settings["squeezing"] = asdict(squeezing) if squeezing else None
-    settings.pop("name")
+    settings = _settings(source, data, method, run.settings, squeezing) | {"examples": len(run.train.rows)}
     return FinetuneResult(
         method=method.name, task=data.name, seed=run.settings.seed, higher_is_better=data.higher_is_better,
-        baseline=baseline, baseline_is=baseline_is, note="" if isinstance(data, TextData) else data.task.note,
+        baseline=baseline, baseline_headline=data.headline(baseline), baseline_is=baseline_is,
+        note="" if isinstance(data, TextData) else data.task.note,
         trainable=prepared.trainable, total=prepared.total, matrix_dense=prepared.matrix_dense,
         matrix_parameters=prepared.matrix_parameters, matrix_trainable=prepared.matrix_trainable,
         versions=versions(), settings=settings, notes=dict(prepared.notes),
@@ -239,6 +261,26 @@ def fill_in(result: FinetuneResult, run: Run, seconds: float) -> None:
     result.peak_rss_bytes = peak_rss()
     result.trainable, result.total = prepared.trainable, prepared.total
     result.matrix_parameters, result.matrix_trainable = prepared.matrix_parameters, prepared.matrix_trainable
+
+
+def finished_run(
+    folder: Path, source: str | Path, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
+) -> FinetuneResult:
+    """The result in the folder of a run that is finished.
+
+    Raises:
+        MPOError: it is damaged, or of a run that was asked for something else.
+    """
+    result = read_result(folder)
+    asked = {"task": data.name, **_settings(str(source), data, method, settings, squeezing)}
+    there = {"task": result.task, **result.settings}
+    for key, value in json.loads(json.dumps(asked)).items():
+        if there.get(key) != value:
+            raise MPOError(
+                f"{folder} holds the finished run of something else: {key} was {there.get(key)!r} and is {value!r}; "
+                "give the same arguments, or start anew with --overwrite"
+            )
+    return result
 
 
 def check_folder(folder: Path, source: str | Path, *, resume: bool, overwrite: bool) -> None:

@@ -59,7 +59,7 @@ def count_rows(result: FinetuneResult) -> list[tuple[str, str]]:
         ("matrices now", f"{result.matrix_parameters:,}, kept {result.matrix_parameters / result.matrix_dense:.3f}"
                          if result.matrix_dense else "none"),
         ("steps", f"{result.steps}, {result.tokens_per_step:.0f} tokens each"),
-        ("seconds a step", f"{result.seconds_per_step:.3f} (median)"),
+        ("seconds a step", "-" if math.isnan(result.seconds_per_step) else f"{result.seconds_per_step:.3f} (median)"),
         ("minutes in all", f"{result.seconds / 60:.1f}"),
         ("peak memory", f"{result.peak_rss_bytes / 2**30:.2f} GiB"),
     ]  # fmt: skip
@@ -81,12 +81,19 @@ def findings(result: FinetuneResult) -> list[str]:
         f"{result.method} on {result.task}, seed {result.seed}: {shown} {number(result.headline, 2)} at the end{best}.",
         f"The {baseline_name(result)}: {result.baseline_is}.",
     ]
+    if not result.above_baseline(result.headline):
+        sentences.append(f"At the end the model is no better than the {baseline_name(result)}.")
     if result.note:
         sentences.append(f"{result.task} is {result.note}.")
     if result.squeezing is not None:
         squeezed = SqueezeResult.from_dict(result.squeezing)
         on = (result.settings.get("squeezing") or {}).get("gap_on", "dev")
         looked = ": the score at the end was looked at while choosing where to stop" if on == "dev" else ""
+        if not result.above_baseline(squeezed.reference):
+            sentences.append(
+                f"The score before the first cut, {number(squeezed.reference, 2)}, was no better than the "
+                f"{baseline_name(result)}: there was nothing to lose, and delta says nothing. Tune the model first."
+            )
         sentences.append(f"Squeezed: {squeezed}. The gap was measured on the {on} set{looked}.")
     return sentences
 

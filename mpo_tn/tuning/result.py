@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from mpo_tn.exceptions import MPOError
 
 
 @dataclass
@@ -20,9 +24,9 @@ class FinetuneResult:
 
     ``scores`` holds one dictionary per epoch, in points from 0 to 100 (text: perplexities). ``headline`` is that of the
     *last* epoch: choosing the best one would choose on the dev set; ``best`` is it for comparison. ``baseline`` is what
-    a constant scores. ``squeezing`` is the trajectory of the method ``squeeze``, see
-    :class:`~mpo_tn.torch.SqueezeResult`. Seconds are of a training step, evaluation apart; memory is the peak of the
-    whole process.
+    a constant scores, ``baseline_headline`` the same as one number. ``squeezing`` is the trajectory of the method
+    ``squeeze``, see :class:`~mpo_tn.torch.SqueezeResult`. Seconds are of a training step, evaluation apart; memory is
+    the peak of the whole process.
     """
 
     method: str
@@ -34,6 +38,7 @@ class FinetuneResult:
     best: float = math.nan
     higher_is_better: bool = True
     baseline: dict[str, float] = field(default_factory=dict[str, float])
+    baseline_headline: float = math.nan
     baseline_is: str = ""
     note: str = ""
     trainable: int = 0
@@ -56,9 +61,42 @@ class FinetuneResult:
         """The scores of the last epoch."""
         return self.scores[-1] if self.scores else {}
 
+    def above_baseline(self, headline: float) -> bool:
+        """Whether a score is better than a constant's; one that has no score is beaten by any number."""
+        if math.isnan(headline) or math.isnan(self.baseline_headline):
+            return not math.isnan(headline)
+        return (headline > self.baseline_headline) == self.higher_is_better and headline != self.baseline_headline
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; NaN becomes None."""
         return _plain(asdict(self))
+
+
+def read_result(folder: Path) -> FinetuneResult:
+    """The result of a finished run, as it was.
+
+    Raises:
+        MPOError: there is none, or it is damaged.
+    """
+    path = folder / "result.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name: field for field in fields(FinetuneResult)}
+        kept = {name: values[name] for name in known}
+        for name, field in known.items():
+            if field.type == "float" and kept[name] is None:
+                kept[name] = math.nan
+        kept["scores"] = [_numbers(scores) for scores in kept["scores"]]
+        kept["baseline"] = _numbers(kept["baseline"])
+        return FinetuneResult(**kept)
+    except OSError as error:
+        raise MPOError(f"{path} cannot be read ({error.strerror}): name the --out folder of a finished run") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MPOError(f"{path} is not the result of a run of this version ({error!r})") from None
+
+
+def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
 
 def _plain(value: Any) -> Any:
