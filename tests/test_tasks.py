@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -248,6 +249,30 @@ def test_a_task_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("nyu-mll/glue", "mnli")]
     assert data.train == Split((("a", "b"),), (2,))
     assert list(data.dev) == ["matched", "mismatched"]
+
+
+def test_a_data_set_in_the_layout_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package, on a folder that is laid out as ``nyu-mll/glue`` is: Parquet files named by a card."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    labels = {"train": [0, 1, 1], "validation": [1, 0], "test": [-1, -1]}
+    features = datasets.Features({
+        "sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["not_equivalent", "equivalent"]), "idx": datasets.Value("int32"),
+    })  # fmt: skip
+    card = ["---", "configs:", "- config_name: mrpc", "  data_files:"]
+    (tmp_path / "glue" / "mrpc").mkdir(parents=True)
+    for split, values in labels.items():
+        rows = {"sentence1": [f"{split} {k}" for k in range(len(values))], "sentence2": ["b"] * len(values)}
+        table = datasets.Dataset.from_dict({**rows, "label": values, "idx": list(range(len(values)))}, features)
+        table.to_parquet(tmp_path / "glue" / "mrpc" / f"{split}-00000-of-00001.parquet")
+        card += [f"  - split: {split}", f"    path: mrpc/{split}-*"]
+    (tmp_path / "glue" / "README.md").write_text("\n".join([*card, "---", ""]))
+    data = load_task("MRPC", hub=str(tmp_path / "glue"))
+    assert isinstance(data, TaskData)
+    assert data.train == Split((("train 0", "b"), ("train 1", "b"), ("train 2", "b")), (0, 1, 1))
+    assert data.dev == {"dev": Split((("validation 0", "b"), ("validation 1", "b")), (1, 0))}
+    with pytest.raises(MPOError, match="could not be fetched for RTE"):
+        load_task("RTE", hub=str(tmp_path / "glue"))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def task_from_hub(task: Task, hub: str) -> Parts:
         MPOError: it is not installed, no network, another data set.
     """
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        import datasets
     except ImportError:
         raise MPOError(
             f"fetching {hub} needs the datasets package: pip install datasets, or give the folder with the original "
