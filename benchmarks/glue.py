@@ -3,6 +3,7 @@
 ``python benchmarks/glue.py run DATA_DIR RESULTS --tasks MRPC --seeds 0 1`` makes the runs that are missing in RESULTS,
 one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables.
 The squeezed runs of a task and seed come before their controls, which take their bonds and their number of steps.
+``python benchmarks/glue.py rates DATA_DIR RESULTS --tasks MRPC`` tries learning rates on a tenth of the training set.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mpo_tn.torch.state import capture, restore
 from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing, TaskData, finetune, load_task
 from mpo_tn.tuning._finetune import fill_in, new_result
 from mpo_tn.tuning.run import start
-from mpo_tn.tuning.squeezing import falling, recount, squeeze_run
+from mpo_tn.tuning.squeezing import falling, hold_out, recount, squeeze_run
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 EPOCHS = {"SST-2": 2}
@@ -41,6 +42,11 @@ PLAIN = ("full", "lfa", "lora", "last-layers")
 CONTROLS = ("one-shot", "low-rank")
 RATES: dict[str, dict[str, float]] = {}
 """Learning rates that are not the defaults of ``Method``."""
+TRIED: dict[str, dict[str, tuple[float, ...]]] = {
+    "lfa": {"tensor_lr": (2e-4, 5e-4, 1e-3)}, "lora": {"tensor_lr": (5e-4, 1e-3)}, "full": {"lr": (5e-5, 1e-4)},
+    "low-rank": {"tensor_lr": (2e-4, 5e-4)},
+}  # fmt: skip
+"""Learning rates that are tried on held-out examples."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,22 @@ def method(name: str, **options: Any) -> Method:
     return Method(name, target=ENCODER, **RATES.get(name, {}), **options)
 
 
+def try_rates(data: TaskData, results: Path, bf16: bool) -> None:
+    """Each method at each of its rates, trained without and scored on the held-out tenth, into one file each."""
+    rest, held = hold_out(data)
+    for name, tried in TRIED.items():
+        for key, values in tried.items():
+            for value in values:
+                file = results / f"{data.name}-{name}-{key}-{value:g}.json"
+                if not file.exists():
+                    how = Method(name, target=ENCODER, keep=0.6 if name == "low-rank" else None, **{key: value})
+                    settings = Settings(epochs=EPOCHS.get(data.name, 3), bf16=bf16)
+                    result, _ = finetune(demo_model(), replace(rest, dev=held.dev), how, settings)
+                    document = {"headline": result.headline, "scores": result.scores, "losses": result.losses}
+                    write_whole(file, json.dumps(document, indent=1).encode())
+                    print(f"{file.stem}: {result.headline:.2f}", flush=True)
+
+
 def rows() -> list[tuple[str, float | None]]:
     """Every row of the table: the method and the kept ratio it is squeezed to."""
     squeezed = [(name, keep) for keep in KEPT for name in ("squeeze", *CONTROLS)]
@@ -179,14 +201,15 @@ def _count(runs: list[dict[str, Any]], key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("run")
-    make.add_argument("data_dir", type=Path)
-    make.add_argument("results", type=Path)
-    make.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
+    make, rates = commands.add_parser("run"), commands.add_parser("rates")
+    for part in (make, rates):
+        part.add_argument("data_dir", type=Path)
+        part.add_argument("results", type=Path)
+        part.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
+        part.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
     make.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     make.add_argument("--plain", nargs="*", default=list(PLAIN))
     make.add_argument("--kept", nargs="*", type=float, default=list(KEPT))
-    make.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
     show = commands.add_parser("table")
     show.add_argument("results", type=Path)
     arguments = parser.parse_args()
@@ -196,11 +219,14 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()  # the head is new, which need not be said every time
     transformers.logging.disable_progress_bar()
+    tasks = [load_task(task, arguments.data_dir, limit=LIMIT.get(task)) for task in arguments.tasks]
+    if arguments.command == "rates":
+        for data in tasks:
+            try_rates(data, arguments.results, not arguments.float32)
+        return
     for seed in arguments.seeds:
-        for task in arguments.tasks:
-            data = load_task(task, arguments.data_dir, limit=LIMIT.get(task))
-            maker = Maker(data, seed, arguments.results, not arguments.float32)
-            maker.make(arguments.plain, arguments.kept)
+        for data in tasks:
+            Maker(data, seed, arguments.results, not arguments.float32).make(arguments.plain, arguments.kept)
 
 
 if __name__ == "__main__":

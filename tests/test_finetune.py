@@ -148,7 +148,7 @@ def test_two_rates(places: dict[str, Path]) -> None:
         rates = {id(p): group["lr"] for group in run.groups for p in group["params"]}
         for key, parameter in run.model.named_parameters():
             if parameter.requires_grad:
-                assert rates[id(parameter)] == (2e-4 if ".cores." in key or ".lora_" in key else 5e-5), key
+                assert rates[id(parameter)] == (5e-4 if ".cores." in key or ".lora_" in key else 5e-5), key
 
 
 def test_lora_trains_as_much_as_lfa(places: dict[str, Path]) -> None:

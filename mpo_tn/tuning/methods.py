@@ -57,7 +57,7 @@ class Method:
     layers: int = 2
     rank: int | None = None
     lr: float = 5e-5
-    tensor_lr: float = 2e-4
+    tensor_lr: float = 5e-4
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
