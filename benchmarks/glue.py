@@ -155,43 +155,69 @@ def rows() -> list[tuple[str, float | None]]:
     return [*((name, None) for name in PLAIN), *squeezed]
 
 
+Runs = dict[tuple[str, float | None], dict[int, dict[str, Any]]]
+"""The runs of a task by row, kept ratio and seed."""
+
+
 def tables(results: Path) -> str:
     """The tables of the runs that are there, as Markdown."""
-    found: dict[tuple[str, str, float | None], list[dict[str, Any]]] = {}
+    found: dict[str, Runs] = {}
     for file in sorted(results.glob("*.json")):
-        values = json.loads(file.read_text(encoding="utf-8"))
-        found.setdefault((values["task"], values["row"], values["keep"]), []).append(values)
-    lines: list[str] = []
-    for task in sorted({key[0] for key in found}):
-        metrics = list(next(runs for key, runs in found.items() if key[0] == task)[0]["scores"][-1])
-        lines += ["", f"## {task}", ""]
-        head = ("row", "kept", *metrics, "seeds", "trained in the matrices", "trained in all", "steps")
-        lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-        for method, keep in rows():
-            runs = found.get((task, method, keep), [])
-            if runs:
-                lines.append(_line(method, runs, metrics))
-        first = next(runs for key, runs in found.items() if key[0] == task)[0]
-        constant = ", ".join(
-            f"{name} {'undefined' if value is None else f'{value:.1f}'}" for name, value in first["baseline"].items()
-        )
-        lines.append(f"\nA constant answer scores {constant}: {first['baseline_is']}.")
-    return "\n".join(lines)
+        run = json.loads(file.read_text(encoding="utf-8"))
+        found.setdefault(run["task"], {}).setdefault((run["row"], run["keep"]), {})[run["seed"]] = run
+    return "\n".join(line for task in sorted(found) for line in ("", f"## {task}", "", *_task_tables(found[task])))
 
 
-def _line(method: str, runs: list[dict[str, Any]], metrics: list[str]) -> str:
-    scores = [_spread([run["scores"][-1][name] for run in runs]) for name in metrics]
+def _task_tables(found: Runs) -> list[str]:
+    first = next(iter(next(iter(found.values())).values()))
+    metrics = list(first["baseline"])
+    head = ("row", "kept", *metrics, "mean", "seeds", "trained in the matrices", "trained in all", "steps")
+    lines = _table(head, [_cells(row, found[row, keep], metrics) for row, keep in rows() if (row, keep) in found])
+    constant = ", ".join(f"{name} {_number(value)}" for name, value in first["baseline"].items())
+    lines += ["", f"A constant answer scores {constant}: {first['baseline_is']}."]
+    differences = [cells for pair in pairs() if (cells := _difference(*pair, found))]
+    return [*lines, "", *_table(("difference of the means, seed by seed", "points", "seeds"), differences)]
+
+
+def pairs() -> list[tuple[tuple[str, float | None], tuple[str, float | None]]]:
+    """The questions: which two rows are compared."""
+    plain: list[Any] = [(("lfa", None), (other, None)) for other in ("full", "lora", "last-layers")]
+    return plain + [(("squeeze", keep), (control, keep)) for keep in KEPT for control in CONTROLS]
+
+
+def _difference(one: tuple[str, float | None], other: tuple[str, float | None], found: Runs) -> tuple[str, ...]:
+    seeds = sorted(set(found.get(one, {})) & set(found.get(other, {})))
+    scores = [[found[row][seed]["headline"] for row in (one, other)] for seed in seeds]
+    if not seeds or any(value is None for pair in scores for value in pair):
+        return ()
+    at = "" if one[1] is None else f", kept {one[1]:g}"
+    return f"{one[0]} - {other[0]}{at}", _spread([a - b for a, b in scores], "+"), ", ".join(map(str, seeds))
+
+
+def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> tuple[str, ...]:
+    runs = [by_seed[seed] for seed in sorted(by_seed)]
     kept = np.mean([run["matrix_parameters"] / run["matrix_dense"] for run in runs])
-    seeds = ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"]))
-    cells = (
-        method, f"{kept:.3f}", *scores, seeds, _count(runs, "matrix_trainable"), _count(runs, "trainable"),
-        f"{np.mean([run['steps'] for run in runs]):.0f}",
+    scores = [_spread([run["scores"][-1][name] for run in runs]) for name in metrics]
+    return (
+        row, f"{kept:.3f}", *scores, _spread([run["headline"] for run in runs]), ", ".join(map(str, sorted(by_seed))),
+        _count(runs, "matrix_trainable"), _count(runs, "trainable"), f"{np.mean([run['steps'] for run in runs]):.0f}",
     )  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+def _table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *cells)]
+
+
+def _spread(values: list[float | None], sign: str = "") -> str:
+    """The mean, and with several values the standard deviation of one."""
+    if any(value is None for value in values):
+        return "undefined"
+    numbers = np.array(values, dtype=float)
+    return f"{numbers.mean():{sign}.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.1f}"
 
 
 def _count(runs: list[dict[str, Any]], key: str) -> str:
