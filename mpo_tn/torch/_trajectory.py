@@ -48,6 +48,13 @@ class SqueezeRound:
         return cls(**plain)
 
 
+_REASONS = {
+    "gap": "the next round lost more than delta",
+    "keep": "the kept ratio is reached",
+    "max_steps": "no more rounds were allowed",
+}
+
+
 @dataclass(frozen=True)
 class SqueezeResult:
     """What :func:`squeeze` did. The model is in the state after ``best_round``; 0 is the start.
@@ -87,7 +94,7 @@ class SqueezeResult:
         cuts = sum(cut.before - cut.after for part in self.rounds[: self.best_round] for cut in part.cuts)
         return (
             f"{self.best_round} rounds, {cuts} cuts, kept {self.kept:.3f} of the matrices ({self.parameters} "
-            f"parameters in all), {self.reference:.6g} -> {self.value:.6g}; stopped: {self.stopped}"
+            f"parameters in all), {self.reference:.6g} -> {self.value:.6g}; stopped: {_REASONS.get(self.stopped, self.stopped)}"
         )
 
 
