@@ -92,9 +92,10 @@ class SqueezeResult:
 
     def __str__(self) -> str:
         cuts = sum(cut.before - cut.after for part in self.rounds[: self.best_round] for cut in part.cuts)
+        why = _REASONS.get(self.stopped, self.stopped)
         return (
             f"{self.best_round} rounds, {cuts} cuts, kept {self.kept:.3f} of the matrices ({self.parameters} "
-            f"parameters in all), {self.reference:.6g} -> {self.value:.6g}; stopped: {_REASONS.get(self.stopped, self.stopped)}"
+            f"parameters in all), {self.reference:.6g} -> {self.value:.6g}; stopped: {why}"
         )
 
 
