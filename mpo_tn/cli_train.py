@@ -30,8 +30,13 @@ Out = Annotated[Path, typer.Option("--out", help="Where the tuned model, result.
 Limit = Annotated[int | None, typer.Option(help="Use so many training examples, always the same ones.")]
 BatchSize = Annotated[int, typer.Option(help="Examples a step.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens at which an example is cut; for text the length of a block.")]
-Lr = Annotated[float, typer.Option(help="Learning rate of dense parameters.")]
-TensorLr = Annotated[float, typer.Option(help="Learning rate of cores and of LoRA's matrices.")]
+Lr = Annotated[
+    float | None,
+    typer.Option(help="Learning rate of dense parameters (default: 2e-4 for lfa, squeeze, one-shot; else 5e-5)."),
+]
+TensorLr = Annotated[
+    float | None, typer.Option(help="Learning rate of cores and of LoRA's matrices (default: 5e-4; low-rank 2e-4).")
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; parameters stay in float32.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 Device = Annotated[str, typer.Option(help="cpu, or for instance cuda.")]
@@ -61,8 +66,8 @@ def finetune(
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     limit: Limit = None,
-    lr: Lr = 5e-5,
-    tensor_lr: TensorLr = 5e-4,
+    lr: Lr = None,
+    tensor_lr: TensorLr = None,
     bf16: Bf16 = False,
     keep: Annotated[float | None, typer.Option(help="Parameters to keep of each matrix; none is exact.")] = None,
     sites: Sites = "5",
@@ -148,8 +153,8 @@ def squeeze(
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     limit: Limit = None,
-    lr: Lr = 5e-5,
-    tensor_lr: TensorLr = 5e-4,
+    lr: Lr = None,
+    tensor_lr: TensorLr = None,
     bf16: Bf16 = False,
     sites: Sites = "5",
     target: Targets = None,

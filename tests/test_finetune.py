@@ -143,12 +143,12 @@ def test_what_each_method_trains(places: dict[str, Path]) -> None:
 
 
 def test_two_rates(places: dict[str, Path]) -> None:
-    for name in ("lfa", "lora"):
-        run = prepared(places, Method(name, sites=3))
+    for name, lr, changes in (("lfa", 2e-4, {}), ("lora", 5e-5, {}), ("lora", 0.0, {"lr": 0.0}), ("full", 5e-5, {})):
+        run = prepared(places, Method(name, sites=3, **changes))
         rates = {id(p): group["lr"] for group in run.groups for p in group["params"]}
         for key, parameter in run.model.named_parameters():
             if parameter.requires_grad:
-                assert rates[id(parameter)] == (5e-4 if ".cores." in key or ".lora_" in key else 5e-5), key
+                assert rates[id(parameter)] == (5e-4 if ".cores." in key or ".lora_" in key else lr), key
 
 
 def test_lora_trains_as_much_as_lfa(places: dict[str, Path]) -> None:

@@ -229,6 +229,7 @@ def _settings(
     """What a run was asked for."""
     asked = {**asdict(method), **asdict(settings), "source": source, "data": data.source, "method": method.name}
     asked.pop("name")
+    asked["lr"], asked["tensor_lr"] = method.rates
     return {**asked, "squeezing": asdict(squeezing) if squeezing else None}
 
 

@@ -27,6 +27,14 @@ Bonds = Mapping[str, Sequence[int]]
 """Bonds by module name."""
 
 
+_LFA = (2e-4, 5e-4)
+RATES = {
+    "full": (5e-5, 5e-4), "last-layers": (5e-5, 5e-4), "lora": (5e-5, 5e-4), "low-rank": (5e-5, 2e-4),
+    "lfa": _LFA, "one-shot": _LFA, "squeeze": _LFA,
+}  # fmt: skip
+"""The rates of a method, of dense parameters and of tensors; docs/results.md has the search that they are from."""
+
+
 @dataclass(frozen=True)
 class Method:
     """How to tune: what becomes an MPO, what trains, at which rates.
@@ -44,7 +52,8 @@ class Method:
         train: patterns of more parameters to train.
         layers: how many blocks ``last-layers`` trains.
         rank: of LoRA; by default the one with the nearest number of parameters.
-        lr, tensor_lr: of dense parameters, and of cores and LoRA's matrices. The scripts of the paper have two rates.
+        lr, tensor_lr: of dense parameters, and of cores and LoRA's matrices; the scripts of the paper have two rates,
+            too. By default those of :data:`RATES`.
         weight_decay: of dense matrices.
     """
 
@@ -56,8 +65,8 @@ class Method:
     train: tuple[str, ...] = ()
     layers: int = 2
     rank: int | None = None
-    lr: float = 5e-5
-    tensor_lr: float = 5e-4
+    lr: float | None = None
+    tensor_lr: float | None = None
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
@@ -71,6 +80,12 @@ class Method:
             raise MPOError("the method squeeze starts at full bonds: say in Squeezing(keep=...) how far it goes")
         if self.name in ("full", "last-layers", "lora") and self.bonds is not None:
             raise MPOError(f"the method {self.name} has no bonds: leave them out")
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """``lr`` and ``tensor_lr``, those of the method where none is given."""
+        lr, tensor_lr = RATES[self.name]
+        return lr if self.lr is None else self.lr, tensor_lr if self.tensor_lr is None else self.tensor_lr
 
 
 @dataclass
@@ -162,7 +177,7 @@ def _full(model: Any, method: Method, seed: int, progress: Progress | None, comp
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     dense = sum(unit.matrix().numel() for unit in find_units(model, method.target)[0])
-    groups = parameter_groups(model, method.lr, method.tensor_lr, method.weight_decay)
+    groups = parameter_groups(model, *method.rates, method.weight_decay)
     return Prepared(model, groups, dense, dense, dense)
 
 
@@ -175,7 +190,7 @@ def _last_layers(model: Any, method: Method, seed: int, progress: Progress | Non
     units = find_units(model, method.target)[0]
     dense = sum(unit.matrix().numel() for unit in units)
     trains = sum(unit.weight.numel() for unit in units if unit.weight.requires_grad)
-    groups = parameter_groups(model, method.lr, method.tensor_lr, method.weight_decay)
+    groups = parameter_groups(model, *method.rates, method.weight_decay)
     return Prepared(model, groups, dense, dense, trains, {"blocks trained": chosen})
 
 
@@ -200,7 +215,7 @@ def _compressed(policy: str) -> Callable[..., Prepared]:
         specs = [m.spec for m in model.modules() if isinstance(m, MPOLayer) and m.spec.tied_to is None]
         dense = sum(spec.out_features * spec.in_features for spec in specs)
         now = sum(spec.num_parameters for spec in specs)
-        groups = parameter_groups(model, method.lr, method.tensor_lr, method.weight_decay)
+        groups = parameter_groups(model, *method.rates, method.weight_decay)
         return Prepared(model, groups, dense, now, frozen.by_group["cores"], notes)
 
     return build
@@ -252,10 +267,10 @@ def _lora(model: Any, method: Method, seed: int, progress: Progress | None, comp
         elif name.endswith(".base_layer.weight"):
             parameter.requires_grad_(False)
     own = set(lora)
-    groups = parameter_groups(wrapped, method.lr, method.tensor_lr, method.weight_decay)
+    groups = parameter_groups(wrapped, *method.rates, method.weight_decay)
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-    groups = [{"name": "tensors", "params": lora, "lr": method.tensor_lr, "weight_decay": 0.0}, *groups]
+    groups = [{"name": "tensors", "params": lora, "lr": method.rates[1], "weight_decay": 0.0}, *groups]
     trains = sum(parameter.numel() for parameter in lora)
     notes = {"rank": rank, "lfa would train": wanted, "lora trains": trains}
     kept = [group for group in groups if group["params"]]
