@@ -34,8 +34,8 @@ from mpo_tn.tuning.squeezing import falling, hold_out, recount, squeeze_run
 ENCODER = r".*encoder.*(query|key|value|dense)"
 EPOCHS = {"SST-2": 2}
 """Where it is not three. A squeezed run has one less on full bonds, and one after the last cut."""
-CUTS, STEPS = 150, 15
-"""Of a round of squeezing: bonds lowered by one, and training steps after them."""
+CUTS, STEPS, RATE = 150, 15, 0.5
+"""Of a round of squeezing: bonds lowered by one, training steps after them, and the share of the rates there."""
 KEPT = (0.8, 0.6, 0.4)
 LIMIT = {"SST-2": 10_000}
 PLAIN = ("full", "lfa", "lora", "last-layers")
@@ -100,7 +100,7 @@ class Maker:
         rounds: list[dict[str, Any]] = []
         for keep in kept:
             # No delta: the rows are compared at equal bonds, not at equal loss.
-            squeezing = Squeezing(delta=100.0, cuts_per_round=CUTS, tune_steps=STEPS, keep=keep, final_epochs=1)
+            squeezing = Squeezing(100.0, CUTS, STEPS, keep, rate=RATE, final_epochs=1)
             squeezed = json.loads(json.dumps(squeeze_run(run, squeezing).to_dict()))
             rounds += [{key: value for key, value in part.items() if key != "cuts"} for part in squeezed["rounds"]]
             state, done, taken, tokens = capture(run.model, run.optimizer), run.done, len(run.losses), run.tokens

@@ -49,6 +49,7 @@ Train = Annotated[list[str] | None, typer.Option(help="More that trains, same gr
 Delta = Annotated[float, typer.Option(help="Squeezing: how many points of score may be lost.")]
 Cuts = Annotated[int, typer.Option(help="Squeezing: cuts by one before the model is tuned again.")]
 TuneSteps = Annotated[int, typer.Option(help="Squeezing: training steps after each round of cuts.")]
+TuneRate = Annotated[float, typer.Option(help="Squeezing: share of the learning rates in these steps.")]
 Score = Annotated[str, typer.Option(help="Squeezing: what is cut first, by error or error_per_parameter.")]
 FinalEpochs = Annotated[int, typer.Option(help="Squeezing: epochs of tuning after the last cut.")]
 GapOn = Annotated[str, typer.Option(help="Squeezing: measure the loss of score on dev, or on held-out examples.")]
@@ -81,6 +82,7 @@ def finetune(
     delta: Delta = 1.0,
     cuts_per_round: Cuts = 50,
     tune_steps: TuneSteps = 10,
+    tune_rate: TuneRate = 0.1,
     max_rounds: Annotated[int, typer.Option(help="Squeezing: the most rounds.")] = 100,
     score: Score = "error",
     final_epochs: FinalEpochs = 0,
@@ -101,7 +103,7 @@ def finetune(
         if method == "squeeze":
             squeezing = Squeezing(
                 delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_rounds,
-                score=score, final_epochs=final_epochs, gap_on=gap_on,
+                score=score, rate=tune_rate, final_epochs=final_epochs, gap_on=gap_on,
             )  # fmt: skip
         how = Method(
             method, target=targets_of(target), sites=sites_of(sites), keep=None if squeezing else keep,
@@ -144,6 +146,7 @@ def squeeze(
     delta: Delta = 1.0,
     cuts_per_round: Cuts = 50,
     tune_steps: TuneSteps = 10,
+    tune_rate: TuneRate = 0.1,
     keep: Annotated[float | None, typer.Option(help="Stop at this share of the matrices' parameters.")] = None,
     max_rounds: Annotated[int, typer.Option(help="The most rounds of cutting and tuning.")] = 100,
     score: Score = "error",
@@ -175,7 +178,7 @@ def squeeze(
 
         squeezing = Squeezing(
             delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_rounds,
-            score=score, final_epochs=final_epochs, gap_on=gap_on,
+            score=score, rate=tune_rate, final_epochs=final_epochs, gap_on=gap_on,
         )  # fmt: skip
         how = Method(
             "squeeze", target=targets_of(target), sites=sites_of(sites), train=tuple(train or ()), lr=lr,

@@ -25,7 +25,9 @@ class Squeezing:
         keep: the kept ratio of the decomposed matrices at which it ends.
         max_rounds: the most rounds.
         score: ``"error"`` or ``"error_per_parameter"``: what is cut first.
-        rate: share of the learning rates in those steps, the same for all of them; their number is not known before.
+        rate: share of the learning rates in those steps, the same for all of them (their number is not known before),
+            and at the start of the final epochs. A large one helps where much is cut in a round; where little is, it
+            throws a tuned model about by more than the cuts do, and delta is then lost to that.
         final_epochs: epochs of tuning after the last cut, with rates that fall to zero.
         gap_on: where the gap is measured: ``"dev"``, the set that is reported, so that the score at the end has been
             looked at while choosing where to stop; or ``"held-out"``, a tenth of the training set that is then not
@@ -38,7 +40,7 @@ class Squeezing:
     keep: float | None = None
     max_rounds: int = 100
     score: str = "error"
-    rate: float = 0.5
+    rate: float = 0.1
     final_epochs: int = 0
     gap_on: str = "dev"
 
@@ -52,7 +54,7 @@ class Squeezing:
             if getattr(self, name) < 0:
                 raise MPOError(f"{name}={getattr(self, name)} must be at least 0")
         if not 0 < self.rate <= 1:
-            raise MPOError(f"rate={self.rate} is not a share of the learning rates: give for instance 0.5")
+            raise MPOError(f"rate={self.rate} is not a share of the learning rates: give for instance 0.1")
         if self.score not in ("error", "error_per_parameter"):
             raise MPOError(f"score={self.score!r} is neither error nor error_per_parameter")
         if self.gap_on not in ("dev", "held-out"):
