@@ -43,7 +43,7 @@ CONTROLS = ("one-shot", "low-rank")
 TRIED = (
     ("lfa", 5e-5, 2e-4), ("lfa", 5e-5, 5e-4), ("lfa", 5e-5, 1e-3), ("lfa", 2e-4, 5e-4), ("lora", 5e-5, 5e-4),
     ("lora", 5e-5, 1e-3), ("lora", 2e-4, 5e-4), ("full", 5e-5, 5e-4), ("full", 1e-4, 5e-4), ("low-rank", 5e-5, 2e-4),
-    ("low-rank", 5e-5, 5e-4),
+    ("low-rank", 5e-5, 5e-4), ("low-rank", 2e-4, 2e-4),
 )  # fmt: skip
 """Methods with the rates of dense parameters and of tensors that are tried on held-out examples."""
 
@@ -147,6 +147,18 @@ def try_rates(data: TaskData, results: Path, bf16: bool) -> None:
             print(f"{file.stem}: {result.headline:.2f}", flush=True)
 
 
+def rates_table(results: Path) -> str:
+    """The headline by method and rates, a column each task."""
+    tasks = sorted({file.stem.partition("-lfa")[0] for file in results.glob("*-lfa-*.json")})
+    cells: list[tuple[str, ...]] = []
+    for name, lr, tensor_lr in TRIED:
+        files = [results / f"{task}-{name}-{lr:g}-{tensor_lr:g}.json" for task in tasks]
+        scores = [json.loads(file.read_text())["headline"] if file.exists() else "-" for file in files]
+        shown = [score if score == "-" else _number(score) for score in scores]
+        cells.append((name, f"{lr:g}", "" if name == "full" else f"{tensor_lr:g}", *shown))
+    return "\n".join(_table(("method", "lr", "tensor_lr", *tasks), cells))
+
+
 def rows() -> list[tuple[str, float | None]]:
     """Every row of the table: the method and the kept ratio it is squeezed to."""
     squeezed = [(name, keep) for keep in KEPT for name in ("squeeze", *CONTROLS)]
@@ -247,6 +259,7 @@ def main() -> None:
     if arguments.command == "rates":
         for data in tasks:
             try_rates(data, arguments.results, not arguments.float32)
+        print(rates_table(arguments.results))
         return
     for seed in arguments.seeds:
         for data in tasks:

@@ -32,7 +32,7 @@ BatchSize = Annotated[int, typer.Option(help="Examples a step.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens at which an example is cut; for text the length of a block.")]
 Lr = Annotated[
     float | None,
-    typer.Option(help="Learning rate of dense parameters (default: 2e-4 for lfa, squeeze, one-shot; else 5e-5)."),
+    typer.Option(help="Learning rate of dense parameters (default: 5e-5 for full, last-layers, lora; else 2e-4)."),
 ]
 TensorLr = Annotated[
     float | None, typer.Option(help="Learning rate of cores and of LoRA's matrices (default: 5e-4; low-rank 2e-4).")
