@@ -3,7 +3,6 @@
 ``python benchmarks/glue.py run DATA_DIR RESULTS --tasks MRPC --seeds 0 1`` makes the runs that are missing in RESULTS,
 one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables.
 The squeezed runs of a task and seed come before their controls, which take their bonds and their number of steps.
-``python benchmarks/glue.py rates DATA_DIR RESULTS --tasks MRPC`` tries learning rates on a tenth of the training set.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,17 @@ from mpo_tn.torch.state import capture, restore
 from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing, TaskData, finetune, load_task
 from mpo_tn.tuning._finetune import fill_in, new_result
 from mpo_tn.tuning.run import start
-from mpo_tn.tuning.squeezing import falling, hold_out, recount, squeeze_run
+from mpo_tn.tuning.squeezing import falling, recount, squeeze_run
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 EPOCHS = {"SST-2": 2}
 """Where it is not three. A squeezed run has one less on full bonds, and one after the last cut."""
-CUTS, STEPS, RATE = 150, 15, 0.5
+CUTS, STEPS, RATE = 50, 15, 0.5
 """Of a round of squeezing: bonds lowered by one, training steps after them, and the share of the rates there."""
 KEPT = (0.8, 0.6, 0.4)
 LIMIT = {"SST-2": 10_000}
 PLAIN = ("full", "lfa", "lora", "last-layers")
 CONTROLS = ("one-shot", "low-rank")
-TRIED = (
-    ("lfa", 5e-5, 2e-4), ("lfa", 5e-5, 5e-4), ("lfa", 5e-5, 1e-3), ("lfa", 2e-4, 5e-4), ("lora", 5e-5, 5e-4),
-    ("lora", 5e-5, 1e-3), ("lora", 2e-4, 5e-4), ("full", 5e-5, 5e-4), ("full", 1e-4, 5e-4), ("low-rank", 5e-5, 2e-4),
-    ("low-rank", 5e-5, 5e-4), ("low-rank", 2e-4, 2e-4),
-)  # fmt: skip
-"""Methods with the rates of dense parameters and of tensors that are tried on held-out examples."""
 
 
 @dataclass(frozen=True)
@@ -132,33 +125,6 @@ def method(name: str, **options: Any) -> Method:
     return Method(name, target=ENCODER, **options)
 
 
-def try_rates(data: TaskData, results: Path, bf16: bool) -> None:
-    """Each method at each of its rates, trained without and scored on the held-out tenth, into one file each."""
-    rest, held = hold_out(data)
-    for name, lr, tensor_lr in TRIED:
-        file = results / f"{data.name}-{name}-{lr:g}-{tensor_lr:g}.json"
-        if not file.exists():
-            keep = 0.6 if name == "low-rank" else None
-            how = Method(name, target=ENCODER, keep=keep, lr=lr, tensor_lr=tensor_lr)
-            settings = Settings(epochs=EPOCHS.get(data.name, 3), bf16=bf16)
-            result, _ = finetune(demo_model(), replace(rest, dev=held.dev), how, settings)
-            document = {key: result.to_dict()[key] for key in ("headline", "scores", "losses", "steps", "versions")}
-            write_whole(file, json.dumps(document, indent=1).encode())
-            print(f"{file.stem}: {result.headline:.2f}", flush=True)
-
-
-def rates_table(results: Path) -> str:
-    """The headline by method and rates, a column each task."""
-    tasks = sorted({file.stem.partition("-lfa")[0] for file in results.glob("*-lfa-*.json")})
-    cells: list[tuple[str, ...]] = []
-    for name, lr, tensor_lr in TRIED:
-        files = [results / f"{task}-{name}-{lr:g}-{tensor_lr:g}.json" for task in tasks]
-        scores = [json.loads(file.read_text())["headline"] if file.exists() else "-" for file in files]
-        shown = [score if score == "-" else _number(score) for score in scores]
-        cells.append((name, f"{lr:g}", "" if name == "full" else f"{tensor_lr:g}", *shown))
-    return "\n".join(_table(("method", "lr", "tensor_lr", *tasks), cells))
-
-
 def rows() -> list[tuple[str, float | None]]:
     """Every row of the table: the method and the kept ratio it is squeezed to."""
     squeezed = [(name, keep) for keep in KEPT for name in ("squeeze", *CONTROLS)]
@@ -182,11 +148,11 @@ def _task_tables(found: Runs) -> list[str]:
     first = next(iter(next(iter(found.values())).values()))
     metrics = list(first["baseline"])
     head = ("row", "kept", *metrics, "mean", "seeds", "trained in the matrices", "trained in all", "steps")
-    lines = _table(head, [_cells(row, found[row, keep], metrics) for row, keep in rows() if (row, keep) in found])
-    constant = ", ".join(f"{name} {_number(value)}" for name, value in first["baseline"].items())
+    lines = table(head, [_cells(row, found[row, keep], metrics) for row, keep in rows() if (row, keep) in found])
+    constant = ", ".join(f"{name} {number(value)}" for name, value in first["baseline"].items())
     lines += ["", f"A constant answer scores {constant}: {first['baseline_is']}."]
     differences = [cells for pair in pairs() if (cells := _difference(*pair, found))]
-    return [*lines, "", *_table(("difference of the means, seed by seed", "points", "seeds"), differences)]
+    return [*lines, "", *table(("difference of the means, seed by seed", "points", "seeds"), differences)]
 
 
 def pairs() -> list[tuple[tuple[str, float | None], tuple[str, float | None]]]:
@@ -214,7 +180,7 @@ def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> 
     )  # fmt: skip
 
 
-def _table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *cells)]
 
 
@@ -226,7 +192,7 @@ def _spread(values: list[float | None], sign: str = "") -> str:
     return f"{numbers.mean():{sign}.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.1f}"
 
 
@@ -237,12 +203,11 @@ def _count(runs: list[dict[str, Any]], key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    make, rates = commands.add_parser("run"), commands.add_parser("rates")
-    for part in (make, rates):
-        part.add_argument("data_dir", type=Path)
-        part.add_argument("results", type=Path)
-        part.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
-        part.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
+    make = commands.add_parser("run")
+    make.add_argument("data_dir", type=Path)
+    make.add_argument("results", type=Path)
+    make.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
+    make.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
     make.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     make.add_argument("--plain", nargs="*", default=list(PLAIN))
     make.add_argument("--kept", nargs="*", type=float, default=list(KEPT))
@@ -256,11 +221,6 @@ def main() -> None:
     transformers.logging.set_verbosity_error()  # the head is new, which need not be said every time
     transformers.logging.disable_progress_bar()
     tasks = [load_task(task, arguments.data_dir, limit=LIMIT.get(task)) for task in arguments.tasks]
-    if arguments.command == "rates":
-        for data in tasks:
-            try_rates(data, arguments.results, not arguments.float32)
-        print(rates_table(arguments.results))
-        return
     for seed in arguments.seeds:
         for data in tasks:
             Maker(data, seed, arguments.results, not arguments.float32).make(arguments.plain, arguments.kept)

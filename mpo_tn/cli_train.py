@@ -50,7 +50,7 @@ Delta = Annotated[float, typer.Option(help="Squeezing: how many points of score 
 Cuts = Annotated[int, typer.Option(help="Squeezing: cuts by one before the model is tuned again.")]
 TuneSteps = Annotated[int, typer.Option(help="Squeezing: training steps after each round of cuts.")]
 TuneRate = Annotated[float, typer.Option(help="Squeezing: share of the learning rates in these steps.")]
-Score = Annotated[str, typer.Option(help="Squeezing: what is cut first, by error or error_per_parameter.")]
+Score = Annotated[str, typer.Option(help="Squeezing: what is cut first, by error_per_parameter or error.")]
 FinalEpochs = Annotated[int, typer.Option(help="Squeezing: epochs of tuning after the last cut.")]
 GapOn = Annotated[str, typer.Option(help="Squeezing: measure the loss of score on dev, or on held-out examples.")]
 
@@ -84,7 +84,7 @@ def finetune(
     tune_steps: TuneSteps = 10,
     tune_rate: TuneRate = 0.1,
     max_rounds: Annotated[int, typer.Option(help="Squeezing: the most rounds.")] = 100,
-    score: Score = "error",
+    score: Score = "error_per_parameter",
     final_epochs: FinalEpochs = 0,
     gap_on: GapOn = "dev",
     device: Device = "cpu",
@@ -149,7 +149,7 @@ def squeeze(
     tune_rate: TuneRate = 0.1,
     keep: Annotated[float | None, typer.Option(help="Stop at this share of the matrices' parameters.")] = None,
     max_rounds: Annotated[int, typer.Option(help="The most rounds of cutting and tuning.")] = 100,
-    score: Score = "error",
+    score: Score = "error_per_parameter",
     final_epochs: FinalEpochs = 0,
     gap_on: GapOn = "dev",
     seed: Annotated[int, typer.Option(help="Of the order of examples, and of a head if the model has none.")] = 0,

@@ -76,7 +76,7 @@ def run(folder: Path, fuse: Fuse) -> tuple[SqueezeResult, str]:
 
     result = squeeze(
         model, evaluate=evaluate, train_step=train_step, optimizer=optimizer, scheduler=scheduler, delta=0.02,
-        higher_is_better=False, max_steps=9, cuts_per_round=2, tune_steps=2, folder=folder,
+        higher_is_better=False, max_steps=9, score="error", cuts_per_round=2, tune_steps=2, folder=folder,
     )  # fmt: skip
     digest = hashlib.blake2b(state.random_digest().encode())
     captured = state.capture(model, optimizer, scheduler)

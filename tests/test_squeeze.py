@@ -62,7 +62,12 @@ class Task:
         return (model(self.x) - self.y).square().mean()
 
     def run(self, **options: Any) -> SqueezeResult:
-        defaults = {"evaluate": self.evaluate, "train_step": self.train_step, "optimizer": self.optimizer}
+        defaults = {
+            "evaluate": self.evaluate,
+            "train_step": self.train_step,
+            "optimizer": self.optimizer,
+            "score": "error",
+        }
         return squeeze(self.model, **{"delta": 0.02, "higher_is_better": False, "tune_steps": 3, **defaults, **options})
 
     def bonds(self) -> dict[str, tuple[int, ...]]:

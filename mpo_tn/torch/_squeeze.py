@@ -37,7 +37,7 @@ def squeeze(
     max_steps: int = 100,
     cuts_per_round: int = 1,
     tune_steps: int = 10,
-    score: Score = "error",
+    score: Score = "error_per_parameter",
     keep: float | None = None,
     minimum_bond: int = 1,
     reference: float | None = None,
@@ -64,7 +64,8 @@ def squeeze(
         max_steps: the most rounds.
         cuts_per_round: cuts by one in each round.
         tune_steps: calls of ``train_step`` in each round.
-        score: ``"error"``, ``"error_per_parameter"`` or a callable, see :class:`~mpo_tn.torch._cuts.Ranking`.
+        score: ``"error_per_parameter"``, ``"error"`` or a callable, see :class:`~mpo_tn.torch._cuts.Ranking`. By
+            ``"error"`` the bonds beside small cores go first, which hardly makes the model smaller (docs/results.md).
         keep: stop at this kept ratio of the decomposed matrices.
         minimum_bond: no bond goes below this.
         reference: the value to count the gap from; ``None`` evaluates the model as it is given.

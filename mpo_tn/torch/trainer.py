@@ -60,7 +60,7 @@ class SqueezeCallback(TrainerCallback):
         every_steps: int = 50,
         reference: float | None = None,
         cuts_per_round: int = 1,
-        score: Score = "error",
+        score: Score = "error_per_parameter",
         keep: float | None = None,
         minimum_bond: int = 1,
         max_rounds: int | None = None,

@@ -24,7 +24,7 @@ class Squeezing:
         tune_steps: training steps after each round of cuts.
         keep: the kept ratio of the decomposed matrices at which it ends.
         max_rounds: the most rounds.
-        score: ``"error"`` or ``"error_per_parameter"``: what is cut first.
+        score: ``"error_per_parameter"`` or ``"error"``: what is cut first.
         rate: share of the learning rates in those steps, the same for all of them (their number is not known before),
             and at the start of the final epochs. A large one helps where much is cut in a round; where little is, it
             throws a tuned model about by more than the cuts do, and delta is then lost to that.
@@ -39,7 +39,7 @@ class Squeezing:
     tune_steps: int = 10
     keep: float | None = None
     max_rounds: int = 100
-    score: str = "error"
+    score: str = "error_per_parameter"
     rate: float = 0.1
     final_epochs: int = 0
     gap_on: str = "dev"
