@@ -113,27 +113,15 @@ def finetune(
         if not seed or len(set(seed)) < len(seed):
             raise MPOError(f"the seeds {', '.join(map(str, seed))} are not different: give each once")
         results: list[FinetuneResult] = []
+        several = len(seed) > 1
         for one in seed:
             settings = Settings(
                 epochs=epochs, max_steps=max_steps, seed=one, batch_size=batch_size, max_length=max_length, bf16=bf16,
                 device=device, save_every=save_every,
             )  # fmt: skip
-            place = folder if len(seed) == 1 else folder / f"seed-{one}"
+            place = folder / f"seed-{one}" if several else folder
             results.append(
-                _run(
-                    model,
-                    task,
-                    data_dir,
-                    limit,
-                    how,
-                    settings,
-                    squeezing,
-                    place,
-                    resume,
-                    overwrite,
-                    track,
-                    len(seed) > 1,
-                )
+                _run(model, task, data_dir, limit, how, settings, squeezing, place, resume, overwrite, track, several)
             )
     _show(results, folder, as_json)
 
@@ -207,12 +195,8 @@ def _run(
         return finished_run(folder, model, data, how, settings, squeezing)
     check_folder(folder, model, resume=resume, overwrite=overwrite)
     if resume and not (folder / "checkpoint").is_dir():
-        err.print(
-            f"mpo-tn: there is no checkpoint in {folder}: starting afresh",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        note = f"mpo-tn: there is no checkpoint in {folder}: starting afresh"
+        err.print(note, markup=False, highlight=False, soft_wrap=True)
     track("reading the task", 0, 1)
     data = load_task(task, data_dir, limit=limit)
     result, tuned = finetune(

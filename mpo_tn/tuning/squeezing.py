@@ -26,8 +26,8 @@ class Squeezing:
         max_rounds: the most rounds.
         score: ``"error_per_parameter"`` or ``"error"``: what is cut first.
         rate: share of the learning rates in those steps, the same for all of them (their number is not known before),
-            and at the start of the final epochs. A large one helps where much is cut in a round; where little is, it
-            throws a tuned model about by more than the cuts do, and delta is then lost to that.
+            and at the start of the final epochs. With a half, ten steps after fifty cuts moved a tuned model by more
+            than the cuts did, and delta was lost to that.
         final_epochs: epochs of tuning after the last cut, with rates that fall to zero.
         gap_on: where the gap is measured: ``"dev"``, the set that is reported, so that the score at the end has been
             looked at while choosing where to stop; or ``"held-out"``, a tenth of the training set that is then not
