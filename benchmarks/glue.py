@@ -147,7 +147,8 @@ def tables(results: Path) -> str:
 def _task_tables(found: Runs) -> list[str]:
     first = next(iter(next(iter(found.values())).values()))
     metrics = list(first["baseline"])
-    head = ("row", "kept", *metrics, "mean", "seeds", "trained in the matrices", "trained in all", "steps")
+    mean = ("mean",) if len(metrics) > 1 else ()
+    head = ("row", "kept", *metrics, *mean, "seeds", "trained in the matrices", "trained in all", "steps")
     lines = table(head, [_cells(row, found[row, keep], metrics) for row, keep in rows() if (row, keep) in found])
     constant = ", ".join(f"{name} {number(value)}" for name, value in first["baseline"].items())
     lines += ["", f"A constant answer scores {constant}: {first['baseline_is']}."]
@@ -174,8 +175,10 @@ def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> 
     runs = [by_seed[seed] for seed in sorted(by_seed)]
     kept = np.mean([run["matrix_parameters"] / run["matrix_dense"] for run in runs])
     scores = [_spread([run["scores"][-1][name] for run in runs]) for name in metrics]
+    if len(metrics) > 1:
+        scores.append(_spread([run["headline"] for run in runs]))
     return (
-        row, f"{kept:.3f}", *scores, _spread([run["headline"] for run in runs]), ", ".join(map(str, sorted(by_seed))),
+        row, f"{kept:.3f}", *scores, ", ".join(map(str, sorted(by_seed))),
         _count(runs, "matrix_trainable"), _count(runs, "trainable"), f"{np.mean([run['steps'] for run in runs]):.0f}",
     )  # fmt: skip
 
