@@ -173,9 +173,10 @@ def _print_compression(report: CompressionReport) -> None:
 
 
 def _print_matrices(rows: list[MatrixSummary]) -> None:
+    numbers = [(name, "right") for name in (*_cells("kept", "error"), *_cells("flat", "need"))]
     table = new_table(
-        ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
-        ("error", "right"), ("flat", "right"), ("need", "right"), gap=2 if is_wide() else 1,
+        ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), *numbers,
+        gap=2 if is_wide() else 1,
     )  # fmt: skip
     auto = any(row.auto for row in rows)
     if auto:
@@ -184,7 +185,7 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
         error = "-" if row.rel_error is None else f"{row.rel_error:.3g}"
         table.add_row(
             _name(row.name), f"{row.shape[0]}x{row.shape[1]}", _legs(row.out, row.in_), _numbers(row.bonds),
-            f"{row.kept:.3f}", error, f"{row.flatness:.3f}", f"{row.needed}/{row.available}",
+            *_cells(f"{row.kept:.3f}", error), *_cells(f"{row.flatness:.3f}", f"{row.needed}/{row.available}"),
             *([_auto(row)] if auto else []),
         )  # fmt: skip
     out.print(table)
@@ -201,6 +202,11 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
             "the chain, r where it rebuilds the matrix.",
             highlight=False,
         )
+
+
+def _cells(*texts: str) -> tuple[str, ...]:
+    """Side by side, or one under the other where there is no room: names stay whole at 80 columns then."""
+    return texts if is_wide() else ("\n".join(texts),)
 
 
 def _auto(row: MatrixSummary) -> str:

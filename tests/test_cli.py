@@ -16,7 +16,8 @@ from tiny_models import outputs, tiny
 
 from mpo_tn import MPOError, cli
 from mpo_tn.files import check_target, written_beside
-from mpo_tn.torch.folder import inspect_model, load_model, save_model
+from mpo_tn.torch.cost import Prediction
+from mpo_tn.torch.folder import MatrixSummary, inspect_model, load_model, save_model
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +98,24 @@ def test_inspect_dense_and_compressed(mpo_tn, dense_folder: Path, tmp_path: Path
     assert [entry["tokens"] for entry in rows[0]["auto"]] == [1, 128, 2048]
     assert all(e["mode"] in ("chain", "rebuild") and e["relative_flops"] > 0 for row in rows for e in row["auto"])
     assert not any(row["auto"] for row in dense)
+
+
+def test_inspect_breaks_no_name_within_a_word_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the numbers of a compressed MiniLM, in the widest table: every part of a name stands on a line, whole."""
+    monkeypatch.setattr(cli.out, "width", 80)
+    auto = tuple(Prediction(tokens, "rebuild", 44.9) for tokens in (1, 128, 2048))
+    names = ["embeddings.token_type_embeddings", "encoder.layer.0.attention.output.dense"]
+    legs, bonds = (2, 4, 24, 4, 2), (4, 53, 53, 4)
+    rows = [
+        MatrixSummary(n, "linear", (1536, 384), legs, legs, bonds, True, 0.7, 0.512, 0.98, 53, 53, auto) for n in names
+    ]
+    cli._print_matrices(rows)
+    printed = capsys.readouterr().out
+    lines = [line.split()[0] for line in printed.splitlines() if line.strip()]
+    assert {"token_type_embeddings", "encoder.layer.0.", "attention.output.dense"} <= set(lines)
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 MISTAKES = {
