@@ -28,8 +28,9 @@ from mpo_tn.tuning.squeezing import hold_out, squeeze_run
 EPOCHS = 3
 TRIED = (
     ("lfa", 5e-5, 2e-4), ("lfa", 5e-5, 5e-4), ("lfa", 5e-5, 1e-3), ("lfa", 2e-4, 5e-4), ("lora", 5e-5, 5e-4),
-    ("lora", 5e-5, 1e-3), ("lora", 2e-4, 5e-4), ("full", 5e-5, 5e-4), ("full", 1e-4, 5e-4), ("low-rank", 5e-5, 2e-4),
-    ("low-rank", 5e-5, 5e-4), ("low-rank", 2e-4, 2e-4),
+    ("lora", 5e-5, 1e-3), ("lora", 2e-4, 5e-4), ("full", 5e-5, 5e-4), ("full", 1e-4, 5e-4), ("low-rank", 5e-5, 5e-5),
+    ("low-rank", 5e-5, 1e-4), ("low-rank", 5e-5, 2e-4), ("low-rank", 5e-5, 5e-4), ("low-rank", 1e-4, 1e-4),
+    ("low-rank", 2e-4, 1e-4), ("low-rank", 2e-4, 2e-4),
 )  # fmt: skip
 """Methods with the rates of dense parameters and of tensors that are tried on held-out examples."""
 SCORES = ("error_per_parameter", "error")

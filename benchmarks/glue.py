@@ -1,7 +1,8 @@
 """Tuning a sentence encoder on GLUE tasks, every way there is at equal steps: the runs behind ``docs/results.md``.
 
 ``python benchmarks/glue.py run DATA_DIR RESULTS --tasks MRPC --seeds 0 1`` makes the runs that are missing in RESULTS,
-one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables.
+one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables,
+and ``python benchmarks/glue.py picture RESULTS FILE`` draws scores against kept ratios.
 The squeezed runs of a task and seed come before their controls, which take their bonds and their number of steps.
 """
 
@@ -137,11 +138,18 @@ Runs = dict[tuple[str, float | None], dict[int, dict[str, Any]]]
 
 def tables(results: Path) -> str:
     """The tables of the runs that are there, as Markdown."""
+    return "\n".join(
+        line for task, runs in read(results).items() for line in ("", f"## {task}", "", *_task_tables(runs))
+    )
+
+
+def read(results: Path) -> dict[str, Runs]:
+    """The runs that are there, by task."""
     found: dict[str, Runs] = {}
     for file in sorted(results.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         found.setdefault(run["task"], {}).setdefault((run["row"], run["keep"]), {})[run["seed"]] = run
-    return "\n".join(line for task in sorted(found) for line in ("", f"## {task}", "", *_task_tables(found[task])))
+    return dict(sorted(found.items()))
 
 
 def _task_tables(found: Runs) -> list[str]:
@@ -203,6 +211,38 @@ def _count(runs: list[dict[str, Any]], key: str) -> str:
     return f"{np.mean([run[key] for run in runs]) / 1e6:.2f} M"
 
 
+def picture(results: Path, file: Path) -> None:
+    """Scores against kept ratios, one panel a task: the mean over the seeds, and each seed as a dash.
+
+    A correlation that is undefined, of a model that answers with a constant, is drawn at zero.
+    """
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "glue"  # the same runs give the same file
+    found = read(results)
+    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.0), layout="constrained", squeeze=False)
+    for ax, (task, runs) in zip(panels[0], found.items(), strict=True):
+        for row, color in (("squeeze", "C0"), ("one-shot", "C1"), ("low-rank", "C2")):
+            lines = [(1.0, runs["lfa", None])] if row != "low-rank" else []
+            lines += [(keep, runs[row, keep]) for keep in KEPT if (row, keep) in runs]
+            scores = [[run["headline"] or 0.0 for run in by_seed.values()] for _, by_seed in lines]
+            ax.plot([at for at, _ in lines], [np.mean(values) for values in scores], "o-", color=color, label=row)
+            for (at, _), values in zip(lines, scores, strict=True):
+                ax.plot([at] * len(values), values, "_", color=color, markersize=9, alpha=0.7)
+        for row, style in (("full", "--"), ("lora", "-."), ("last-layers", ":")):
+            height = np.mean([run["headline"] for run in runs[row, None].values()])
+            ax.axhline(height, color="0.35", linestyle=style, linewidth=1, label=row)
+        constant = next(iter(runs["full", None].values()))["baseline"]
+        if None not in constant.values():
+            ax.axhline(np.mean(list(constant.values())), color="C3", linewidth=1, label="a constant answer")
+        ax.set(title=task, xlabel="kept ratio of the encoder", xticks=(*KEPT, 1.0))
+        ax.set_ylabel(f"mean of {' and '.join(constant)}" if len(constant) > 1 else next(iter(constant)))
+        ax.invert_xaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -216,7 +256,13 @@ def main() -> None:
     make.add_argument("--kept", nargs="*", type=float, default=list(KEPT))
     show = commands.add_parser("table")
     show.add_argument("results", type=Path)
+    draw = commands.add_parser("picture")
+    draw.add_argument("results", type=Path)
+    draw.add_argument("file", type=Path, help="where to; .svg or .png")
     arguments = parser.parse_args()
+    if arguments.command == "picture":
+        picture(arguments.results, arguments.file)
+        return
     if arguments.command == "table":
         print(tables(arguments.results))
         return

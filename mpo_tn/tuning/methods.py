@@ -29,7 +29,7 @@ Bonds = Mapping[str, Sequence[int]]
 
 _LFA = (2e-4, 5e-4)
 RATES = {
-    "full": (5e-5, 5e-4), "last-layers": (5e-5, 5e-4), "lora": (5e-5, 5e-4), "low-rank": (2e-4, 2e-4),
+    "full": (5e-5, 5e-4), "last-layers": (5e-5, 5e-4), "lora": (5e-5, 5e-4), "low-rank": (2e-4, 1e-4),
     "lfa": _LFA, "one-shot": _LFA, "squeeze": _LFA,
 }  # fmt: skip
 """The rates of a method, of dense parameters and of tensors; docs/results.md has the search that they are from."""
