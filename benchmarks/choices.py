@@ -93,7 +93,8 @@ def scores_table(results: Path) -> str:
         cells = [
             (str(CUTS * (k + 1)), *(part for score in SCORES for part in _pair(found[score][k]))) for k in range(ROUNDS)
         ]
-        lines += [f"{file.stem.removesuffix('-scores')}, before the first cut {found['start']:.1f}", "", *table(("cuts", *columns), cells), ""]
+        task = file.stem.removesuffix("-scores")
+        lines += [f"{task}, before the first cut {found['start']:.1f}", "", *table(("cuts", *columns), cells), ""]
     return "\n".join(lines)
 
 
