@@ -45,6 +45,7 @@ Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear)."),
 ]
+Policy = Annotated[str, typer.Option(help="Which cores train: auxiliary, central, cores (all of them) or none.")]
 Train = Annotated[list[str] | None, typer.Option(help="More that trains, same grammar; several allowed.")]
 Delta = Annotated[float, typer.Option(help="Squeezing: how many points of score may be lost.")]
 Cuts = Annotated[int, typer.Option(help="Squeezing: cuts by one before the model is tuned again.")]
@@ -73,6 +74,7 @@ def finetune(
     keep: Annotated[float | None, typer.Option(help="Parameters to keep of each matrix; none is exact.")] = None,
     sites: Sites = "5",
     target: Targets = None,
+    policy: Policy = "auxiliary",
     train: Train = None,
     layers: Annotated[int, typer.Option(help="Of last-layers: how many blocks train.")] = 2,
     rank: Annotated[int | None, typer.Option(help="Of lora; by default LFA's number of parameters.")] = None,
@@ -107,8 +109,8 @@ def finetune(
             )  # fmt: skip
         how = Method(
             method, target=targets_of(target), sites=sites_of(sites), keep=None if squeezing else keep,
-            bonds=bonds_of(bonds_from) if bonds_from else None, train=tuple(train or ()), layers=layers, rank=rank,
-            lr=lr, tensor_lr=tensor_lr,
+            policy=policy, bonds=bonds_of(bonds_from) if bonds_from else None, train=tuple(train or ()), layers=layers,
+            rank=rank, lr=lr, tensor_lr=tensor_lr,
         )  # fmt: skip
         if not seed or len(set(seed)) < len(seed):
             raise MPOError(f"the seeds {', '.join(map(str, seed))} are not different: give each once")
@@ -149,6 +151,7 @@ def squeeze(
     bf16: Bf16 = False,
     sites: Sites = "5",
     target: Targets = None,
+    policy: Policy = "auxiliary",
     train: Train = None,
     device: Device = "cpu",
     resume: Resume = False,
@@ -169,7 +172,7 @@ def squeeze(
             score=score, rate=tune_rate, final_epochs=final_epochs, gap_on=gap_on,
         )  # fmt: skip
         how = Method(
-            "squeeze", target=targets_of(target), sites=sites_of(sites), train=tuple(train or ()), lr=lr,
+            "squeeze", target=targets_of(target), sites=sites_of(sites), policy=policy, train=tuple(train or ()), lr=lr,
             tensor_lr=tensor_lr,
         )  # fmt: skip
         settings = Settings(

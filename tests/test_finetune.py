@@ -17,6 +17,7 @@ from mpo_tn import MPOError
 from mpo_tn.torch import MPOLayer, freeze
 from mpo_tn.torch.folder import load_tokenizer
 from mpo_tn.torch.matching import find_units
+from mpo_tn.torch.training import POLICIES
 from mpo_tn.tuning._finetune import NotFiniteError, Settings, Squeezing, check_folder, finetune, save_finetuned
 from mpo_tn.tuning.batches import Batches, text_batches
 from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, load_for_task, prepare
@@ -142,6 +143,20 @@ def test_what_each_method_trains(places: dict[str, Path]) -> None:
         assert {id(p) for p in grouped} == {id(p) for p in run.model.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["lfa", "one-shot", "squeeze"])
+def test_the_policy_says_which_cores_train(places: dict[str, Path], name: str, policy: str) -> None:
+    run = prepared(places, method(name, policy=policy))
+    layers = {name: module for name, module in run.model.named_modules() if isinstance(module, MPOLayer)}
+    centres = {f"{name}.cores.{layer.spec.center}" for name, layer in layers.items()}
+    cores = {f"{name}.cores.{k}" for name, layer in layers.items() for k in range(len(layer.cores))}
+    train = {name for name in trained(run.model) if ".cores." in name}
+    assert train == {"auxiliary": cores - centres, "central": centres, "cores": cores, "none": set()}[policy]
+    assert run.matrix_trainable == sum(p.numel() for name, p in run.model.named_parameters() if name in train)
+    grouped = {id(p) for group in run.groups for p in group["params"]}
+    assert grouped == {id(p) for p in run.model.parameters() if p.requires_grad}
+
+
 def test_two_rates(places: dict[str, Path]) -> None:
     for name, lr, changes in (("lfa", 2e-4, {}), ("lora", 5e-5, {}), ("lora", 0.0, {"lr": 0.0}), ("full", 5e-5, {})):
         run = prepared(places, Method(name, sites=3, **changes))
@@ -191,6 +206,8 @@ WRONG = {
     "unknown": (lambda p: Method("magic"), "unknown method 'magic': there are full, lfa"),
     "no size": (lambda p: Method("one-shot"), "one-shot needs a size"),
     "two sizes": (lambda p: Method("one-shot", keep=0.5, bonds={}), "keep=0.5 and bonds"),
+    "unknown policy": (lambda p: Method("lfa", policy="all"), "policy='all' is not one of auxiliary, central"),
+    "policy of a dense model": (lambda p: Method("full", policy="cores"), "leave it out with full"),
     "bonds of a dense model": (lambda p: Method("full", bonds={"a": (1,)}), "full has no bonds"),
     "squeeze with a size": (lambda p: Method("squeeze", keep=0.5), "starts at full bonds"),
     "too many layers": (lambda p: prepared(p, Method("last-layers", layers=3)), "the model has 2 blocks"),
@@ -335,7 +352,10 @@ def whole_runs() -> dict[str, Any]:
 
 
 # After 8 steps the squeezing begins, in rounds of 2 steps; after 14 its final epoch. A checkpoint is every 3 steps.
-KILLS = [("full", 4), ("lfa", 3), ("lora", 5), ("squeeze", 5), ("squeeze", 8), ("squeeze", 11), ("squeeze", 15)]
+KILLS = [
+    ("full", 4), ("lfa", 3), ("lora", 5), ("squeeze", 5), ("squeeze", 8), ("squeeze", 11), ("squeeze", 15),
+    ("squeeze of cores", 11),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "calls"), KILLS)
@@ -344,8 +364,9 @@ def test_killed_and_resumed_is_bit_equal(
     whole_runs: dict[str, Any],
 ) -> None:  # fmt: skip
     def go(folder: Path | None, resume: bool = False) -> Any:
-        squeezing = replace(SQUEEZE, final_epochs=1) if name == "squeeze" else None
-        how = method(name)
+        squeezing = replace(SQUEEZE, final_epochs=1) if "squeeze" in name else None
+        kind, _, policy = name.partition(" of ")
+        how = method(kind, policy=policy or "auxiliary")
         return finetune(places["encoder"], mrpc, how, QUICK, squeezing=squeezing, folder=folder, resume=resume)
 
     if name not in whole_runs:
@@ -358,7 +379,7 @@ def test_killed_and_resumed_is_bit_equal(
     result, again = go(tmp_path, resume=True)
     assert equal(state(model), state(again))
     assert (result.scores, result.losses, result.steps) == (expected.scores, expected.losses, expected.steps)
-    if name == "squeeze":
+    if "squeeze" in name:
         assert result.steps == 8 + 3 * 2 + 4
         assert result.squeezing["bonds"] == expected.squeezing["bonds"] != result.squeezing["start_bonds"]
 

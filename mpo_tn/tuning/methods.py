@@ -20,7 +20,7 @@ from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.config import ModuleSpec
 from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import find_units
-from mpo_tn.torch.training import GROUPS, freeze, parameter_groups
+from mpo_tn.torch.training import GROUPS, POLICIES, freeze, parameter_groups
 
 Progress = Callable[[int, int, str], None]
 Bonds = Mapping[str, Sequence[int]]
@@ -47,6 +47,8 @@ class Method:
         target: the modules to compress, or to put LoRA on; the grammar of :class:`~mpo_tn.torch.MPOConfig`.
         sites: the number of sites of LFA's chains.
         keep: the kept ratio per matrix for ``lfa``, ``low-rank`` and ``one-shot``; none is exact.
+        policy: which cores ``lfa``, ``one-shot`` and ``squeeze`` train, as in :func:`~mpo_tn.torch.freeze`; for
+            ``"central"`` and ``"cores"``, where the large tensors train, take a lower ``tensor_lr``.
         bonds: bonds by module, for instance the last ones of a squeezing. ``low-rank`` takes the rank with the same
             number of parameters, matrix by matrix.
         train: patterns of more parameters to train.
@@ -61,6 +63,7 @@ class Method:
     target: str | tuple[str, ...] = "all-linear"
     sites: int | str = 5
     keep: float | None = None
+    policy: str = "auxiliary"
     bonds: Bonds | None = None
     train: tuple[str, ...] = ()
     layers: int = 2
@@ -78,6 +81,10 @@ class Method:
             raise MPOError(f"the method {self.name} needs a size: give keep, or the bonds of a squeezing")
         if self.name == "squeeze" and (self.keep is not None or self.bonds is not None):
             raise MPOError("the method squeeze starts at full bonds: say in Squeezing(keep=...) how far it goes")
+        if self.policy not in POLICIES:
+            raise MPOError(f"policy={self.policy!r} is not one of {', '.join(POLICIES)}")
+        if self.policy != "auxiliary" and self.name not in ("lfa", "one-shot", "squeeze"):
+            raise MPOError(f"policy={self.policy!r} is for lfa, one-shot and squeeze: leave it out with {self.name}")
         if self.name in ("full", "last-layers", "lora") and self.bonds is not None:
             raise MPOError(f"the method {self.name} has no bonds: leave them out")
 
@@ -205,20 +212,18 @@ def _blocks(model: nn.Module) -> list[str]:
     return [f"{largest}.{k}" for k in range(len(lists[largest]))]
 
 
-def _compressed(policy: str) -> Callable[..., Prepared]:
-    def build(model: Any, method: Method, seed: int, progress: Progress | None, compressed: bool) -> Prepared:
-        notes: dict[str, Any] = {}
-        if not compressed:
-            report = compress(model, mpo_config(model, method), progress=progress)
-            notes = {"kept": report.kept, "kept_model": report.kept_model, "rel_error": report.rel_error}
-        frozen = freeze(model, policy, also=GROUPS, train=method.train)
-        specs = [m.spec for m in model.modules() if isinstance(m, MPOLayer) and m.spec.tied_to is None]
-        dense = sum(spec.out_features * spec.in_features for spec in specs)
-        now = sum(spec.num_parameters for spec in specs)
-        groups = parameter_groups(model, *method.rates, method.weight_decay)
-        return Prepared(model, groups, dense, now, frozen.by_group["cores"], notes)
-
-    return build
+def _compressed(model: Any, method: Method, seed: int, progress: Progress | None, compressed: bool) -> Prepared:
+    notes: dict[str, Any] = {}
+    if not compressed:
+        report = compress(model, mpo_config(model, method), progress=progress)
+        notes = {"kept": report.kept, "kept_model": report.kept_model, "rel_error": report.rel_error}
+    policy = "cores" if method.name == "low-rank" else method.policy
+    frozen = freeze(model, policy, also=GROUPS, train=method.train)
+    specs = [m.spec for m in model.modules() if isinstance(m, MPOLayer) and m.spec.tied_to is None]
+    dense = sum(spec.out_features * spec.in_features for spec in specs)
+    now = sum(spec.num_parameters for spec in specs)
+    groups = parameter_groups(model, *method.rates, method.weight_decay)
+    return Prepared(model, groups, dense, now, frozen.by_group["cores"], notes)
 
 
 def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
@@ -292,11 +297,11 @@ def auxiliary_parameters(units: Sequence[Any], method: Method) -> int:
 
 METHODS: dict[str, Callable[..., Prepared]] = {
     "full": _full,
-    "lfa": _compressed("auxiliary"),
+    "lfa": _compressed,
     "last-layers": _last_layers,
     "lora": _lora,
-    "low-rank": _compressed("cores"),
-    "one-shot": _compressed("auxiliary"),
-    "squeeze": _compressed("auxiliary"),
+    "low-rank": _compressed,
+    "one-shot": _compressed,
+    "squeeze": _compressed,
 }
 """The ways to tune, by name."""
