@@ -30,9 +30,13 @@ TRIED = (
     ("lfa", 5e-5, 2e-4), ("lfa", 5e-5, 5e-4), ("lfa", 5e-5, 1e-3), ("lfa", 2e-4, 5e-4), ("lora", 5e-5, 5e-4),
     ("lora", 5e-5, 1e-3), ("lora", 2e-4, 5e-4), ("full", 5e-5, 5e-4), ("full", 1e-4, 5e-4), ("low-rank", 5e-5, 5e-5),
     ("low-rank", 5e-5, 1e-4), ("low-rank", 5e-5, 2e-4), ("low-rank", 5e-5, 5e-4), ("low-rank", 1e-4, 1e-4),
-    ("low-rank", 2e-4, 1e-4), ("low-rank", 2e-4, 2e-4),
+    ("low-rank", 2e-4, 1e-4), ("low-rank", 2e-4, 2e-4), ("lfa-cores", 2e-4, 5e-5), ("lfa-cores", 2e-4, 1e-4),
+    ("lfa-cores", 2e-4, 2e-4),
 )  # fmt: skip
-"""Methods with the rates of dense parameters and of tensors that are tried on held-out examples."""
+"""Methods with the rates of dense parameters and of tensors that are tried on held-out examples.
+
+``lfa-cores`` trains the central tensors as well.
+"""
 SCORES = ("error_per_parameter", "error")
 CUTS, ROUNDS = 100, 8
 
@@ -44,7 +48,8 @@ def try_rates(data: TaskData, results: Path, bf16: bool) -> None:
         file = results / f"{data.name}-{name}-{lr:g}-{tensor_lr:g}.json"
         if not file.exists():
             keep = 0.6 if name == "low-rank" else None
-            how = Method(name, target=ENCODER, keep=keep, lr=lr, tensor_lr=tensor_lr)
+            kind, policy = ("lfa", "cores") if name == "lfa-cores" else (name, "auxiliary")
+            how = Method(kind, target=ENCODER, keep=keep, policy=policy, lr=lr, tensor_lr=tensor_lr)
             settings = Settings(epochs=EPOCHS, bf16=bf16)
             result, _ = finetune(demo_model(), replace(rest, dev=held.dev), how, settings)
             document = {key: result.to_dict()[key] for key in ("headline", "scores", "losses", "steps", "versions")}

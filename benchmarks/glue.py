@@ -39,7 +39,10 @@ CUTS, STEPS, RATE = 50, 15, 0.5
 KEPT = (0.8, 0.6, 0.4)
 LIMIT = {"SST-2": 10_000}
 PLAIN = ("full", "lfa", "lora", "last-layers")
+SQUEEZED: dict[str, dict[str, Any]] = {"squeeze": {}, "squeeze-cores": {"policy": "cores"}}
+"""Ways to squeeze: with auxiliary tensors trained alone, and with every core."""
 CONTROLS = ("one-shot", "low-rank")
+"""To the bonds and the number of steps of ``squeeze``."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Maker:
             if not self.file(name).exists():
                 self.tune(name, None, method(name), self.settings(self.epochs))
         kept = sorted(kept, reverse=True)
-        if any(not self.file("squeeze", keep).exists() for keep in kept):
-            self.squeeze(kept)
+        for row in SQUEEZED:
+            if any(not self.file(row, keep).exists() for keep in kept):
+                self.squeeze(row, kept)
         for keep in kept:
             squeezed = json.loads(self.file("squeeze", keep).read_text(encoding="utf-8"))
             for name in CONTROLS:
@@ -84,10 +88,10 @@ class Maker:
         result, _ = finetune(demo_model(), self.data, how, settings)
         self.write(row, keep, result)
 
-    def squeeze(self, kept: list[float]) -> None:
+    def squeeze(self, row: str, kept: list[float]) -> None:
         """One way down through all kept ratios; at each a final epoch is tuned, and then gone back on."""
         began = time.perf_counter()
-        how = method("squeeze")
+        how = method("squeeze", **SQUEEZED[row])
         run = start(demo_model(), self.data, how, self.settings(self.epochs - 1))
         while run.done < run.steps:
             run.step()
@@ -105,7 +109,7 @@ class Maker:
             result.squeezing = {**squeezed, "rounds": rounds}
             result.scores = [run.evaluate()]
             fill_in(result, run, time.perf_counter() - began)
-            self.write("squeeze", keep, result)
+            self.write(row, keep, result)
             restore(state, run.model, run.optimizer)
             run.done, run.tokens = done, tokens
             del run.losses[taken:], run.seconds[taken:]
@@ -128,7 +132,7 @@ def method(name: str, **options: Any) -> Method:
 
 def rows() -> list[tuple[str, float | None]]:
     """Every row of the table: the method and the kept ratio it is squeezed to."""
-    squeezed = [(name, keep) for keep in KEPT for name in ("squeeze", *CONTROLS)]
+    squeezed = [(name, keep) for keep in KEPT for name in (*SQUEEZED, *CONTROLS)]
     return [*((name, None) for name in PLAIN), *squeezed]
 
 
@@ -167,7 +171,8 @@ def _task_tables(found: Runs) -> list[str]:
 def pairs() -> list[tuple[tuple[str, float | None], tuple[str, float | None]]]:
     """The questions: which two rows are compared."""
     plain: list[Any] = [(("lfa", None), (other, None)) for other in ("full", "lora", "last-layers")]
-    return plain + [(("squeeze", keep), (control, keep)) for keep in KEPT for control in CONTROLS]
+    others = {"squeeze": CONTROLS, "squeeze-cores": ("squeeze", "low-rank")}
+    return plain + [((one, keep), (other, keep)) for keep in KEPT for one in others for other in others[one]]
 
 
 def _difference(one: tuple[str, float | None], other: tuple[str, float | None], found: Runs) -> tuple[str, ...]:
@@ -222,8 +227,8 @@ def picture(results: Path, file: Path) -> None:
     found = read(results)
     figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.0), layout="constrained", squeeze=False)
     for ax, (task, runs) in zip(panels[0], found.items(), strict=True):
-        for row, color in (("squeeze", "C0"), ("one-shot", "C1"), ("low-rank", "C2")):
-            lines = [(1.0, runs["lfa", None])] if row != "low-rank" else []
+        for row, color in zip((*SQUEEZED, *CONTROLS), ("C0", "C4", "C1", "C2"), strict=True):
+            lines = [(1.0, runs["lfa", None])] if row in ("squeeze", "one-shot") else []
             lines += [(keep, runs[row, keep]) for keep in KEPT if (row, keep) in runs]
             scores = [[run["headline"] or 0.0 for run in by_seed.values()] for _, by_seed in lines]
             ax.plot([at for at, _ in lines], [np.mean(values) for values in scores], "o-", color=color, label=row)
@@ -239,7 +244,7 @@ def picture(results: Path, file: Path) -> None:
         ax.set_ylabel(f"mean of {' and '.join(constant)}" if len(constant) > 1 else next(iter(constant)))
         ax.invert_xaxis()
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(file, metadata={"Date": None})
 
 

@@ -35,7 +35,10 @@ Lr = Annotated[
     typer.Option(help="Learning rate of dense parameters (default: 5e-5 for full, last-layers, lora; else 2e-4)."),
 ]
 TensorLr = Annotated[
-    float | None, typer.Option(help="Learning rate of cores and of LoRA's matrices (default: 5e-4; low-rank 1e-4).")
+    float | None,
+    typer.Option(
+        help="Learning rate of cores and of LoRA's matrices (default: 5e-4; low-rank 1e-4; with central tensors 5e-5)."
+    ),
 ]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; parameters stay in float32.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]

@@ -158,12 +158,16 @@ def test_the_policy_says_which_cores_train(places: dict[str, Path], name: str, p
 
 
 def test_two_rates(places: dict[str, Path]) -> None:
-    for name, lr, changes in (("lfa", 2e-4, {}), ("lora", 5e-5, {}), ("lora", 0.0, {"lr": 0.0}), ("full", 5e-5, {})):
+    for name, lr, changes in (
+        ("lfa", 2e-4, {}), ("lora", 5e-5, {}), ("lora", 0.0, {"lr": 0.0}), ("full", 5e-5, {}),
+        ("lfa", 2e-4, {"policy": "cores"}), ("squeeze", 2e-4, {"policy": "central"}),
+    ):  # fmt: skip
         run = prepared(places, Method(name, sites=3, **changes))
+        tensors = 5e-5 if "policy" in changes else 5e-4
         rates = {id(p): group["lr"] for group in run.groups for p in group["params"]}
         for key, parameter in run.model.named_parameters():
             if parameter.requires_grad:
-                assert rates[id(parameter)] == (5e-4 if ".cores." in key or ".lora_" in key else lr), key
+                assert rates[id(parameter)] == (tensors if ".cores." in key or ".lora_" in key else lr), key
 
 
 def test_lora_trains_as_much_as_lfa(places: dict[str, Path]) -> None:

@@ -33,6 +33,8 @@ RATES = {
     "lfa": _LFA, "one-shot": _LFA, "squeeze": _LFA,
 }  # fmt: skip
 """The rates of a method, of dense parameters and of tensors; docs/results.md has the search that they are from."""
+CENTRAL_LR = 5e-5
+"""The rate of tensors where central ones train as well, which hold what is large in a matrix."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,14 @@ class Method:
         target: the modules to compress, or to put LoRA on; the grammar of :class:`~mpo_tn.torch.MPOConfig`.
         sites: the number of sites of LFA's chains.
         keep: the kept ratio per matrix for ``lfa``, ``low-rank`` and ``one-shot``; none is exact.
-        policy: which cores ``lfa``, ``one-shot`` and ``squeeze`` train, as in :func:`~mpo_tn.torch.freeze`; for
-            ``"central"`` and ``"cores"``, where the large tensors train, take a lower ``tensor_lr``.
+        policy: which cores ``lfa``, ``one-shot`` and ``squeeze`` train, as in :func:`~mpo_tn.torch.freeze`.
         bonds: bonds by module, for instance the last ones of a squeezing. ``low-rank`` takes the rank with the same
             number of parameters, matrix by matrix.
         train: patterns of more parameters to train.
         layers: how many blocks ``last-layers`` trains.
         rank: of LoRA; by default the one with the nearest number of parameters.
         lr, tensor_lr: of dense parameters, and of cores and LoRA's matrices; the scripts of the paper have two rates,
-            too. By default those of :data:`RATES`.
+            too. By default those of :data:`RATES`; where central tensors train by ``policy``, :data:`CENTRAL_LR`.
         weight_decay: of dense matrices.
     """
 
@@ -92,6 +93,8 @@ class Method:
     def rates(self) -> tuple[float, float]:
         """``lr`` and ``tensor_lr``, those of the method where none is given."""
         lr, tensor_lr = RATES[self.name]
+        if self.policy in ("central", "cores"):
+            tensor_lr = CENTRAL_LR
         return lr if self.lr is None else self.lr, tensor_lr if self.tensor_lr is None else self.tensor_lr
 
 
