@@ -30,8 +30,8 @@ TRIED = (
     ("lfa", 5e-5, 2e-4), ("lfa", 5e-5, 5e-4), ("lfa", 5e-5, 1e-3), ("lfa", 2e-4, 5e-4), ("lora", 5e-5, 5e-4),
     ("lora", 5e-5, 1e-3), ("lora", 2e-4, 5e-4), ("full", 5e-5, 5e-4), ("full", 1e-4, 5e-4), ("low-rank", 5e-5, 5e-5),
     ("low-rank", 5e-5, 1e-4), ("low-rank", 5e-5, 2e-4), ("low-rank", 5e-5, 5e-4), ("low-rank", 1e-4, 1e-4),
-    ("low-rank", 2e-4, 1e-4), ("low-rank", 2e-4, 2e-4), ("lfa-cores", 2e-4, 5e-5), ("lfa-cores", 2e-4, 1e-4),
-    ("lfa-cores", 2e-4, 2e-4),
+    ("low-rank", 2e-4, 1e-4), ("low-rank", 2e-4, 2e-4), ("lfa-cores", 2e-4, 2e-5), ("lfa-cores", 2e-4, 5e-5),
+    ("lfa-cores", 2e-4, 1e-4), ("lfa-cores", 2e-4, 2e-4),
 )  # fmt: skip
 """Methods with the rates of dense parameters and of tensors that are tried on held-out examples.
 
