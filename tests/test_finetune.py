@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +425,28 @@ def test_a_checkpoint_of_another_run_is_refused(places: dict[str, Path], mrpc: A
     ):
         with pytest.raises(MPOError, match=f"another run: {key} was"):
             finetune(places["encoder"], mrpc, how, settings, folder=tmp_path, resume=True)
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(
+    places: dict[str, Path], mrpc: Any, tmp_path: Path
+) -> None:
+    """As ``policy`` is newer than the first ones: the run goes on, and with another value it is another run."""
+    finetune(places["encoder"], mrpc, method("lfa"), replace(QUICK, max_steps=3), folder=tmp_path)
+    path = tmp_path / "checkpoint" / "state.json"
+    values = json.loads(path.read_text())
+    settings = json.loads(values["extra"]["settings"])
+    assert settings.pop("policy") == "auxiliary"
+    values["extra"]["settings"] = json.dumps(settings)
+    path.write_text(json.dumps(values))
+    with pytest.raises(MPOError, match="another run: policy was 'auxiliary' and is 'cores'"):
+        finetune(
+            places["encoder"], mrpc, method("lfa", policy="cores"), replace(QUICK, max_steps=3), folder=tmp_path,
+            resume=True,
+        )  # fmt: skip
+    result, _ = finetune(
+        places["encoder"], mrpc, method("lfa"), replace(QUICK, max_steps=3), folder=tmp_path, resume=True
+    )
+    assert result.notes["resumed at step"] == 3
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, place: int, *, gradient: bool = False) -> None:

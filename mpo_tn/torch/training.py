@@ -104,8 +104,7 @@ def freeze(
     192 of 960 parameters train (20.00 %): cores 104, norms 48, biases 40
     """
     for given in (policy, *(overrides or {}).values()):
-        if given not in POLICIES:
-            raise MPOError(f"policy={given!r} is not one of {', '.join(POLICIES)}")
+        check_policy(given)
     groups = (also,) if isinstance(also, str) else tuple(also)
     unknown = [group for group in groups if group not in (*GROUPS, "all")]
     if unknown:
@@ -133,6 +132,12 @@ def freeze(
         if reason is not None:
             by_group[reason] += item.parameter.numel()
     return FreezeReport(*count_parameters(model), by_group)
+
+
+def check_policy(policy: str) -> None:
+    """Refuse what is no policy of :func:`freeze`."""
+    if policy not in POLICIES:
+        raise MPOError(f"policy={policy!r} is not one of {', '.join(POLICIES)}")
 
 
 def _trainable_cores(model: nn.Module, policy: str, overrides: Mapping[str, str]) -> dict[nn.Parameter, bool]:

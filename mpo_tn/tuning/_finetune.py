@@ -26,6 +26,9 @@ __all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_f
 
 # What may differ between the two halves of a run: it is what one changes after a loss that was no number.
 _MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
+# A setting that is newer than a run had this value in it.
+_DEFAULTS = json.loads(json.dumps({**asdict(Method()), **asdict(Settings())}))
+del _DEFAULTS["name"]
 
 
 def finetune(
@@ -169,6 +172,7 @@ def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
         saved = json.loads(values["extra"]["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # load_state says what is wrong with it
+    saved = _DEFAULTS | saved
     here = json.loads(json.dumps(result.to_dict()["settings"]))
     for key in sorted({*saved, *here}):
         if saved.get(key) != here.get(key) and key not in _MAY_CHANGE:
@@ -274,7 +278,7 @@ def finished_run(
     """
     result = read_result(folder)
     asked = {"task": data.name, **_settings(str(source), data, method, settings, squeezing)}
-    there = {"task": result.task, **result.settings}
+    there = {**_DEFAULTS, "task": result.task, **result.settings}
     for key, value in json.loads(json.dumps(asked)).items():
         if there.get(key) != value:
             raise MPOError(

@@ -20,7 +20,7 @@ from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.config import ModuleSpec
 from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import find_units
-from mpo_tn.torch.training import GROUPS, POLICIES, freeze, parameter_groups
+from mpo_tn.torch.training import GROUPS, check_policy, freeze, parameter_groups
 
 Progress = Callable[[int, int, str], None]
 Bonds = Mapping[str, Sequence[int]]
@@ -82,8 +82,7 @@ class Method:
             raise MPOError(f"the method {self.name} needs a size: give keep, or the bonds of a squeezing")
         if self.name == "squeeze" and (self.keep is not None or self.bonds is not None):
             raise MPOError("the method squeeze starts at full bonds: say in Squeezing(keep=...) how far it goes")
-        if self.policy not in POLICIES:
-            raise MPOError(f"policy={self.policy!r} is not one of {', '.join(POLICIES)}")
+        check_policy(self.policy)  # before a model is read and compressed
         if self.policy != "auxiliary" and self.name not in ("lfa", "one-shot", "squeeze"):
             raise MPOError(f"policy={self.policy!r} is for lfa, one-shot and squeeze: leave it out with {self.name}")
         if self.name in ("full", "last-layers", "lora") and self.bonds is not None:
