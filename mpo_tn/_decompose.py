@@ -25,15 +25,13 @@ from mpo_tn.linalg import (
     interleave,
     left_factor,
     namespace,
+    share_memory,
     storage_notes,
     times_power_of_two,
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
 from mpo_tn.truncation import BondReport, Report, Truncation, checked_truncation
-
-SAFE_NORMS = (1e-60, 1e60)
-"""Norms of matrices that need no scaling before they are multiplied with themselves."""
 
 LIGHT_SIZE, LIGHT_NORMS = 2**16, (1e-25, 1e25)
 """Single precision matrices of at least so many entries, and of these norms, are multiplied in single precision: what
@@ -74,15 +72,17 @@ def decompose(
     known = bounds.unfolding_spectra(matrix, sites) if spectra or truncation.max_parameters is not None else None
     if known is not None and truncation.max_parameters is not None:
         caps = known.bonds_for(truncation.max_parameters, caps)
-    # A power of two, so that scaling is exact; it keeps squares of huge or tiny entries within range.
-    exponent = 0 if SAFE_NORMS[0] < norm < SAFE_NORMS[1] else binary_exponent(norm)
+    # To a norm from 1 to 2, by a power of two: squares of huge or tiny entries stay within range, and a multiple by a
+    # power of two is factorised from the same bits, as no LAPACK promises the same digits for 2 A as for A.
+    exponent = binary_exponent(norm)
     scale = 2.0**exponent
     single = dtype_name(matrix) not in ("float64", "complex128")
     notes = storage_notes(matrix)
     large = math.prod(sites.shape) >= LIGHT_SIZE and LIGHT_NORMS[0] < norm < LIGHT_NORMS[1]
     light = single and chosen != "svd" and large and not notes
-    tensor = interleave(matrix if light else widen(matrix), sites.out, sites.in_)
-    tensor = times_power_of_two(tensor, -exponent) if exponent else tensor
+    given = matrix if light else widen(matrix)
+    tensor = interleave(given, sites.out, sites.in_)
+    tensor = times_power_of_two(tensor, -exponent, in_place=not share_memory(tensor, given))
     budget.scale(scale)
     sweep = Sweep(caps, budget, chosen, single, scale, callback)
     cores = _peel(tensor, sites, sweep)

@@ -12,13 +12,16 @@ from mpo_tn._budget import bonds_within
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
+    binary_exponent,
     check_matrix,
     dtype_name,
+    frobenius_norm,
     interleave,
     machine_eps,
     namespace,
     singular_values,
     tails,
+    times_power_of_two,
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
@@ -211,10 +214,13 @@ def unfolding_spectra(matrix: Array, sites: Sites) -> Spectra:
     if sites.shape != tuple(matrix.shape):
         raise MPOError(f"legs multiply to {sites.shape} and the matrix is {tuple(matrix.shape)}: see Sites.balanced")
     xp = namespace(matrix)
-    tensor = interleave(widen(matrix), sites.out, sites.in_)
+    # To a norm from 1 to 2: a multiple by a power of two then has the same digits, whatever LAPACK does with it.
+    exponent = binary_exponent(frobenius_norm(matrix))
+    tensor = times_power_of_two(interleave(widen(matrix), sites.out, sites.in_), -exponent)
     gram = dtype_name(matrix) not in ("float64", "complex128")
     rows = [math.prod(sites.sizes[: k + 1]) for k in range(len(sites) - 1)]
-    return Spectra((singular_values(xp.reshape(tensor, (m, -1)), gram=gram) for m in rows), sites)
+    values = (singular_values(xp.reshape(tensor, (m, -1)), gram=gram) for m in rows)
+    return Spectra((times_power_of_two(part, exponent) for part in values), sites)
 
 
 def error_bounds(spectra: Sequence[np.ndarray], bonds: Sequence[int]) -> tuple[float, float]:

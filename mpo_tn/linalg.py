@@ -247,9 +247,12 @@ def frobenius_norm(array: Array) -> float:
     wide = widen(array)
     xp = namespace(wide)
     parts = (xp.real(wide), xp.imag(wide)) if dtype_name(wide) == "complex128" else (wide,)
-    exponent = binary_exponent(max(float(xp.max(xp.abs(part))) for part in parts))
-    scaled = times_power_of_two(wide, -exponent)
-    return float(xp.linalg.vector_norm(scaled)) * 2.0**exponent
+    largest = max(float(xp.max(xp.abs(part))) for part in parts)
+    if not 0 < largest < math.inf:
+        return largest
+    # The same sum again, so that the digits are those of the array in range.
+    exponent = binary_exponent(largest)
+    return frobenius_norm(times_power_of_two(wide, -exponent)) * 2.0**exponent
 
 
 def binary_exponent(value: float) -> int:
@@ -257,12 +260,25 @@ def binary_exponent(value: float) -> int:
     return math.frexp(value)[1] - 1 if value > 0 else 0
 
 
-def times_power_of_two(array: Array, exponent: int) -> Array:
-    """``array * 2**exponent``, exact where the result is in range, even if ``2**exponent`` is not."""
+def times_power_of_two(array: Array, exponent: int, *, in_place: bool = False) -> Array:
+    """``array * 2**exponent``, exact where the result is in range, even if ``2**exponent`` is not.
+
+    ``in_place``: an array of NumPy or torch that may be written into, which spares the memory of the result.
+    """
     if abs(exponent) > 1000:
         half = exponent // 2
         return array * 2.0**half * 2.0 ** (exponent - half)
+    if in_place:
+        array *= 2.0**exponent
+        return array
     return array * 2.0**exponent
+
+
+def share_memory(a: Array, b: Array) -> bool:
+    """Whether writing into one of two arrays of NumPy or torch could change the other."""
+    if isinstance(a, np.ndarray):
+        return np.may_share_memory(a, b)
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def interleave(matrix: Array, out: tuple[int, ...], in_: tuple[int, ...]) -> Array:

@@ -129,7 +129,8 @@ class MPO(Operators, Measures):
         Frobenius error up to ``report.floor``, and at most ``sqrt(n-1)`` times that of the best MPO with these bonds
         (Oseledets, SIAM J. Sci. Comput. 33, 2011). Full bonds reproduce the matrix to
         ``4 * eps(dtype) * sqrt(size) * norm``. Factorisations are done in double precision whatever the dtype; large
-        single precision matrices are multiplied in single precision (not by ``method="svd"``).
+        single precision matrices are multiplied in single precision (not by ``method="svd"``). A multiple of the matrix
+        by a power of two gives the same MPO and report, scaled exactly.
 
         Raises:
             MPOError: NaN or infinite entries, no entries, not two-dimensional, an integer, boolean or object dtype,
