@@ -4,10 +4,10 @@ The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.to
 tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 """
 
-from mpo_tn._accuracy import OperatorNorm
 from mpo_tn._refine import FitReport
 from mpo_tn._truncated import truncated
 from mpo_tn.bounds import ErrorBounds, Spectra
+from mpo_tn.chains.norms import OperatorNorm
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import array_api_compat
 import numpy as np
 
-from mpo_tn._canonical import ChainT, canonicalize, check_cores, shift_right, stored
 from mpo_tn._decompose import LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn._factor import CANCELS, Method, checked_method
 from mpo_tn.bounds import Spectra
-from mpo_tn.chain import Chain
+from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, shift_right, stored
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import array_api_compat
 import numpy as np
 
-from mpo_tn import bounds
-from mpo_tn._canonical import stored
 from mpo_tn._factor import Method, Request, checked_method, factor
-from mpo_tn.chain import Chain
+from mpo_tn.bounds import Spectra, float_floor, unfolding_spectra
+from mpo_tn.chains.canonical import stored
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,
@@ -69,7 +69,7 @@ def decompose(
         raise MPOError(
             f"the norm of the matrix of shape {tuple(matrix.shape)} overflows double precision: scale it down"
         )
-    known = bounds.unfolding_spectra(matrix, sites) if spectra or truncation.max_parameters is not None else None
+    known = unfolding_spectra(matrix, sites) if spectra or truncation.max_parameters is not None else None
     if known is not None and truncation.max_parameters is not None:
         caps = known.bonds_for(truncation.max_parameters, caps)
     # To a norm from 1 to 2, by a power of two: squares of huge or tiny entries stay within range, and a multiple by a
@@ -197,7 +197,7 @@ class Sweep:
         if self.callback is not None:
             self.callback(bond, step)
 
-    def know(self, known: bounds.Spectra) -> None:
+    def know(self, known: Spectra) -> None:
         """Add to every step what the spectra of the original say of it."""
         self.steps = [replace(step, tail=known.tail(k, step.kept)) for k, step in enumerate(self.steps)]
 
@@ -324,7 +324,7 @@ def sweep_report(
         MPOError: ``truncation.strict`` and the tolerance was missed.
     """
     error = math.hypot(*(step.discarded_norm for step in steps))
-    floor = bounds.float_floor(precision, n, norm)
+    floor = float_floor(precision, n, norm)
     allowed = truncation.budget(norm, 0.0, "")
     met = error <= allowed * (1 + 1e-12)
     if not met and truncation.strict:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpo_tn import _algebra
-from mpo_tn._accuracy import OperatorNorm, cast_error, operator_norm
-from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import spectra, wide_chain
 from mpo_tn.bounds import Spectra, entropy
-from mpo_tn.chain import Chain
+from mpo_tn.chains import algebra
+from mpo_tn.chains.canonical import canonicalize, check_cores
+from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.norms import OperatorNorm, cast_error, operator_norm
 from mpo_tn.linalg import Array, frobenius_norm
 
 
@@ -21,7 +21,7 @@ class Measures(Chain):
 
         Exact: the difference of the two chains is summed site by site from the differences of their cores and
         factorised by QR in double precision, so even errors far below ``eps(float64) * norm`` come out right.
-        :func:`mpo_tn._accuracy.cast_error_estimate` tells the size beforehand for a canonical MPO,
+        :func:`mpo_tn.chains.norms.cast_error_estimate` tells the size beforehand for a canonical MPO,
         ``0.21 * eps * sqrt(n) * norm``. Cost: about ``32 n p d**3`` flops.
 
         Raises:
@@ -100,7 +100,7 @@ class Measures(Chain):
         >>> a.distance(a.canonicalize(0)) < 1e-14
         True
         """
-        return _algebra.distance(self, other)
+        return algebra.distance(self, other)
 
     def inner(self, other: Chain) -> float | complex:
         """``sum conj(self) * other`` over all entries, ``tr(self.H @ other)``, in double precision.
@@ -116,7 +116,7 @@ class Measures(Chain):
         >>> eye.inner(eye), eye.trace()
         (6.0, 6.0)
         """
-        return _algebra.inner(self, other)
+        return algebra.inner(self, other)
 
     def trace(self) -> float | complex:
         """The trace, in double precision, in ``2 sum_k bond_{k-1} bond_k`` flops and the sums over the legs.
@@ -124,4 +124,4 @@ class Measures(Chain):
         Raises:
             MPOError: a site whose legs differ, or cores that are not finite.
         """
-        return _algebra.trace(self)
+        return algebra.trace(self)

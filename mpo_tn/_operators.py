@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from array_api_compat import is_array_api_obj
 
-from mpo_tn import _algebra
-from mpo_tn.chain import Chain
+from mpo_tn.chains import algebra
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 
 
@@ -52,35 +52,35 @@ class Operators(Chain):
     @property
     def T(self) -> Self:  # noqa: N802
         """The transpose: the legs of every site swap, the canonical interval stays."""
-        return _algebra.transpose(self)
+        return algebra.transpose(self)
 
     @property
     def H(self) -> Self:  # noqa: N802
         """The adjoint: :attr:`T` of :meth:`conj`."""
-        return _algebra.conj(_algebra.transpose(self))
+        return algebra.conj(algebra.transpose(self))
 
     def conj(self) -> Self:
         """The complex conjugate; real cores are shared."""
-        return _algebra.conj(self)
+        return algebra.conj(self)
 
     def __add__(self, other: Any) -> Self:
         if not isinstance(other, Chain):
             return NotImplemented
-        return _algebra.add(self, other)
+        return algebra.add(self, other)
 
     def __sub__(self, other: Any) -> Self:
         if not isinstance(other, Chain):
             return NotImplemented
-        return _algebra.subtract(self, other)
+        return algebra.subtract(self, other)
 
     def __neg__(self) -> Self:
-        return _algebra.scaled(self, -1.0, operator.mul)
+        return algebra.scaled(self, -1.0, operator.mul)
 
     def __mul__(self, factor: Any) -> Self:
         number = checked_scalar(factor)
         if number is None:
             return NotImplemented
-        return _algebra.scaled(self, number, operator.mul)
+        return algebra.scaled(self, number, operator.mul)
 
     __rmul__ = __mul__
 
@@ -88,15 +88,15 @@ class Operators(Chain):
         number = checked_scalar(divisor)
         if number is None:
             return NotImplemented
-        return _algebra.scaled(self, number, operator.truediv)
+        return algebra.scaled(self, number, operator.truediv)
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, Chain):
-            return _algebra.multiply(self, other)
-        return _algebra.apply(self, other) if is_array(other) else NotImplemented
+            return algebra.multiply(self, other)
+        return algebra.apply(self, other) if is_array(other) else NotImplemented
 
     def __rmatmul__(self, x: Any) -> Any:
-        return _algebra.apply_from_left(self, x) if is_array(x) else NotImplemented
+        return algebra.apply_from_left(self, x) if is_array(x) else NotImplemented
 
 
 def checked_scalar(value: Any) -> float | complex | None:

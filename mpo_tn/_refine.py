@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import array_api_compat
 import numpy as np
 
-from mpo_tn._canonical import ChainT, canonicalize, check_cores, stored
 from mpo_tn._compress import compress, wide_chain
 from mpo_tn._targets import Target, from_left, target_of, to_right
 from mpo_tn.bounds import float_floor
-from mpo_tn.chain import Chain
+from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,

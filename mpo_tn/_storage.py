@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
-from mpo_tn.chain import Chain
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.files import write_whole
 from mpo_tn.linalg import Array, dtype_name, is_traced, library, to_jax

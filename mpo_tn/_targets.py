@@ -7,10 +7,10 @@ from typing import Protocol
 
 import array_api_compat
 
-from mpo_tn._algebra import distance
-from mpo_tn._canonical import canonicalize, check_cores
 from mpo_tn._compress import wide_chain
-from mpo_tn.chain import Chain
+from mpo_tn.chains.algebra import distance
+from mpo_tn.chains.canonical import canonicalize, check_cores
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,

@@ -183,7 +183,7 @@ def float_floor(dtype: Any, n: int, norm: float) -> float:
     """``(eps + 16 eps(float64)) * sqrt(n) * norm``: what storage and arithmetic add to an error, at most in practice.
 
     Each stored core of a canonical chain adds an independent error of about ``0.21 * eps * norm``, whatever its bonds
-    (see :func:`mpo_tn._accuracy.cast_error_estimate`). The arithmetic is in double precision and matters only if the
+    (see :func:`mpo_tn.chains.norms.cast_error_estimate`). The arithmetic is in double precision and matters only if the
     dtype is double too; exact decompositions of Gaussian matrices from 16x16 to 768x3072 were measured to be off by 2.5
     to 11.3 ``eps * sqrt(n) * norm``. An error below this floor is not distinguished from zero.
 

@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from mpo_tn import _algebra, _storage, network
-from mpo_tn._canonical import canonicalize
+from mpo_tn import _storage
 from mpo_tn._compress import compress
 from mpo_tn._decompose import BondCallback, decompose
 from mpo_tn._factor import Method
 from mpo_tn._measures import Measures
 from mpo_tn._operators import Operators
 from mpo_tn._refine import FitCallback, FitReport, fit, refit
+from mpo_tn.chains import algebra, contraction
+from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.linalg import Array
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report, Truncation
@@ -63,7 +64,7 @@ class MPO(Operators, Measures):
         >>> MPO.identity(Sites((2, 3), (2, 3)), dtype="float32")
         MPO(6 x 6, out=(2, 3), in_=(2, 3), bonds=(1,), center=None, 13 float32 parameters)
         """
-        return cls(tuple(_algebra.identity_cores(sites, dtype, like)))
+        return cls(tuple(algebra.identity_cores(sites, dtype, like)))
 
     @classmethod
     def random(cls, sites: Sites, bonds: int | Sequence[int], *, seed: int, dtype: Any = "float64") -> Self:
@@ -77,7 +78,7 @@ class MPO(Operators, Measures):
         >>> MPO.random(Sites((2, 2, 2), (2, 2, 2)), bonds=3, seed=0).bonds
         (3, 3)
         """
-        return cls(tuple(_algebra.random_cores(sites, bonds, seed, dtype)))
+        return cls(tuple(algebra.random_cores(sites, bonds, seed, dtype)))
 
     @classmethod
     def low_rank(cls, left: Array, right: Array) -> Self:
@@ -90,7 +91,7 @@ class MPO(Operators, Measures):
         >>> MPO.low_rank(np.ones((6, 2)), np.ones((2, 8)))
         MPO(6 x 8, out=(6, 1), in_=(1, 8), bonds=(2,), center=None, 28 float64 parameters)
         """
-        return cls(tuple(_algebra.low_rank_cores(left, right)))
+        return cls(tuple(algebra.low_rank_cores(left, right)))
 
     @classmethod
     def from_matrix(
@@ -155,11 +156,11 @@ class MPO(Operators, Measures):
         Raises:
             MPOError: ``memory_limit`` (bytes, for cores, intermediates and the matrix) cannot be met.
         """
-        matrix = network.contract_matrix(self.cores, self.plan(memory_limit=memory_limit))
+        matrix = contraction.contract_matrix(self.cores, self.plan(memory_limit=memory_limit))
         # A single core is only reshaped, and the caller may write into what it gets.
         return matrix * 1 if len(self) == 1 else matrix
 
-    def plan(self, *, batch: int | None = None, memory_limit: int | None = None) -> network.ContractionPlan:
+    def plan(self, *, batch: int | None = None, memory_limit: int | None = None) -> contraction.ContractionPlan:
         """How :meth:`to_matrix`, or :meth:`apply` for ``batch`` columns, contracts: path, flops, peak bytes. Cached.
 
         Raises:
@@ -172,7 +173,7 @@ class MPO(Operators, Measures):
         >>> mpo.compress(Truncation(max_bond=1))[0].plan(batch=1).flops
         256
         """
-        return network.plan_for_chain(self, batch, memory_limit)
+        return contraction.plan_for_chain(self, batch, memory_limit)
 
     def apply(self, x: Array, *, memory_limit: int | None = None) -> Array:
         """``self @ x`` for ``x`` of shape (in,) or (in, batch), as one network: the matrix is not built for a vector.
@@ -188,7 +189,7 @@ class MPO(Operators, Measures):
         >>> mpo @ np.ones(6), (mpo @ np.ones((6, 5))).shape, np.ones(4) @ mpo
         (array([6., 6., 6., 6.]), (4, 5), array([4., 4., 4., 4., 4., 4.]))
         """
-        return _algebra.apply(self, x, memory_limit)
+        return algebra.apply(self, x, memory_limit)
 
     def to_nodes(self) -> list[Any]:
         """The chain as a TensorNetwork graph: fresh nodes in order, axes ``left, out, in, right``, bonds connected.
@@ -201,7 +202,7 @@ class MPO(Operators, Measures):
         >>> [node.shape for node in mpo.to_nodes()]
         [(1, 2, 2, 4), (4, 2, 2, 1)]
         """
-        return network.to_nodes(self)
+        return contraction.to_nodes(self)
 
     def canonicalize(self, center: int) -> MPO:
         """Move the orthogonality centre: sites before it become left-isometric, sites after it right-isometric.

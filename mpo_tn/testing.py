@@ -41,7 +41,7 @@ from mpo_tn._reference import (
     to_host,
     tolerance,
 )
-from mpo_tn.chain import Chain
+from mpo_tn.chains.chain import Chain
 from mpo_tn.linalg import Array
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites

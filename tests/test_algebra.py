@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from strategies import EPS, C, dense, fro, host, left_defect, legs, random_chain, right_defect, slack
 
 from mpo_tn import MPO, MPOError, Sites
-from mpo_tn.chain import Chain
+from mpo_tn.chains.chain import Chain
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCALARS = st.sampled_from((2.0, -0.3, 1, 0, 1e-3, 3 - 4j, 1j, np.float32(1.5), np.complex64(2j), np.int8(3)))

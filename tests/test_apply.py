@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from strategies import EPS, dense, fro, host, legs, random_chain, slack
 from test_network import simulate
 
-from mpo_tn import MPO, MPOError, Sites, network
+from mpo_tn import MPO, MPOError, Sites
+from mpo_tn.chains import contraction
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -131,10 +132,10 @@ def test_the_matrix_is_not_built_for_a_vector_and_for_a_batch_only_where_it_save
     ends = [1, *[bond] * (len(sites) - 1), 1]
     shapes = tuple((ends[k], *leg, ends[k + 1]) for k, leg in enumerate(sites))
     dense_entries = math.prod(sites.shape)
-    assert largest_of_cores(network.plan_for_shapes(shapes, 8, 1)) < dense_entries
-    plan = network.plan_for_shapes(shapes, 8, batch)
+    assert largest_of_cores(contraction.plan_for_shapes(shapes, 8, 1)) < dense_entries
+    plan = contraction.plan_for_shapes(shapes, 8, batch)
     inputs, output = plan.equation.split("->")
-    strict = network.plan_network(inputs.split(","), output, plan.shapes, 8, cap_without_last=dense_entries)
+    strict = contraction.plan_network(inputs.split(","), output, plan.shapes, 8, cap_without_last=dense_entries)
     assert largest_of_cores(strict) < dense_entries
     assert plan.flops <= strict.flops
     if largest_of_cores(plan) >= dense_entries:
@@ -249,9 +250,9 @@ def test_paths_that_join_more_than_two_operands_are_never_taken(monkeypatch):
         return [tuple(range(len(shapes)))], info
 
     monkeypatch.setattr(opt_einsum, "contract_path", all_at_once)
-    network.plan_for_shapes.cache_clear()
+    contraction.plan_for_shapes.cache_clear()
     plan = chain.plan(batch=3, memory_limit=10**6)
-    network.plan_for_shapes.cache_clear()
+    contraction.plan_for_shapes.cache_clear()
     assert [len(pair) for pair in plan.path] == [2, 2, 2]
     x = np.ones((12, 3))
     operands = [core.reshape(shape) for core, shape in zip((*chain.cores, x), plan.shapes, strict=True)]
@@ -283,11 +284,11 @@ class Counting:
 def test_contract_takes_a_namespace():
     chain = random_chain(Sites((2, 3, 2), (3, 2, 2)), 3, 0)
     xp = Counting()
-    matrix = network.contract_matrix(chain.cores, chain.plan(), xp)
+    matrix = contraction.contract_matrix(chain.cores, chain.plan(), xp)
     assert xp.calls == 2
     assert np.array_equal(matrix, chain.to_matrix())
     x = np.ones((12, 2))
-    assert np.array_equal(network.contract_application(chain.cores, x, chain.plan(batch=2), xp), chain @ x)
+    assert np.array_equal(contraction.contract_application(chain.cores, x, chain.plan(batch=2), xp), chain @ x)
     assert xp.calls == 2 + 3
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpo_tn import MPO, MPOError, Sites, Truncation
-from mpo_tn.chain import Chain
+from mpo_tn.chains.chain import Chain
 from mpo_tn.truncation import BondReport, Report
 
 SITES = Sites((2, 2), (2, 2))

@@ -18,7 +18,7 @@ from strategies import legs, random_chain, slack, unfoldings
 from tiny_models import outputs, tiny
 from torch import nn
 
-import mpo_tn.network
+import mpo_tn.chains.contraction
 from mpo_tn import MPOError, Sites
 from mpo_tn.bounds import Spectra
 from mpo_tn.torch import (
@@ -311,7 +311,7 @@ def test_nothing_builds_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(MPOLayer, "dense_weight", never)
     monkeypatch.setattr(layers, "mpo_linear", never)
-    monkeypatch.setattr(mpo_tn.network, "contract_matrix", never)
+    monkeypatch.setattr(mpo_tn.chains.contraction, "contract_matrix", never)
     spectra = bond_spectra(model)
     ranking = Ranking(spectra, {"0": layer.spec}, score="error_per_parameter")
     cut_unit(mpo_units(model)["0"], ranking.best().bond, ranking.best().after, optimizer)

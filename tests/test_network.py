@@ -10,8 +10,8 @@ from hypothesis import given
 from strategies import dense, fro, host, legs, mpos, random_chain, slack
 
 from mpo_tn import MPO, Sites
+from mpo_tn.chains.contraction import ContractionPlan, plan_network
 from mpo_tn.linalg import library
-from mpo_tn.network import ContractionPlan, plan_network
 
 CHAINS = mpos(legs(max_size=1000), forms=("none",), max_bond=4)
 

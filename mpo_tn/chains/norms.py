@@ -9,10 +9,10 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from mpo_tn._algebra import apply, conj, transpose
-from mpo_tn._canonical import check_cores
 from mpo_tn._compress import wide_chain
-from mpo_tn.chain import Chain
+from mpo_tn.chains.algebra import apply, conj, transpose
+from mpo_tn.chains.canonical import check_cores
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,

@@ -14,9 +14,9 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from mpo_tn import network
-from mpo_tn._canonical import ChainT, canonicalize, check_cores
-from mpo_tn.chain import Chain
+from mpo_tn.chains import contraction
+from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -114,9 +114,9 @@ def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
     # An empty batch is contracted like a single column: there is no order in which it costs anything.
     if batch == 0:
         return _zeros(x, (rows, 0))
-    plan = network.plan_for_chain(chain, batch, memory_limit)
+    plan = contraction.plan_for_chain(chain, batch, memory_limit)
     xp = namespace(x)
-    y = network.contract_application(chain.cores, xp.reshape(x, (columns, batch)), plan)
+    y = contraction.contract_application(chain.cores, xp.reshape(x, (columns, batch)), plan)
     return y if len(shape) == 2 else xp.reshape(y, (rows,))
 
 

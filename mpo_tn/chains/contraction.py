@@ -11,7 +11,7 @@ from typing import Any
 
 import opt_einsum
 
-from mpo_tn.chain import Chain
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import Array, dtype_name, full_precision, library, namespace
 

@@ -1,0 +1,1 @@
+"""Cores, what is known of their form, and the algebra of chains."""
