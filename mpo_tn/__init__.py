@@ -5,12 +5,12 @@ tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 """
 
 from mpo_tn._refine import FitReport
-from mpo_tn._truncated import truncated
-from mpo_tn.bounds import ErrorBounds, Spectra
 from mpo_tn.chains.norms import OperatorNorm
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites
+from mpo_tn.truncate.gradient import truncated
+from mpo_tn.truncate.spectra import ErrorBounds, Spectra
 from mpo_tn.truncation import BondReport, Report, Truncation
 
 __version__ = "0.1.0"

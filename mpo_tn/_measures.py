@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpo_tn._compress import spectra, wide_chain
-from mpo_tn.bounds import Spectra, entropy
 from mpo_tn.chains import algebra
 from mpo_tn.chains.canonical import canonicalize, check_cores
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.norms import OperatorNorm, cast_error, operator_norm
 from mpo_tn.linalg import Array, frobenius_norm
+from mpo_tn.truncate.rounding import spectra, wide_chain
+from mpo_tn.truncate.spectra import Spectra, entropy
 
 
 class Measures(Chain):
@@ -83,7 +83,7 @@ class Measures(Chain):
         return spectra(self)
 
     def entropies(self) -> list[float]:
-        """The entanglement entropy of every bond in nats, see :func:`mpo_tn.bounds.entropy`."""
+        """The entanglement entropy of every bond in nats, see :func:`mpo_tn.truncate.entropy`."""
         return [entropy(values) for values in self.spectra()]
 
     def distance(self, other: Chain) -> float:

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import array_api_compat
 import numpy as np
 
-from mpo_tn._compress import compress, wide_chain
 from mpo_tn._targets import Target, from_left, target_of, to_right
-from mpo_tn.bounds import float_floor
 from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
@@ -34,6 +32,8 @@ from mpo_tn.linalg import (
     tails,
     widen,
 )
+from mpo_tn.truncate.rounding import compress, wide_chain
+from mpo_tn.truncate.spectra import float_floor
 from mpo_tn.truncation import Truncation
 
 
@@ -48,7 +48,7 @@ class FitReport:
             to ``floor``.
         converged: whether the last sweep gained less than the fraction ``tol`` of the error.
         bonds: the bonds of the result.
-        floor: what rounding and the storage dtype add, :func:`mpo_tn.bounds.float_floor`.
+        floor: what rounding and the storage dtype add, :func:`mpo_tn.truncate.float_floor`.
     """
 
     error: float

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import array_api_compat
 
-from mpo_tn._compress import wide_chain
 from mpo_tn.chains.algebra import distance
 from mpo_tn.chains.canonical import canonicalize, check_cores
 from mpo_tn.chains.chain import Chain
@@ -24,6 +23,7 @@ from mpo_tn.linalg import (
     widen,
 )
 from mpo_tn.sites import Sites
+from mpo_tn.truncate.rounding import wide_chain
 
 
 class Target(Protocol):

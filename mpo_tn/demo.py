@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpo_tn.bounds import unfolding_spectra
 from mpo_tn.evaluate import embed, fidelity, sample_sentences
 from mpo_tn.exceptions import MPOError
 from mpo_tn.files import check_target, written_beside
@@ -28,6 +27,7 @@ from mpo_tn.sites import Sites
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
 from mpo_tn.torch.folder import inspect_model, load_model, load_tokenizer, save_model, weight_bytes
 from mpo_tn.torch.matching import find_units
+from mpo_tn.truncate.spectra import unfolding_spectra
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 """Every linear layer of a BERT encoder: 36 matrices in MiniLM."""

@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from mpo_tn import _storage
-from mpo_tn._compress import compress
-from mpo_tn._decompose import BondCallback, decompose
-from mpo_tn._factor import Method
 from mpo_tn._measures import Measures
 from mpo_tn._operators import Operators
 from mpo_tn._refine import FitCallback, FitReport, fit, refit
@@ -17,6 +14,9 @@ from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.linalg import Array
 from mpo_tn.sites import Sites
+from mpo_tn.truncate.basis import Method
+from mpo_tn.truncate.decompose import BondCallback, decompose
+from mpo_tn.truncate.rounding import compress
 from mpo_tn.truncation import Report, Truncation
 
 

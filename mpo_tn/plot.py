@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mpo_tn.bounds import entropy
 from mpo_tn.linalg import tails
+from mpo_tn.truncate.spectra import entropy
 from mpo_tn.truncation import Report
 
 

@@ -22,7 +22,7 @@ class Truncation:
         strict: raise if ``max_bond`` stops a tolerance from being met, instead of reporting it.
         max_parameters: the most numbers that the cores may hold. The spectra of all bonds are computed first and turned
             into one cap per bond, within ``max_bond``, so that the a-priori bound on the error is small, see
-            :meth:`mpo_tn.bounds.Spectra.bonds_for`. A tolerance may then cut further.
+            :meth:`mpo_tn.truncate.spectra.Spectra.bonds_for`. A tolerance may then cut further.
 
     A tolerance is one budget for the whole chain. It is spent bond by bond: each bond may use an equal share (of the
     square) of what is left, and the last one all of it. ``MPO.from_matrix`` comes to the widest bond last,
@@ -167,7 +167,7 @@ class Report:
             than 32 bits. ``error`` is exact all the same.
         exact: whether ``error`` is an equality rather than a bound.
         tolerance_met: whether the tolerance was met; True when none was given.
-        floor: the size of what rounding and the storage dtype add to ``error``, :func:`mpo_tn.bounds.float_floor`.
+        floor: the size of what rounding and the storage dtype add to ``error``, :func:`mpo_tn.truncate.float_floor`.
         notes: anything out of the ordinary, such as an upcast or a factorisation that had to be repeated.
 
     For one sweep ``error**2 == sum_k bonds[k].discarded_norm**2`` and

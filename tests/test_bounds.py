@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import EPS, C, fro, legs, make, problems, random_chain, slack, tail_norms, unfoldings
 
 from mpo_tn import MPO, MPOError, Sites, Truncation
-from mpo_tn.bounds import entropy, error_bounds, unfolding_spectra
+from mpo_tn.truncate.spectra import entropy, error_bounds, unfolding_spectra
 
 ENTROPY_ROUNDING = 1e-12
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import dense, fro, legs, problems
 
 from mpo_tn import MPO, MPOError, Sites, Spectra, Truncation
-from mpo_tn.bounds import unfolding_spectra
+from mpo_tn.truncate.spectra import unfolding_spectra
 
 WORST = 1.2
 """How far a bound was from the least one: 1.18 at worst, in 1392 small cases of which 1379 reached the least."""

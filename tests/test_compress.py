@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import EPS, C, dense, fro, host, legs, problems, random_chain, slack
 
 from mpo_tn import MPO, Sites, Truncation
-from mpo_tn import _decompose as decompose_module
-from mpo_tn.bounds import unfolding_spectra
+from mpo_tn.truncate import decompose as decompose_module
+from mpo_tn.truncate.spectra import unfolding_spectra
 
 CAPS = st.integers(1, 8)
 

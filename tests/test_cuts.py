@@ -20,7 +20,6 @@ from torch import nn
 
 import mpo_tn.chains.contraction
 from mpo_tn import MPOError, Sites
-from mpo_tn.bounds import Spectra
 from mpo_tn.torch import (
     ModuleSpec,
     MPOConfig,
@@ -37,6 +36,7 @@ from mpo_tn.torch import (
 from mpo_tn.torch._cuts import cut_unit, saved_parameters
 from mpo_tn.torch._moments import check_optimizer, unwrapped
 from mpo_tn.torch._units import mpo_units
+from mpo_tn.truncate.spectra import Spectra
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from strategies import dense, fro, host, legs, make, random_chain, slack
 
 from mpo_tn import MPO, MPOError, Sites, Truncation
-from mpo_tn.bounds import unfolding_spectra
 from mpo_tn.linalg import to_jax
+from mpo_tn.truncate.spectra import unfolding_spectra
 
 SITES = Sites((2, 3, 2), (3, 2, 2))
 SINGLE = ("float32", "complex64", "float16", "bfloat16")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strategies import EPS, KINDS, C, dense, fro, host, legs, make, problems, random_chain, slack, tail_norms
 
 from mpo_tn import MPO, MPOError, Sites, Truncation, linalg
-from mpo_tn._factor import LARGE, Request, factor
 from mpo_tn.testing import assert_canonical
+from mpo_tn.truncate.basis import LARGE, Request, factor
 
 METHODS = ("auto", "svd", "gram", "krylov", "randomized")
 APPROXIMATE = ("krylov", "randomized")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpo_tn import MPO, Sites, Truncation, plot
-from mpo_tn.bounds import unfolding_spectra
+from mpo_tn.truncate.spectra import unfolding_spectra
 
 mpl.use("agg")
 

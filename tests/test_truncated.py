@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import C, fro, host, problems
 
 from mpo_tn import MPO, MPOError, Sites, Truncation, truncated
-from mpo_tn._truncated import _adjoint_of_step, _forward, _order
+from mpo_tn.truncate.gradient import _adjoint_of_step, _forward, _order
 
 LEGS = [
     (Sites((2, 3), (3, 2)), 3),

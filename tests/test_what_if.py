@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from strategies import EPS, HALF_EPS, C, dense, fro, host, legs, make, problems, random_chain, slack, tail_norms
 
 from mpo_tn import MPO, ErrorBounds, MPOError, Sites, Spectra, Truncation
-from mpo_tn.bounds import error_bounds, float_floor, unfolding_spectra
 from mpo_tn.chains.norms import cast_error_estimate
 from mpo_tn.linalg import library
 from mpo_tn.testing import to_backend
+from mpo_tn.truncate.spectra import error_bounds, float_floor, unfolding_spectra
 
 BONDS = st.lists(st.integers(1, 9), min_size=5, max_size=5)
 SEEDS = st.integers(0, 2**32 - 1)

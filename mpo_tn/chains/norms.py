@@ -9,7 +9,6 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from mpo_tn._compress import wide_chain
 from mpo_tn.chains.algebra import apply, conj, transpose
 from mpo_tn.chains.canonical import check_cores
 from mpo_tn.chains.chain import Chain
@@ -28,6 +27,7 @@ from mpo_tn.linalg import (
     times_power_of_two,
     widen,
 )
+from mpo_tn.truncate.rounding import wide_chain
 
 _UNIFORM_ROUNDING = math.sqrt(3 / (96 * math.log(2)))
 """The rms relative rounding error over eps, mantissas being log-uniform: ``sqrt(E[m**-2] / 12)``, about 0.21."""

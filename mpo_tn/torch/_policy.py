@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_tn.bounds import Spectra
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.torch._cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
 from mpo_tn.torch._moments import OptimizerLike
 from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, specs_changed
+from mpo_tn.truncate.spectra import Spectra
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from mpo_tn.bounds import entropy, unfolding_spectra
 from mpo_tn.exceptions import MPOError
 from mpo_tn.files import check_target, written_beside
 from mpo_tn.linalg import tails
@@ -22,6 +21,7 @@ from mpo_tn.torch.cost import Prediction, predictions
 from mpo_tn.torch.layers import MPOLayer
 from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import find_units
+from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 

@@ -9,9 +9,6 @@ from collections.abc import Callable
 import array_api_compat
 import numpy as np
 
-from mpo_tn._decompose import LIGHT_SIZE, BondCallback, Budget, Sweep
-from mpo_tn._factor import CANCELS, Method, checked_method
-from mpo_tn.bounds import Spectra
 from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, shift_right, stored
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
@@ -31,6 +28,9 @@ from mpo_tn.linalg import (
     triangle,
     widen,
 )
+from mpo_tn.truncate.basis import CANCELS, Method, checked_method
+from mpo_tn.truncate.decompose import LIGHT_SIZE, BondCallback, Budget, Sweep
+from mpo_tn.truncate.spectra import Spectra
 from mpo_tn.truncation import Report, Truncation, checked_truncation
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 import array_api_compat
 import numpy as np
 
-from mpo_tn._factor import Method, Request, checked_method, factor
-from mpo_tn.bounds import Spectra, float_floor, unfolding_spectra
 from mpo_tn.chains.canonical import stored
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
@@ -31,6 +29,8 @@ from mpo_tn.linalg import (
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.truncate.basis import Method, Request, checked_method, factor
+from mpo_tn.truncate.spectra import Spectra, float_floor, unfolding_spectra
 from mpo_tn.truncation import BondReport, Report, Truncation, checked_truncation
 
 LIGHT_SIZE, LIGHT_NORMS = 2**16, (1e-25, 1e25)
@@ -138,7 +138,7 @@ class Sweep:
     Args:
         caps: the largest number of columns at each bond.
         budget: the error still to be spent, in multiples of ``scale``.
-        method: see :func:`mpo_tn._factor.factor`.
+        method: see :func:`mpo_tn.truncate.basis.factor`.
         single: the data had 32 bits or fewer.
         scale: what matrices were divided by.
         callback: see :data:`BondCallback`.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from mpo_tn._budget import bonds_within
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -25,6 +24,7 @@ from mpo_tn.linalg import (
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.truncate.caps import bonds_within
 
 _ARITHMETIC = 16 * 2.0**-52
 
