@@ -4,9 +4,9 @@ The adapter for torch modules and pre-trained language models is :mod:`mpo_tn.to
 tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 """
 
-from mpo_tn._refine import FitReport
 from mpo_tn.chains.norms import OperatorNorm
 from mpo_tn.exceptions import MPOError
+from mpo_tn.fit.sweeps import FitReport
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.gradient import truncated

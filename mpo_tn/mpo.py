@@ -9,9 +9,9 @@ from typing import Any, Self
 from mpo_tn import _storage
 from mpo_tn._measures import Measures
 from mpo_tn._operators import Operators
-from mpo_tn._refine import FitCallback, FitReport, fit, refit
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
+from mpo_tn.fit.sweeps import FitCallback, FitReport, fit, refit
 from mpo_tn.linalg import Array
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.basis import Method

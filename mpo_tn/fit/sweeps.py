@@ -5,7 +5,7 @@ orthogonality centre on the updated sites that problem is a projection of the ta
 ``|target - chain|**2 = |target|**2 - |projection|**2 + |projection - core|**2``.
 
 A metric other than Frobenius, ``tr(D C D^H)`` with ``D = target - chain``, changes one place only, the local problem:
-the isometries do not make it a projection there. Another :class:`~mpo_tn._targets.Target`, whose ``local`` solves the
+the isometries do not make it a projection there. Another :class:`~mpo_tn.fit.targets.Target`, whose ``local`` solves the
 normal equations in that metric and whose ``error`` measures in it, goes through the one-site sweeps unchanged.
 """
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import array_api_compat
 import numpy as np
 
-from mpo_tn._targets import Target, from_left, target_of, to_right
 from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.fit.targets import Target, from_left, target_of, to_right
 from mpo_tn.linalg import (
     Array,
     adjoint,

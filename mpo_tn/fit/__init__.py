@@ -1,0 +1,1 @@
+"""Fits: the cores that come closest to a target."""
