@@ -19,7 +19,7 @@ import transformers
 from glue import ENCODER, LIMIT, number, table
 
 from mpo_tn.demo import demo_model
-from mpo_tn.files import write_whole
+from mpo_tn.storage.files import write_whole
 from mpo_tn.torch.state import capture, restore
 from mpo_tn.tuning import Method, Settings, Squeezing, TaskData, finetune, load_task
 from mpo_tn.tuning.run import start

@@ -21,9 +21,9 @@ import torch
 
 from mpo_tn.evaluate import embed, fidelity, sample_sentences
 from mpo_tn.exceptions import MPOError
-from mpo_tn.files import check_target, written_beside
 from mpo_tn.report import DemoResult, DemoRow, write_demo_report
 from mpo_tn.sites import Sites
+from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
 from mpo_tn.torch.folder import inspect_model, load_model, load_tokenizer, save_model, weight_bytes
 from mpo_tn.torch.matching import find_units

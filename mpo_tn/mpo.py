@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from mpo_tn import _storage
 from mpo_tn._measures import Measures
 from mpo_tn._operators import Operators
 from mpo_tn.chains import algebra, contraction
@@ -14,6 +13,7 @@ from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.fit.sweeps import FitCallback, FitReport, fit, refit
 from mpo_tn.linalg import Array
 from mpo_tn.sites import Sites
+from mpo_tn.storage import chain_file
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncate.decompose import BondCallback, decompose
 from mpo_tn.truncate.rounding import compress
@@ -259,7 +259,7 @@ class MPO(Operators, Measures):
         ...     MPO.load(f"{folder}/identity.safetensors")
         MPO(4 x 4, out=(2, 2), in_=(2, 2), bonds=(4,), center=1, 32 float64 parameters)
         """
-        _storage.save(self, path)
+        chain_file.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, framework: str = "numpy") -> Self:
@@ -273,7 +273,7 @@ class MPO(Operators, Measures):
             MPOError: no such file, not a file of ours, damaged, of a newer version, or of a dtype that the framework
                 cannot hold (bfloat16 in NumPy without ml_dtypes, double precision in JAX without x64).
         """
-        return cls(*_storage.load(path, framework))
+        return cls(*chain_file.load(path, framework))
 
     def fit(
         self,

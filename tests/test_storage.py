@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from strategies import EPS, dense, fro, host, legs, random_chain, slack
 
 from mpo_tn import MPO, MPOError, Sites, Truncation
-from mpo_tn._storage import VERSION
+from mpo_tn.storage.chain_file import VERSION
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mpo-0.1.0.safetensors"
 DTYPES = (*EPS, "float16", "bfloat16")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.files import write_whole
+from mpo_tn.storage.files import write_whole
 from mpo_tn.torch.state import TrainingState, read_state, write_state
 
 LOG_VERSION = 2

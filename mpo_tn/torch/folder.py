@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.files import check_target, written_beside
 from mpo_tn.linalg import tails
+from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch.cost import Prediction, predictions
 from mpo_tn.torch.layers import MPOLayer
 from mpo_tn.torch.legs import legs_for
@@ -100,7 +100,7 @@ def save_model(model: Any, source: str | Path, out: Path, *, overwrite: bool = F
 
 
 def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output folder early. See :func:`mpo_tn.files.check_target`."""
+    """Refuse an output folder early. See :func:`mpo_tn.storage.files.check_target`."""
     check_target(out, overwrite=overwrite, marker="config.json", keep=Path(source))
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.files import written_beside
+from mpo_tn.storage.files import written_beside
 from mpo_tn.torch._encoding import decode, encode
 from mpo_tn.torch._moments import OptimizerLike, unwrapped
 from mpo_tn.torch._units import mpo_units, specs_changed

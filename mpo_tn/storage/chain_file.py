@@ -15,8 +15,8 @@ from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
-from mpo_tn.files import write_whole
 from mpo_tn.linalg import Array, dtype_name, is_traced, library, to_jax
+from mpo_tn.storage.files import write_whole
 
 FORMAT = "mpo_tn.MPO"
 VERSION = 1
