@@ -5,8 +5,8 @@ orthogonality centre on the updated sites that problem is a projection of the ta
 ``|target - chain|**2 = |target|**2 - |projection|**2 + |projection - core|**2``.
 
 A metric other than Frobenius, ``tr(D C D^H)`` with ``D = target - chain``, changes one place only, the local problem:
-the isometries do not make it a projection there. Another :class:`~mpo_tn.fit.targets.Target`, whose ``local`` solves the
-normal equations in that metric and whose ``error`` measures in it, goes through the one-site sweeps unchanged.
+the isometries do not make it a projection there. Another :class:`~mpo_tn.fit.targets.Target`, whose ``local`` solves
+the normal equations in that metric and whose ``error`` measures in it, goes through the one-site sweeps unchanged.
 """
 
 from __future__ import annotations
