@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from mpo_tn._measures import Measures
-from mpo_tn._operators import Operators
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.fit.sweeps import FitCallback, FitReport, fit, refit
 from mpo_tn.linalg import Array
+from mpo_tn.mpo.measures import Measures
+from mpo_tn.mpo.operators import Operators
 from mpo_tn.sites import Sites
 from mpo_tn.storage import chain_file
 from mpo_tn.truncate.basis import Method
@@ -26,8 +26,8 @@ class MPO(Operators, Measures):
     Build one with :meth:`from_matrix`, or from cores of shape (bond_{k-1}, out_k, in_k, bond_k) with ``MPO(cores)``,
     which claims no canonical form.
 
-    With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn._operators.Operators`.
-    What can be measured on it is in :class:`~mpo_tn._measures.Measures`.
+    With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn.mpo.operators.Operators`.
+    What can be measured on it is in :class:`~mpo_tn.mpo.measures.Measures`.
 
     >>> import numpy as np
     >>> from mpo_tn import MPO, Sites, Truncation
