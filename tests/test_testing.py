@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import left_defect, right_defect, unfoldings
 
-from mpo_tn import MPO, MPOError, Sites, Truncation, testing
+from mpo_tn import MPO, MPOError, Sites, Truncation, linalg, testing
 from mpo_tn.testing import (
     BACKENDS,
     DTYPES,
@@ -152,7 +152,7 @@ def test_mpos_have_the_form(data, form):
     assert form != "mixed" or low == high
     assert max(mpo.bonds, default=1) <= 4
     assert_canonical(mpo)
-    eps = testing.tolerance(testing.linalg.dtype_name(mpo.cores[0]), 1, 1.0, 1.0)
+    eps = testing.tolerance(linalg.dtype_name(mpo.cores[0]), 1, 1.0, 1.0)
     for k, core in enumerate(mpo.cores):
         defect = left_defect(core) if k < low else right_defect(core) if k > high else 0.0
         assert defect <= 16 * eps * math.sqrt(math.prod(core.shape))
@@ -160,7 +160,7 @@ def test_mpos_have_the_form(data, form):
 
 @given(mpos(forms=("none",), dtypes=HALF_DTYPES))
 def test_mpos_in_half_precision(mpo):
-    assert testing.linalg.dtype_name(mpo.cores[0]) in HALF_DTYPES
+    assert linalg.dtype_name(mpo.cores[0]) in HALF_DTYPES
 
 
 @given(spectral_problems(dtypes=("float64", "complex128")))
@@ -192,9 +192,9 @@ def test_arrays_are_of_the_backend_and_dtype(data):
     backend = data.draw(testing.backends())
     dtype = data.draw(testing.dtypes(backend, half=True))
     array = to_backend(W, backend, dtype)
-    assert testing.linalg.library(array) == backend
-    assert testing.linalg.dtype_name(array) == dtype
-    assert np.abs(to_host(array) - W).max() <= testing.linalg.EPS[dtype] * np.abs(W).max()
+    assert linalg.library(array) == backend
+    assert linalg.dtype_name(array) == dtype
+    assert np.abs(to_host(array) - W).max() <= linalg.EPS[dtype] * np.abs(W).max()
 
 
 def test_every_kind_and_backend_is_drawn():
@@ -202,7 +202,7 @@ def test_every_kind_and_backend_is_drawn():
 
     @given(problems())
     def collect(problem):
-        seen.add((testing.linalg.library(problem.matrix), problem.dtype))
+        seen.add((linalg.library(problem.matrix), problem.dtype))
         assert np.array_equal(problem.host, to_host(problem.matrix))
         assert problem.host.shape == problem.sites.shape
         assert np.isfinite(problem.host).all()

@@ -1,19 +1,4 @@
-"""Hypothesis strategies and assertions for tests of matrix product operators, yours and ours.
-
-Everything is checked on the host in double precision by plain NumPy, with none of the package's own algebra. Needs
-hypothesis (``pip install hypothesis``). docs/testing.md shows how to test a decomposition of your own.
-
->>> from hypothesis import given, settings, strategies as st
->>> from mpo_tn import MPO, Truncation
->>> @settings(max_examples=10, database=None, deadline=None)
-... @given(problems(), st.integers(1, 8))
-... def test_error_is_reported(problem, max_bond):
-...     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, Truncation(max_bond=max_bond))
-...     assert_canonical(mpo, problem.sites.center)
-...     assert_report_exact(problem.matrix, mpo, report)
-...     assert_within_bound(problem.matrix, mpo, report)
->>> test_error_is_reported()
-"""
+"""Hypothesis strategies for matrices, legs and MPOs, and what can be asserted of a decomposition."""
 
 from __future__ import annotations
 
@@ -24,8 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpo_tn import linalg
-from mpo_tn._reference import (
-    BACKENDS,
+from mpo_tn.chains.chain import Chain
+from mpo_tn.linalg import Array
+from mpo_tn.mpo import MPO
+from mpo_tn.sites import Sites
+from mpo_tn.testing.reference import (
     KINDS,
     C,
     dense_matrix,
@@ -41,10 +29,6 @@ from mpo_tn._reference import (
     to_host,
     tolerance,
 )
-from mpo_tn.chains.chain import Chain
-from mpo_tn.linalg import Array
-from mpo_tn.mpo import MPO
-from mpo_tn.sites import Sites
 from mpo_tn.truncation import Report
 
 try:
@@ -59,37 +43,6 @@ FORMS = ("none", "left", "right", "mixed", "partial")
 
 _LEG_SIZES = st.sampled_from((1, 1, 2, 2, 3, 4, 5, 7))
 _SEEDS = st.integers(0, 2**32 - 1)
-
-__all__ = [
-    "BACKENDS",
-    "DTYPES",
-    "FORMS",
-    "HALF_DTYPES",
-    "KINDS",
-    "C",
-    "Problem",
-    "assert_canonical",
-    "assert_report_exact",
-    "assert_within_bound",
-    "backends",
-    "dense_matrix",
-    "dtypes",
-    "frobenius",
-    "holds",
-    "installed_backends",
-    "left_defect",
-    "legs",
-    "matrix_of_kind",
-    "matrix_with_spectrum",
-    "mpos",
-    "problems",
-    "right_defect",
-    "sites_of",
-    "spectral_problems",
-    "to_backend",
-    "to_host",
-    "tolerance",
-]
 
 
 # --- assertions ------------------------------------------------------------------------------------------------------
