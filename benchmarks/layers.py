@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpo_tn import Sites
+from mpo_tn.planning.cost import choices
 from mpo_tn.torch import ModuleSpec, MPOLinear
 from mpo_tn.torch._merge import free_workspace
-from mpo_tn.torch.cost import choices
 
 try:
     import tltorch

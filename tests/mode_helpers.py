@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from mpo_tn import Sites
+from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.torch import MPOEmbedding, MPOLinear
-from mpo_tn.torch.config import ModuleSpec
 
 COMPUTING = ("auto", "chain", "rebuild")
 MODES = (*COMPUTING, "cached")

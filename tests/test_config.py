@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
+from mpo_tn.planning.legs import legs_for
 from mpo_tn.torch import ModuleSpec, MPOConfig
-from mpo_tn.torch.legs import legs_for
 
 PATTERNS = st.one_of(
     st.just("all-linear"), st.just(r".*query"), st.lists(st.text("abc.", min_size=1), max_size=3).map(tuple)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
-from mpo_tn.torch.legs import legs_for, padded_size
+from mpo_tn.planning.legs import legs_for, padded_size
 
 SIZES = st.integers(1, 5000)
 MOST_PADDING = 1 / 16

@@ -18,8 +18,8 @@ from mode_helpers import LARGER, MODES, SMALL, agrees, layer_of, spec_of, specs
 from torch import nn
 
 from mpo_tn import MPOError
+from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.torch import set_mode
-from mpo_tn.torch.config import ModuleSpec
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.torch import _merge
 from mpo_tn.torch._merge import free_workspace
-from mpo_tn.torch.config import ModuleSpec
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,11 +6,11 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 
 import importlib.util
 
+from mpo_tn.planning.config import ModuleSpec, MPOConfig
 from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
 from mpo_tn.torch._cuts import Cut, RankedCut, Ranking, bond_spectra, cut_bond, cut_model
 from mpo_tn.torch._squeeze import squeeze
 from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
-from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
 from mpo_tn.torch.modes import set_mode
 from mpo_tn.torch.saved_cores import load_cores, save_cores

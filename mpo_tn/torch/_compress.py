@@ -14,11 +14,11 @@ from torch.nn import functional
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
+from mpo_tn.planning.config import ModuleSpec, MPOConfig
+from mpo_tn.planning.legs import legs_for
 from mpo_tn.sites import Sites
 from mpo_tn.torch._units import count_parameters
-from mpo_tn.torch.config import ModuleSpec, MPOConfig
 from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
-from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import Unit, find_units
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncation import Report, Truncation

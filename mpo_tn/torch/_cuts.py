@@ -19,9 +19,9 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import Array, adjoint, check_values, namespace, pivoted_qr, singular_values, svd, to_numpy, triangle
+from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.torch._moments import OptimizerLike, map_moments
 from mpo_tn.torch._units import MPOUnit, mpo_units, specs_changed
-from mpo_tn.torch.config import ModuleSpec
 from mpo_tn.truncate.spectra import Spectra
 
 Score = str | Callable[[str, int, np.ndarray, int, ModuleSpec], float]

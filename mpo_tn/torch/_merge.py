@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_tn.torch.cost import Tree
+from mpo_tn.planning.cost import Tree
 
 _BLOCK_BYTES = 2**20
 _BLOCK_ROWS = 64  # fewer make slow matrix products

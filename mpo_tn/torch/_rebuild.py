@@ -10,6 +10,7 @@ import torch
 from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional
 
+from mpo_tn.planning.cost import Route
 from mpo_tn.torch._merge import (
     any_wanted,
     give_back,
@@ -20,7 +21,6 @@ from mpo_tn.torch._merge import (
     spread,
     workspace,
 )
-from mpo_tn.torch.cost import Route
 
 _NARROW = 64
 """Fewer columns than this make slow matrix products."""
@@ -234,7 +234,7 @@ def mpo_linear(
     Args:
         x: (..., in) in the dtype of the cores, or any floating dtype inside of autocast.
         bias: (out,) or None.
-        route: how; see :class:`~mpo_tn.torch.cost.Route`.
+        route: how; see :class:`~mpo_tn.planning.cost.Route`.
         size: (out, in), the matrix cropped.
         cores: first to last.
 

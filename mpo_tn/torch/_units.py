@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.config import ModuleSpec
+from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.torch.layers import MPOLayer
 
 

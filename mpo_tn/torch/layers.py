@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
+from mpo_tn.planning.config import ModuleSpec
+from mpo_tn.planning.cost import Choices, Route, checked_mode, choices, rebuild_route
 from mpo_tn.torch._merge import dense_matrix
 from mpo_tn.torch._rebuild import autocast_dtype, mpo_linear, no_autocast
-from mpo_tn.torch.config import ModuleSpec
-from mpo_tn.torch.cost import Choices, Route, checked_mode, choices, rebuild_route
 
 # An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
 _GATHERED_ENTRIES = 2**24
@@ -71,7 +71,7 @@ class MPOLayer(nn.Module):
     """A module whose matrix (out, in) is a chain of cores. It has no ``weight``; see :meth:`dense_weight`.
 
     Args:
-        spec: the structure; see :class:`~mpo_tn.torch.config.ModuleSpec`.
+        spec: the structure; see :class:`~mpo_tn.planning.config.ModuleSpec`.
         cores: parameters of the spec's shapes, shared with the caller; ``None`` makes empty ones.
         device, dtype: of the empty cores.
     """

@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-
-# Components of a name that mark a task head: small, often freshly initialised, and left alone by PEFT too.
-HEADS = frozenset({"lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "seq_relationship"})
+from mpo_tn.planning.patterns import HEADS, matches
 
 
 @dataclass(frozen=True)
@@ -38,31 +36,6 @@ class Unit:
         """The dense weight as (out, in), whatever layout the module stores."""
         weight = self.weight.detach()
         return weight.T if self.kinds[0] == "conv1d" else weight
-
-
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    r"""PEFT's grammar: a string is a regular expression on the full name, a list holds exact names or dotted suffixes.
-
-    A list entry that starts with ``re:`` is a regular expression as well.
-
-    >>> matches("encoder.layer.0.attention.self.query", ["self.query"])
-    True
-    >>> matches("encoder.myquery", ["query"]), matches("encoder.query", r".*\.query"), matches("a.b", ["re:a.*"])
-    (False, True, True)
-    """
-    if isinstance(patterns, str):
-        return _full_match(patterns.removeprefix("re:"), name)
-    return any(
-        _full_match(p.removeprefix("re:"), name) if p.startswith("re:") else name == p or name.endswith(f".{p}")
-        for p in patterns
-    )
-
-
-def _full_match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise MPOError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def find_units(

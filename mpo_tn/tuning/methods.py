@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.config import ModuleSpec
+from mpo_tn.planning.legs import legs_for
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
-from mpo_tn.torch.config import ModuleSpec
-from mpo_tn.torch.legs import legs_for
 from mpo_tn.torch.matching import find_units
 from mpo_tn.torch.training import GROUPS, check_policy, freeze, parameter_groups
 

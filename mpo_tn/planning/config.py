@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.patterns import matches
 from mpo_tn.sites import Sites
-from mpo_tn.torch.matching import matches
 from mpo_tn.truncation import Truncation
 
 _SIZES = ("keep", "bond", "tolerance")
