@@ -20,7 +20,7 @@ from glue import ENCODER, LIMIT, number, table
 
 from mpo_tn.demo import demo_model
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch.state import capture, restore
+from mpo_tn.torch.state.training_state import capture, restore
 from mpo_tn.tuning import Method, Settings, Squeezing, TaskData, finetune, load_task
 from mpo_tn.tuning.run import start
 from mpo_tn.tuning.squeezing import hold_out, squeeze_run

@@ -15,7 +15,7 @@ import transformers
 
 from mpo_tn import Sites
 from mpo_tn.torch import ModuleSpec, MPOConfig, freeze
-from mpo_tn.torch._compress import compress_empty
+from mpo_tn.torch.models.compress import compress_empty
 
 # What the published code decomposes: word table, attention, feed-forward, pooler; for MobileBERT also the bottlenecks.
 TARGETS = {

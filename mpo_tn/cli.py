@@ -26,7 +26,7 @@ from mpo_tn.exceptions import MPOError
 if TYPE_CHECKING:
     from mpo_tn.report import DemoResult
     from mpo_tn.torch import CompressionReport
-    from mpo_tn.torch.folder import MatrixSummary
+    from mpo_tn.torch.hf.folder import MatrixSummary
 
 app = typer.Typer(
     help="Turn the matrices of a pre-trained language model into matrix product operators, and say what it cost.",
@@ -80,7 +80,7 @@ def compress(
     with working(as_json) as track:
         from mpo_tn.torch import MPOConfig
         from mpo_tn.torch import compress as compress_model
-        from mpo_tn.torch.folder import check_model_target, load_model, save_model
+        from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
 
         config = MPOConfig(
             target_modules=targets_of(target), exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep,
@@ -109,7 +109,7 @@ def inspect(
 ) -> None:
     """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
     with working(as_json) as track:
-        from mpo_tn.torch.folder import inspect_model, load_model
+        from mpo_tn.torch.hf.folder import inspect_model, load_model
 
         number = sites_of(sites)
         track("reading the model", 0, 1)

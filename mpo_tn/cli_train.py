@@ -191,7 +191,7 @@ def _run(
     may_be_done: bool = False,
 ) -> FinetuneResult:  # fmt: skip
     """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
-    from mpo_tn.torch.folder import load_tokenizer
+    from mpo_tn.torch.hf.folder import load_tokenizer
     from mpo_tn.tuning._finetune import check_folder, finetune, finished_run, save_finetuned
     from mpo_tn.tuning.report import finetune_page
     from mpo_tn.tuning.tasks import load_task

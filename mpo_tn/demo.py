@@ -25,8 +25,8 @@ from mpo_tn.report import DemoResult, DemoRow, write_demo_report
 from mpo_tn.sites import Sites
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
-from mpo_tn.torch.folder import inspect_model, load_model, load_tokenizer, save_model, weight_bytes
-from mpo_tn.torch.matching import find_units
+from mpo_tn.torch.hf.folder import inspect_model, load_model, load_tokenizer, save_model, weight_bytes
+from mpo_tn.torch.models.units import find_units
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 ENCODER = r".*encoder.*(query|key|value|dense)"

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_tn.torch import MPOConfig, SqueezeResult, _policy, _squeeze, compress, squeeze, state
+from mpo_tn.torch import MPOConfig, SqueezeResult, compress, squeeze
+from mpo_tn.torch.loops import policy
+from mpo_tn.torch.loops import squeeze as squeeze_module
+from mpo_tn.torch.state import training_state as state
 
 KILLED = 77
 PER_LIFE = 17  # events that a process lives through when it is killed again and again; a round has fewer
@@ -103,7 +106,7 @@ def in_a_child(folder: Path, at: int | None) -> tuple[int, str]:
         fuse = Fuse(at)
         places: list[tuple[Any, str]] = [
             (Path, "rename"), (Path, "replace"), (Path, "write_text"), (tempfile, "mkdtemp"), (tempfile, "mkstemp"),
-            (shutil, "rmtree"), (state, "save_file"), (_policy, "cut_unit"), (_squeeze, "restore"),
+            (shutil, "rmtree"), (state, "save_file"), (policy, "cut_unit"), (squeeze_module, "restore"),
         ]  # fmt: skip
         for owner, name in places:
             fuse.wrap(owner, name)

@@ -17,7 +17,7 @@ from tiny_models import outputs, tiny
 from mpo_tn import MPOError, cli
 from mpo_tn.planning.cost import Prediction
 from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch.folder import MatrixSummary, inspect_model, load_model, save_model
+from mpo_tn.torch.hf.folder import MatrixSummary, inspect_model, load_model, save_model
 
 
 @pytest.fixture(scope="session")

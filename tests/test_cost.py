@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpo_tn import MPOError, Sites
 from mpo_tn.planning import cost
 from mpo_tn.planning.config import ModuleSpec
-from mpo_tn.torch._rebuild import mpo_linear
+from mpo_tn.torch.layers.product import mpo_linear
 
 TOKENS = st.sampled_from([1, 2, 5, 64, 1000])
 

@@ -33,9 +33,9 @@ from mpo_tn.torch import (
     cut_model,
     layers,
 )
-from mpo_tn.torch._cuts import cut_unit, saved_parameters
-from mpo_tn.torch._moments import check_optimizer, unwrapped
 from mpo_tn.torch._units import mpo_units
+from mpo_tn.torch.models.cuts import cut_unit, saved_parameters
+from mpo_tn.torch.models.moments import check_optimizer, unwrapped
 from mpo_tn.truncate.spectra import Spectra
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])

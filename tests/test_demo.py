@@ -16,7 +16,7 @@ from mpo_tn import MPOError
 from mpo_tn.demo import ENCODER, demo_model, run_demo
 from mpo_tn.evaluate import fidelity, sample_sentences
 from mpo_tn.torch import MPOConfig, compress
-from mpo_tn.torch.folder import load_model
+from mpo_tn.torch.hf.folder import load_model
 
 # Exact decomposition in float32: c * eps, of the norm of each matrix.
 ROUND_TRIP = 8 * float(torch.finfo(torch.float32).eps)

@@ -16,9 +16,9 @@ from task_folders import write_all
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOLayer, freeze
-from mpo_tn.torch.folder import load_tokenizer
-from mpo_tn.torch.matching import find_units
-from mpo_tn.torch.training import POLICIES
+from mpo_tn.torch.hf.folder import load_tokenizer
+from mpo_tn.torch.models.trainable import POLICIES
+from mpo_tn.torch.models.units import find_units
 from mpo_tn.tuning._finetune import NotFiniteError, Settings, Squeezing, check_folder, finetune, save_finetuned
 from mpo_tn.tuning.batches import Batches, text_batches
 from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, load_for_task, prepare

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from mpo_tn import MPOError
-from mpo_tn.torch import MPOEmbedding, MPOLinear, layers
+from mpo_tn.torch import MPOEmbedding, MPOLinear
+from mpo_tn.torch.layers import layer as layers
 
 SIZES = st.integers(1, 40)
 SHAPES = [(), (1,), (0,), (5,), (2, 3), (2, 0, 3), (1, 2, 2, 1)]

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from mpo_tn import MPOError
 from mpo_tn.planning.patterns import matches
 from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLinear, compress
-from mpo_tn.torch.matching import find_units
+from mpo_tn.torch.models.units import find_units
 
 
 def names(model: nn.Module, target: str | list[str], exclude: str | list[str] = ()) -> list[str]:

@@ -257,12 +257,12 @@ def test_copies_and_pickles_carry_the_mode_but_not_the_matrix() -> None:
 
 
 def test_the_chain_never_builds_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpo_tn.torch import _rebuild
+    from mpo_tn.torch.layers import product
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("the matrix is built")
 
-    monkeypatch.setattr(_rebuild, "merged_matrix", refuse)
+    monkeypatch.setattr(product, "merged_matrix", refuse)
     for tokens in (1, 10_000):
         layer = layer_of(LARGER, "chain")
         layer(torch.randn(tokens, LARGER.in_features, dtype=torch.float64)).sum().backward()
@@ -271,11 +271,11 @@ def test_the_chain_never_builds_the_matrix(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_auto_takes_the_chain_for_low_rank_and_the_matrix_for_full_bonds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpo_tn.torch import _rebuild
+    from mpo_tn.torch.layers import product
 
     used: list[str] = []
-    product = _rebuild.product
-    monkeypatch.setattr(_rebuild, "product", lambda *args: (used.append(args[2].mode), product(*args))[1])
+    product = product.product
+    monkeypatch.setattr(product, "product", lambda *args: (used.append(args[2].mode), product(*args))[1])
     low_rank = layer_of(spec_of((256, 1), (1, 256), 4))
     full = layer_of(spec_of((8, 4, 8), (8, 4, 8), 4096))
     for layer, tokens in ((low_rank, 1), (low_rank, 2048), (full, 2048)):

@@ -22,16 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpo_tn.planning.config import ModuleSpec
-from mpo_tn.torch import _merge
-from mpo_tn.torch._merge import free_workspace
+from mpo_tn.torch.layers import merging
+from mpo_tn.torch.layers.merging import free_workspace
 
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_lies_in_the_workspace() -> Iterator[None]:
     """Memory that is used again holds no numbers: those of the call before would hide what is not written."""
-    take = _merge._Workspace.take
+    take = merging._Workspace.take
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_merge._Workspace, "take", lambda *arguments: take(*arguments).fill_(math.nan))
+        patch.setattr(merging._Workspace, "take", lambda *arguments: take(*arguments).fill_(math.nan))
         yield
 
 
@@ -342,6 +342,6 @@ def test_a_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     x = torch.randn(5, LARGER.in_features, dtype=torch.float64)
     whole = layer(x)
     agrees(layer, x, whole)
-    monkeypatch.setattr(_merge, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(_merge, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(merging, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(merging, "_BLOCK_ROWS", rows)
     close(layer(x), whole)

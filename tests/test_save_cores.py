@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mpo_tn.torch.saved_cores.save_file", full)
+    monkeypatch.setattr("mpo_tn.torch.state.saved_cores.save_file", full)
     with pytest.raises(MPOError, match="No space left"):
         save_cores(tuned(model), tmp_path / "cores", overwrite=True)
     assert (tmp_path / "cores" / "cores.safetensors").read_bytes() == before

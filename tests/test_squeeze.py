@@ -28,8 +28,8 @@ from mpo_tn.torch import (
     load_state,
     squeeze,
 )
-from mpo_tn.torch._policy import choose_cuts
 from mpo_tn.torch._units import all_bonds, kept_ratio, mpo_units
+from mpo_tn.torch.loops.policy import choose_cuts
 
 
 class Task:

@@ -16,7 +16,7 @@ from torch import nn
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, bond_spectra, compress
 from mpo_tn.torch._units import all_bonds, mpo_units
-from mpo_tn.torch.trainer import SqueezeCallback
+from mpo_tn.torch.hf.trainer import SqueezeCallback
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:

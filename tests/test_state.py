@@ -18,9 +18,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from mpo_tn import MPOError
-from mpo_tn.torch import MPOConfig, compress, cut_model, load_state, save_state, state
-from mpo_tn.torch._encoding import decode, encode
+from mpo_tn.torch import MPOConfig, compress, cut_model, load_state, save_state
 from mpo_tn.torch._units import mpo_units
+from mpo_tn.torch.state import training_state as state
+from mpo_tn.torch.state.nested_values import decode, encode
 
 
 class Net(nn.Module):

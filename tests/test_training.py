@@ -28,7 +28,7 @@ from mpo_tn.torch import (
     parameter_groups,
     print_trainable_parameters,
 )
-from mpo_tn.torch.training import GROUPS, POLICIES
+from mpo_tn.torch.models.trainable import GROUPS, POLICIES
 
 MODELS = {family: small(family) for family in FAMILIES}
 IDS = token_ids()

@@ -17,8 +17,8 @@ from transformers import MobileBertConfig, MobileBertForMaskedLM
 
 from mpo_tn import MPOError, Sites
 from mpo_tn.torch import MPOConfig, MPOLayer, compress, freeze
-from mpo_tn.torch._compress import compress_empty
-from mpo_tn.torch.matching import find_units
+from mpo_tn.torch.models.compress import compress_empty
+from mpo_tn.torch.models.units import find_units
 
 ROOT = Path(__file__).parents[1]
 

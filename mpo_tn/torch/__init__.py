@@ -7,18 +7,18 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.planning.config import ModuleSpec, MPOConfig
-from mpo_tn.torch._compress import CompressionReport, LayerReport, compress
-from mpo_tn.torch._cuts import Cut, RankedCut, Ranking, bond_spectra, cut_bond, cut_model
-from mpo_tn.torch._squeeze import squeeze
-from mpo_tn.torch._trajectory import SqueezeResult, SqueezeRound
-from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear
-from mpo_tn.torch.modes import set_mode
-from mpo_tn.torch.saved_cores import load_cores, save_cores
-from mpo_tn.torch.state import load_state, save_state
-from mpo_tn.torch.training import FreezeReport, freeze, parameter_groups, print_trainable_parameters
+from mpo_tn.torch.layers.layer import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.torch.layers.modes import set_mode
+from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
+from mpo_tn.torch.loops.squeeze import squeeze
+from mpo_tn.torch.models.compress import CompressionReport, LayerReport, compress
+from mpo_tn.torch.models.cuts import Cut, RankedCut, Ranking, bond_spectra, cut_bond, cut_model
+from mpo_tn.torch.models.trainable import FreezeReport, freeze, parameter_groups, print_trainable_parameters
+from mpo_tn.torch.state.saved_cores import load_cores, save_cores
+from mpo_tn.torch.state.training_state import load_state, save_state
 
 if importlib.util.find_spec("transformers") is not None:
-    from mpo_tn.torch import quantizer as quantizer
+    from mpo_tn.torch.hf import quantizer as quantizer
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import ModuleSpec
-from mpo_tn.torch.layers import MPOLayer
+from mpo_tn.torch.layers.layer import MPOLayer
 
 
 @dataclass(frozen=True)

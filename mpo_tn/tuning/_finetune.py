@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch.state import load_state, save_state
+from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.tuning.methods import Method
 from mpo_tn.tuning.result import FinetuneResult, peak_rss, read_result, versions
 from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings, Track, start

@@ -19,8 +19,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.planning.legs import legs_for
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
-from mpo_tn.torch.matching import find_units
-from mpo_tn.torch.training import GROUPS, check_policy, freeze, parameter_groups
+from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
+from mpo_tn.torch.models.units import find_units
 
 Progress = Callable[[int, int, str], None]
 Bonds = Mapping[str, Sequence[int]]

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.folder import load_tokenizer
+from mpo_tn.torch.hf.folder import load_tokenizer
 from mpo_tn.tuning.batches import Batch, Batches, task_batches, text_batches, text_bytes
 from mpo_tn.tuning.methods import Method, Prepared, load_for_task, prepare
 from mpo_tn.tuning.tasks import TaskData, TextData

@@ -17,8 +17,8 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch.layers import MPOLayer
-from mpo_tn.torch.training import is_norm, occurrences
+from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.models.trainable import is_norm, occurrences
 
 CORES_VERSION = 1
 _WEIGHTS, _DESCRIPTION = "cores.safetensors", "cores.json"

@@ -16,8 +16,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.planning.cost import Choices, Route, checked_mode, choices, rebuild_route
-from mpo_tn.torch._merge import dense_matrix
-from mpo_tn.torch._rebuild import autocast_dtype, mpo_linear, no_autocast
+from mpo_tn.torch.layers.merging import dense_matrix
+from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
 
 # An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
 _GATHERED_ENTRIES = 2**24
@@ -100,7 +100,7 @@ class MPOLayer(nn.Module):
         """The matrix (out, in), contracted from the cores and cropped to the module's own size; differentiable."""
         cores = self.cores.forward()
         with no_autocast(cores[0].device):
-            return dense_matrix(cores, self._rebuild.segments[0], self._size)
+            return dense_matrix(cores, self.product.segments[0], self._size)
 
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
@@ -146,7 +146,7 @@ class MPOLayer(nn.Module):
 
     @property
     def mode(self) -> str:
-        """How the forward pass computes: see :func:`~mpo_tn.torch.modes.set_mode`. Not saved with the weights."""
+        """How the forward pass computes: see :func:`~mpo_tn.torch.set_mode`. Not saved with the weights."""
         return self._mode
 
     @mode.setter

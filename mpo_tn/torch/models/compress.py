@@ -18,8 +18,8 @@ from mpo_tn.planning.config import ModuleSpec, MPOConfig
 from mpo_tn.planning.legs import legs_for
 from mpo_tn.sites import Sites
 from mpo_tn.torch._units import count_parameters
-from mpo_tn.torch.layers import MPOEmbedding, MPOLayer, MPOLinear, table_rows
-from mpo_tn.torch.matching import Unit, find_units
+from mpo_tn.torch.layers.layer import MPOEmbedding, MPOLayer, MPOLinear, table_rows
+from mpo_tn.torch.models.units import Unit, find_units
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncation import Report, Truncation
 

@@ -11,8 +11,8 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.planning.patterns import HEADS, matches
-from mpo_tn.torch.layers import Cores, MPOLayer
-from mpo_tn.torch.matching import head_modules
+from mpo_tn.torch.layers.layer import Cores, MPOLayer
+from mpo_tn.torch.models.units import head_modules
 
 POLICIES = ("auxiliary", "central", "cores", "none")
 GROUPS = ("heads", "norms", "biases")

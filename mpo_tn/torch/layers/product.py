@@ -11,7 +11,7 @@ from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImpo
 from torch.nn import functional
 
 from mpo_tn.planning.cost import Route
-from mpo_tn.torch._merge import (
+from mpo_tn.torch.layers.merging import (
     any_wanted,
     give_back,
     merge_parts,

@@ -19,8 +19,8 @@ from mpo_tn.linalg import tails
 from mpo_tn.planning.cost import Prediction, predictions
 from mpo_tn.planning.legs import legs_for
 from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch.layers import MPOLayer
-from mpo_tn.torch.matching import find_units
+from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.models.units import find_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")

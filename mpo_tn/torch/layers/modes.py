@@ -9,7 +9,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.cost import checked_mode
 from mpo_tn.planning.patterns import matches
-from mpo_tn.torch.layers import MPOLayer
+from mpo_tn.torch.layers.layer import MPOLayer
 
 
 def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = None) -> list[str]:
@@ -19,8 +19,8 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
         model: an MPO module, or a model that holds some.
         mode: ``"chain"`` applies the cores one after another; ``"rebuild"`` contracts the matrix and forgets it again;
             ``"auto"`` (how modules start) takes of these two the one that should be faster for the number of tokens
-            (:mod:`mpo_tn.planning.cost`); ``"cached"`` keeps the dense matrix between calls, for inference: it costs the
-            memory of the dense model on top of the cores.
+            (:mod:`mpo_tn.planning.cost`); ``"cached"`` keeps the dense matrix between calls, for inference: it costs
+            the memory of the dense model on top of the cores.
         pattern: only modules whose name matches (PEFT's grammar, as in
             :class:`~mpo_tn.torch.MPOConfig`); ``None`` is all.
 

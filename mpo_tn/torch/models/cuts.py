@@ -20,8 +20,8 @@ from torch import nn
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import Array, adjoint, check_values, namespace, pivoted_qr, singular_values, svd, to_numpy, triangle
 from mpo_tn.planning.config import ModuleSpec
-from mpo_tn.torch._moments import OptimizerLike, map_moments
 from mpo_tn.torch._units import MPOUnit, mpo_units, specs_changed
+from mpo_tn.torch.models.moments import OptimizerLike, map_moments
 from mpo_tn.truncate.spectra import Spectra
 
 Score = str | Callable[[str, int, np.ndarray, int, ModuleSpec], float]
@@ -300,7 +300,7 @@ def cut_unit(unit: MPOUnit, k: int, new_bond: int, optimizer: OptimizerLike | No
     """Cut bond ``k`` of a unit, in place, with fresh factors; an optimiser's moments follow.
 
     The parameters keep their identity and lose their gradients. Returns notes on optimiser state that could not
-    follow. See :func:`cut_bond`, :func:`~mpo_tn.torch._moments.map_moments`.
+    follow. See :func:`cut_bond`, :func:`~mpo_tn.torch.models.moments.map_moments`.
     """
     cores = unit.cores
     cut = cut_bond(cores, k, new_bond, unit.name)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.torch._cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
-from mpo_tn.torch._moments import OptimizerLike
 from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, specs_changed
+from mpo_tn.torch.models.cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
+from mpo_tn.torch.models.moments import OptimizerLike
 from mpo_tn.truncate.spectra import Spectra
 
 

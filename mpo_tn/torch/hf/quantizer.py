@@ -22,9 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import ModuleSpec, MPOConfig, wrap_for_hf
-from mpo_tn.torch._compress import build, compress, on_compressed
 from mpo_tn.torch._units import on_cut
-from mpo_tn.torch.layers import MPOLayer
+from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.models.compress import build, compress, on_compressed
 
 FORMAT_VERSION = 1
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch.state import TrainingState, read_state, write_state
+from mpo_tn.torch.state.training_state import TrainingState, read_state, write_state
 
 LOG_VERSION = 2
 

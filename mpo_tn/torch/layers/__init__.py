@@ -1,0 +1,1 @@
+"""Modules that hold cores instead of a weight, and how they compute."""

@@ -1,0 +1,1 @@
+"""What is done to a model: its matrices found, compressed, cut, and chosen to train."""
