@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import transformers
 from glue import ENCODER, LIMIT, number, table
 
-from mpo_tn.demo import demo_model
+from mpo_tn.app.demo import demo_model
 from mpo_tn.storage.files import write_whole
 from mpo_tn.torch.state.training_state import capture, restore
 from mpo_tn.tuning import Method, Settings, Squeezing, TaskData, finetune, load_task

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import transformers
 
-from mpo_tn.demo import demo_model
+from mpo_tn.app.demo import demo_model
 from mpo_tn.storage.files import write_whole
 from mpo_tn.torch.state.training_state import capture, restore
 from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing, TaskData, finetune, load_task
-from mpo_tn.tuning._finetune import fill_in, new_result
+from mpo_tn.tuning.finetune import fill_in, new_result
 from mpo_tn.tuning.run import start
 from mpo_tn.tuning.squeezing import falling, recount, squeeze_run
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import transformers
 
-from mpo_tn.demo import demo_model
-from mpo_tn.evaluate import sample_sentences
+from mpo_tn.app.demo import demo_model
+from mpo_tn.app.fidelity import sample_sentences
 from mpo_tn.torch import MPOLayer, Ranking, bond_spectra
 from mpo_tn.tuning.methods import Method
 from mpo_tn.tuning.run import Run, Settings, start
-from mpo_tn.tuning.tasks import Split, TaskData, find_task
+from mpo_tn.tuning.tasks.data import Split, TaskData, find_task
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 METHODS = ("full", "lfa", "lora", "last-layers")

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line."""
     try:
-        from mpo_tn import cli
+        from mpo_tn.app import cli
 
         cli.main()
     except ModuleNotFoundError as error:

@@ -14,7 +14,8 @@ import torch
 import transformers
 from tiny_models import outputs, tiny
 
-from mpo_tn import MPOError, cli
+from mpo_tn import MPOError
+from mpo_tn.app import cli
 from mpo_tn.planning.cost import Prediction
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch.hf.folder import MatrixSummary, inspect_model, load_model, save_model

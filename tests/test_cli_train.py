@@ -15,7 +15,7 @@ import torch
 import transformers
 from task_folders import write_all
 
-from mpo_tn import cli
+from mpo_tn.app import cli
 from mpo_tn.torch import MPOLayer
 from mpo_tn.tuning.result import FinetuneResult
 from mpo_tn.tuning.run import Run
@@ -119,8 +119,8 @@ def test_finetune_squeeze_and_the_one_shot_control(mpo_tn: Any, places: dict[str
 
 def test_the_saved_model_is_the_one_that_was_scored(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:
     """A new process reads the folder and finds the predictions behind the score; LoRA's are merged by then."""
-    from mpo_tn.tuning.batches import task_batches
-    from mpo_tn.tuning.tasks import TaskData, load_task
+    from mpo_tn.tuning.tasks.batches import task_batches
+    from mpo_tn.tuning.tasks.data import TaskData, load_task
 
     for name in ("lfa", "lora"):
         out = tmp_path / name
@@ -254,7 +254,7 @@ def test_a_mistake_is_one_sentence_and_code_2(
 def test_the_page_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from mpo_tn.tuning.report import finetune_page
+    from mpo_tn.app.finetune_page import finetune_page
 
     result = FinetuneResult(
         "lfa", "WNLI", 0, scores=[{"accuracy": 50.0}], losses=[0.7], headline=50.0, best=50.0,
@@ -272,7 +272,7 @@ def test_the_page_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_needs_no_torch() -> None:
     """The help pages appear at once."""
     script = (
-        "import sys\nfrom mpo_tn import cli\n"
+        "import sys\nfrom mpo_tn.app import cli\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'imported too early'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -26,14 +26,14 @@ from mpo_tn.torch import (
     MPOLayer,
     MPOLinear,
     Ranking,
-    _cuts,
     bond_spectra,
     compress,
     cut_bond,
     cut_model,
-    layers,
 )
 from mpo_tn.torch._units import mpo_units
+from mpo_tn.torch.layers import layer as layers
+from mpo_tn.torch.models import cuts
 from mpo_tn.torch.models.cuts import cut_unit, saved_parameters
 from mpo_tn.torch.models.moments import check_optimizer, unwrapped
 from mpo_tn.truncate.spectra import Spectra
@@ -150,7 +150,7 @@ def test_a_cut_without_numpy_is_the_same(cores: list[torch.Tensor], new: int) ->
     k, new = len(cores) // 2 - 1, min(new, layer.spec.bonds[len(cores) // 2 - 1])
     expected, spectra = cut_bond(cores, k, new), bond_spectra(nn.Sequential(layer))["0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cuts, "_workable", lambda cores, name: [core.detach() for core in cores])
+        patch.setattr(cuts, "_workable", lambda cores, name: [core.detach() for core in cores])
         cut, again = cut_bond(cores, k, new), bond_spectra(nn.Sequential(layer))["0"]
     allowed = slack("float64", 1, scale_at(cores, k))
     assert np.abs(cut.spectrum - expected.spectrum).max() <= allowed

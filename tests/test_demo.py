@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError
-from mpo_tn.demo import ENCODER, demo_model, run_demo
-from mpo_tn.evaluate import fidelity, sample_sentences
+from mpo_tn.app.demo import ENCODER, demo_model, run_demo
+from mpo_tn.app.fidelity import fidelity, sample_sentences
 from mpo_tn.torch import MPOConfig, compress
 from mpo_tn.torch.hf.folder import load_model
 

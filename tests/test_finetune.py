@@ -19,12 +19,12 @@ from mpo_tn.torch import MPOLayer, freeze
 from mpo_tn.torch.hf.folder import load_tokenizer
 from mpo_tn.torch.models.trainable import POLICIES
 from mpo_tn.torch.models.units import find_units
-from mpo_tn.tuning._finetune import NotFiniteError, Settings, Squeezing, check_folder, finetune, save_finetuned
-from mpo_tn.tuning.batches import Batches, text_batches
+from mpo_tn.tuning.finetune import NotFiniteError, Settings, Squeezing, check_folder, finetune, save_finetuned
 from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, load_for_task, prepare
 from mpo_tn.tuning.run import Run, learning_rate_factor, start
 from mpo_tn.tuning.squeezing import hold_out
-from mpo_tn.tuning.tasks import load_task
+from mpo_tn.tuning.tasks.batches import Batches, text_batches
+from mpo_tn.tuning.tasks.data import load_task
 
 QUICK = Settings(epochs=2, batch_size=12, max_length=24, save_every=3)
 SQUEEZE = Squeezing(delta=200.0, cuts_per_round=15, tune_steps=2, max_rounds=3)

@@ -47,7 +47,7 @@ def test_the_page_on_tuning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_commands_and_their_options_exist(page: str) -> None:
     import typer
 
-    from mpo_tn.cli import app
+    from mpo_tn.app.cli import app
 
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     used = re.findall(r"^mpo-tn (\w+)(.*)", text_of(page), flags=re.MULTILINE)

@@ -21,14 +21,14 @@ from mpo_tn.torch import (
     MPOConfig,
     MPOLayer,
     SqueezeResult,
-    _policy,
     bond_spectra,
     compress,
-    layers,
     load_state,
     squeeze,
 )
 from mpo_tn.torch._units import all_bonds, kept_ratio, mpo_units
+from mpo_tn.torch.layers import layer as layers
+from mpo_tn.torch.loops import policy
 from mpo_tn.torch.loops.policy import choose_cuts
 
 
@@ -104,7 +104,7 @@ def test_it_stops_at_the_gap_and_goes_back(frozen: bool) -> None:
 def test_each_round_cuts_what_the_spectra_of_that_moment_say(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task()
     expected: list[Any] = []
-    inner = _policy.choose_cuts
+    inner = policy.choose_cuts
 
     def watched(units: Any, spectra: Any, count: int, **options: Any) -> Any:
         fresh = bond_spectra(task.model)
@@ -118,7 +118,7 @@ def test_each_round_cuts_what_the_spectra_of_that_moment_say(monkeypatch: pytest
         expected.append(min(scores, key=lambda place: scores[place]))
         return inner(units, spectra, count, **options)
 
-    monkeypatch.setattr(_policy, "choose_cuts", watched)
+    monkeypatch.setattr(policy, "choose_cuts", watched)
     result = task.run(max_steps=6, delta=0.2)
     assert result.stopped == "max_steps"
     assert [(part.cuts[0].unit, part.cuts[0].bond) for part in result.rounds] == expected

@@ -9,9 +9,9 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch import MPOLayer, SqueezeResult, SqueezeRound, squeeze
-from mpo_tn.tuning.batches import task_batches
 from mpo_tn.tuning.run import Data, Run, Track, batch_sizes
-from mpo_tn.tuning.tasks import Split, TaskData, TextData
+from mpo_tn.tuning.tasks.batches import task_batches
+from mpo_tn.tuning.tasks.data import Split, TaskData, TextData
 
 
 @dataclass(frozen=True)

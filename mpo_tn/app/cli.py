@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_tn._terminal import (
+from mpo_tn.app.cli_train import finetune, squeeze
+from mpo_tn.app.terminal import (
     Json,
     Overwrite,
     err,
@@ -20,11 +21,10 @@ from mpo_tn._terminal import (
     targets_of,
     working,
 )  # fmt: skip
-from mpo_tn.cli_train import finetune, squeeze
 from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
-    from mpo_tn.report import DemoResult
+    from mpo_tn.app.demo_page import DemoResult
     from mpo_tn.torch import CompressionReport
     from mpo_tn.torch.hf.folder import MatrixSummary
 
@@ -49,7 +49,7 @@ def demo(
 ) -> None:
     """Compress a real sentence encoder (all-MiniLM-L6-v2), measure what is left, save it and read it back."""
     with working(as_json) as track:
-        from mpo_tn.demo import run_demo
+        from mpo_tn.app.demo import run_demo
 
         result = run_demo(
             folder, source=model, keeps=tuple(keep), sentences=sentences, overwrite=overwrite, track=track

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.tuning._glue import METRICS, TASKS, Label, Split, Task, find_task
-from mpo_tn.tuning._task_files import task_from_folder, task_from_hub, text_from_folder
+from mpo_tn.tuning.tasks.files import task_from_folder, task_from_hub, text_from_folder
+from mpo_tn.tuning.tasks.glue import METRICS, TASKS, Label, Split, Task, find_task
 
 __all__ = [
     "TASKS",

@@ -45,6 +45,11 @@ def working(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
 
 
 def sites_of(text: str) -> int | str:
+    """What ``--sites`` means: a number or ``"low-rank"``.
+
+    Raises:
+        MPOError: neither.
+    """
     if text == "low-rank":
         return text
     try:
@@ -54,15 +59,18 @@ def sites_of(text: str) -> int | str:
 
 
 def targets_of(given: list[str] | None) -> str | tuple[str, ...]:
+    """What the values of ``--target`` mean; without one all linear layers."""
     return "all-linear" if not given or given == ["all-linear"] else tuple(given)
 
 
 def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on the output stream."""
     # Straight to the stream: rich would wrap long lines and colour brackets.
     sys.stdout.write(json.dumps(document, indent=2, default=float) + "\n")
 
 
 def new_table(*columns: tuple[str, str], gap: int = 2) -> Table:
+    """An empty table of (name, side) columns, ``gap`` blanks apart."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
@@ -70,4 +78,5 @@ def new_table(*columns: tuple[str, str], gap: int = 2) -> Table:
 
 
 def is_wide() -> bool:
+    """Whether the terminal has room for tables side by side."""
     return out.width >= 120

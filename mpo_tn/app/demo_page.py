@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mpo_tn import plot
-from mpo_tn._page import drawing, figures, numbers, page, table, text
-from mpo_tn.evaluate import Fidelity
+from mpo_tn.app.fidelity import Fidelity
+from mpo_tn.app.html import drawing, figures, numbers, page, table, text
 from mpo_tn.torch import CompressionReport
 
 

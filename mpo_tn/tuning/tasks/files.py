@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.tuning._glue import Label, Split, Task
+from mpo_tn.tuning.tasks.glue import Label, Split, Task
 
 Parts = tuple[Split, dict[str, Split], str, int]
 """The training split, the dev splits by name, where they are from, and how many lines were left out."""

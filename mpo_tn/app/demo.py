@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpo_tn.evaluate import embed, fidelity, sample_sentences
+from mpo_tn.app.demo_page import DemoResult, DemoRow, write_demo_report
+from mpo_tn.app.fidelity import embed, fidelity, sample_sentences
 from mpo_tn.exceptions import MPOError
-from mpo_tn.report import DemoResult, DemoRow, write_demo_report
 from mpo_tn.sites import Sites
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
@@ -40,7 +40,7 @@ import json, sys
 import numpy as np
 import mpo_tn.torch
 from transformers import AutoModel, AutoTokenizer
-from mpo_tn.evaluate import embed
+from mpo_tn.app.fidelity import embed
 folder, sentences, out = sys.argv[1:]
 model = AutoModel.from_pretrained(folder)
 np.save(out, embed(model, AutoTokenizer.from_pretrained(folder), json.load(open(sentences))))

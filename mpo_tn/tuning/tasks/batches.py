@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.tuning.tasks import Label, Split, TextData
+from mpo_tn.tuning.tasks.data import Label, Split, TextData
 
 # Batches whose examples are sorted together: enough to bring like lengths together, few enough to stay random.
 _BATCHES_SORTED_TOGETHER = 25

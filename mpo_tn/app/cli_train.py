@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_tn._terminal import Json, Overwrite, err, new_table, out, print_json, sites_of, targets_of, working
+from mpo_tn.app.terminal import Json, Overwrite, err, new_table, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
@@ -191,10 +191,10 @@ def _run(
     may_be_done: bool = False,
 ) -> FinetuneResult:  # fmt: skip
     """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
+    from mpo_tn.app.finetune_page import finetune_page
     from mpo_tn.torch.hf.folder import load_tokenizer
-    from mpo_tn.tuning._finetune import check_folder, finetune, finished_run, save_finetuned
-    from mpo_tn.tuning.report import finetune_page
-    from mpo_tn.tuning.tasks import load_task
+    from mpo_tn.tuning.finetune import check_folder, finetune, finished_run, save_finetuned
+    from mpo_tn.tuning.tasks.data import load_task
 
     if may_be_done and resume and (folder / "result.json").exists():
         data = load_task(task, data_dir, limit=limit)
@@ -220,7 +220,7 @@ def _show(results: list[FinetuneResult], folder: Path, as_json: bool) -> None:
             {"out": str(folder), **documents[0]} if len(results) == 1 else {"out": str(folder), "runs": documents}
         )
         return
-    from mpo_tn.tuning.report import count_rows, findings, score_rows
+    from mpo_tn.app.finetune_page import count_rows, findings, score_rows
 
     for result in results:
         scores = new_table(("", "left"), *((name, "right") for name in result.baseline), ("training\nloss", "right"))

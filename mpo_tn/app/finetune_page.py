@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mpo_tn._page import drawing, figures, numbers, page, svg, table, text
+from mpo_tn.app.html import drawing, figures, numbers, page, svg, table, text
 from mpo_tn.torch import SqueezeResult
 from mpo_tn.tuning.result import FinetuneResult
 

@@ -20,7 +20,7 @@ from mpo_tn.tuning.methods import Method
 from mpo_tn.tuning.result import FinetuneResult, peak_rss, read_result, versions
 from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings, Track, start
 from mpo_tn.tuning.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
-from mpo_tn.tuning.tasks import TaskData, TextData
+from mpo_tn.tuning.tasks.data import TaskData, TextData
 
 __all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_folder", "finetune", "save_finetuned"]
 
@@ -46,7 +46,7 @@ def finetune(
 
     Args:
         source: a model folder or a hub name; dense, or for ``lfa`` and ``squeeze`` compressed.
-        data: from :func:`~mpo_tn.tuning.tasks.load_task`.
+        data: from :func:`~mpo_tn.tuning.tasks.data.load_task`.
         method: what is compressed and what trains; LFA by default.
         settings: how long.
         squeezing: for the method ``squeeze``: what follows after the epochs of LFA.

@@ -1,0 +1,1 @@
+"""The program: arguments in, tables and pages out."""
