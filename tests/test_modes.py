@@ -274,8 +274,8 @@ def test_auto_takes_the_chain_for_low_rank_and_the_matrix_for_full_bonds(monkeyp
     from mpo_tn.torch.layers import product
 
     used: list[str] = []
-    product = product.product
-    monkeypatch.setattr(product, "product", lambda *args: (used.append(args[2].mode), product(*args))[1])
+    plain = product.product
+    monkeypatch.setattr(product, "product", lambda *args: (used.append(args[2].mode), plain(*args))[1])
     low_rank = layer_of(spec_of((256, 1), (1, 256), 4))
     full = layer_of(spec_of((8, 4, 8), (8, 4, 8), 4096))
     for layer, tokens in ((low_rank, 1), (low_rank, 2048), (full, 2048)):

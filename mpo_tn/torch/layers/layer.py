@@ -100,7 +100,7 @@ class MPOLayer(nn.Module):
         """The matrix (out, in), contracted from the cores and cropped to the module's own size; differentiable."""
         cores = self.cores.forward()
         with no_autocast(cores[0].device):
-            return dense_matrix(cores, self.product.segments[0], self._size)
+            return dense_matrix(cores, self._rebuild.segments[0], self._size)
 
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
