@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from mpo_tn import Sites
 from mpo_tn.planning.cost import choices
 from mpo_tn.torch import ModuleSpec, MPOLinear
-from mpo_tn.torch.layers.merging import free_workspace
+from mpo_tn.torch.layers.workspace import free_workspace
 
 try:
     import tltorch

@@ -182,6 +182,8 @@ def restored(array: Array, like: Array) -> Array:
         # A sharded array has several; what is made of it goes to the first.
         device = min(like.devices(), key=lambda d: d.id)
         return to_jax(np.asarray(array).astype(like.dtype, copy=False), device)
+    if library(like) == "torch":  # from the host, too
+        return namespace(like).asarray(array, dtype=like.dtype, device=like.device)
     return namespace(array).astype(array, like.dtype, copy=False)
 
 

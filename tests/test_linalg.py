@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.chains import EPS, HALF_EPS, C, fro, host, make, slack
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import EPS, HALF_EPS, C, fro, host, make, slack
 
 from mpo_tn import MPOError, Sites, linalg
 

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from helpers.chains import legs, random_chain
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import legs, random_chain
 
 from mpo_tn import MPO, MPOError, Sites
 

@@ -26,7 +26,7 @@ from mpo_tn.exceptions import MPOError
 if TYPE_CHECKING:
     from mpo_tn.app.demo_page import DemoResult
     from mpo_tn.torch import CompressionReport
-    from mpo_tn.torch.hf.folder import MatrixSummary
+    from mpo_tn.torch.models.summary import MatrixSummary
 
 app = typer.Typer(
     help="Turn the matrices of a pre-trained language model into matrix product operators, and say what it cost.",
@@ -109,7 +109,8 @@ def inspect(
 ) -> None:
     """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
     with working(as_json) as track:
-        from mpo_tn.torch.hf.folder import inspect_model, load_model
+        from mpo_tn.torch.hf.folder import load_model
+        from mpo_tn.torch.models.summary import inspect_model
 
         number = sites_of(sites)
         track("reading the model", 0, 1)

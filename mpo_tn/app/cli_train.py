@@ -193,7 +193,8 @@ def _run(
     """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
     from mpo_tn.app.finetune_page import finetune_page
     from mpo_tn.torch.hf.folder import load_tokenizer
-    from mpo_tn.tuning.finetune import check_folder, finetune, finished_run, save_finetuned
+    from mpo_tn.tuning.checkpoints import check_folder, finished_run
+    from mpo_tn.tuning.finetune import finetune, save_finetuned
     from mpo_tn.tuning.tasks.data import load_task
 
     if may_be_done and resume and (folder / "result.json").exists():

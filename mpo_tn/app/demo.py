@@ -25,7 +25,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.sites import Sites
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
-from mpo_tn.torch.hf.folder import inspect_model, load_model, load_tokenizer, save_model, weight_bytes
+from mpo_tn.torch.hf.folder import load_model, load_tokenizer, save_model, weight_bytes
+from mpo_tn.torch.models.summary import inspect_model
 from mpo_tn.torch.models.units import find_units
 from mpo_tn.truncate.spectra import unfolding_spectra
 

@@ -35,8 +35,8 @@ class DemoRow:
 class DemoResult:
     """Everything the demo measured; the table and the page show nothing else.
 
-    ``flatness`` and ``needed`` are means over the matrices (see :class:`~mpo_tn.torch.hf.folder.MatrixSummary`), first
-    on five sites, then for the matrix as it is. ``spectra`` are singular values by label, for the plot.
+    ``flatness`` and ``needed`` are means over the matrices (see :class:`~mpo_tn.torch.models.summary.MatrixSummary`),
+    first on five sites, then for the matrix as it is. ``spectra`` are singular values by label, for the plot.
     """
 
     model: str

@@ -102,3 +102,8 @@ def shift_left(preceding: Array, core: Array) -> tuple[Array, Array]:
     left, out, in_, right = core.shape
     q, r = qr(adjoint(xp.reshape(core, (left, out * in_ * right))))
     return xp.tensordot(preceding, adjoint(r), axes=1), xp.reshape(adjoint(q), (q.shape[1], out, in_, right))
+
+
+def wide_chain(chain: ChainT) -> ChainT:
+    """The chain in double precision."""
+    return chain.with_cores((widen(core) for core in chain.cores), chain.canonical_interval)

@@ -13,27 +13,12 @@ import opt_einsum
 
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, dtype_name, full_precision, library, namespace
+from mpo_tn.linalg import Array, dtype_name, full_precision, namespace
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 
 _MOST_OPERANDS_FOR_DP = 12
 """Dynamic programming looks at every connected part of the network, and a vector connects all subsets of the cores."""
-
-
-def to_nodes(chain: Chain) -> list[Any]:
-    """Fresh TensorNetwork nodes, in order, connected along the bonds. See :meth:`mpo_tn.MPO.to_nodes`."""
-    # Imported here because it takes longer to load than the rest of the package together.
-    import tensornetwork
-
-    backend = {"torch": "pytorch"}.get(library(chain.cores[0]), library(chain.cores[0]))
-    axes = ["left", "out", "in", "right"]
-    nodes = [
-        tensornetwork.Node(core, name=f"T{k}", axis_names=axes, backend=backend) for k, core in enumerate(chain.cores)
-    ]
-    for node, following in itertools.pairwise(nodes):
-        tensornetwork.connect(node["right"], following["left"])
-    return nodes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.chains.algebra import apply, conj, transpose
-from mpo_tn.chains.canonical import check_cores
+from mpo_tn.chains.canonical import check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
@@ -27,7 +27,6 @@ from mpo_tn.linalg import (
     times_power_of_two,
     widen,
 )
-from mpo_tn.truncate.rounding import wide_chain
 
 _UNIFORM_ROUNDING = math.sqrt(3 / (96 * math.log(2)))
 """The rms relative rounding error over eps, mantissas being log-uniform: ``sqrt(E[m**-2] / 12)``, about 0.21."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import array_api_compat
 import numpy as np
 
-from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
+from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.fit.targets import Target, from_left, target_of, to_right
@@ -32,7 +32,7 @@ from mpo_tn.linalg import (
     tails,
     widen,
 )
-from mpo_tn.truncate.rounding import compress, wide_chain
+from mpo_tn.truncate.rounding import compress
 from mpo_tn.truncate.spectra import float_floor
 from mpo_tn.truncation import Truncation
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import array_api_compat
 
 from mpo_tn.chains.algebra import distance
-from mpo_tn.chains.canonical import canonicalize, check_cores
+from mpo_tn.chains.canonical import canonicalize, check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
@@ -23,7 +23,6 @@ from mpo_tn.linalg import (
     widen,
 )
 from mpo_tn.sites import Sites
-from mpo_tn.truncate.rounding import wide_chain
 
 
 class Target(Protocol):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mpo_tn.chains import algebra
-from mpo_tn.chains.canonical import canonicalize, check_cores
+from mpo_tn.chains.canonical import canonicalize, check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.norms import OperatorNorm, cast_error, operator_norm
 from mpo_tn.linalg import Array, frobenius_norm
-from mpo_tn.truncate.rounding import spectra, wide_chain
-from mpo_tn.truncate.spectra import Spectra, entropy
+from mpo_tn.truncate.spectra import Spectra, entropy, spectra
 
 
 class Measures(Chain):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+from mpo_tn import interop
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.fit.sweeps import FitCallback, FitReport, fit, refit
@@ -15,8 +16,9 @@ from mpo_tn.mpo.operators import Operators
 from mpo_tn.sites import Sites
 from mpo_tn.storage import chain_file
 from mpo_tn.truncate.basis import Method
-from mpo_tn.truncate.decompose import BondCallback, decompose
+from mpo_tn.truncate.decompose import decompose
 from mpo_tn.truncate.rounding import compress
+from mpo_tn.truncate.sweep import BondCallback
 from mpo_tn.truncation import Report, Truncation
 
 
@@ -202,7 +204,7 @@ class MPO(Operators, Measures):
         >>> [node.shape for node in mpo.to_nodes()]
         [(1, 2, 2, 4), (4, 2, 2, 1)]
         """
-        return contraction.to_nodes(self)
+        return interop.to_nodes(self)
 
     def canonicalize(self, center: int) -> MPO:
         """Move the orthogonality centre: sites before it become left-isometric, sites after it right-isometric.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import matches
+from mpo_tn.planning.spec import sites_from_json, sites_to_json
 from mpo_tn.sites import Sites
 from mpo_tn.truncation import Truncation
 
@@ -91,11 +91,11 @@ class MPOConfig:
         True
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["sites"] = _sites_to_json(self.sites)
+        values["sites"] = sites_to_json(self.sites)
         for name in ("target_modules", "exclude_modules"):
             values[name] = values[name] if isinstance(values[name], str) else list(values[name])
         values["overrides"] = {
-            pattern: {key: _sites_to_json(value) for key, value in override.items()}
+            pattern: {key: sites_to_json(value) for key, value in override.items()}
             for pattern, override in self.overrides.items()
         }
         return values
@@ -114,9 +114,9 @@ class MPOConfig:
         for name in ("target_modules", "exclude_modules"):
             if name in plain and not isinstance(plain[name], str):
                 plain[name] = tuple(plain[name])
-        plain["sites"] = _sites_from_json(plain.get("sites", 5))
+        plain["sites"] = sites_from_json(plain.get("sites", 5))
         plain["overrides"] = {
-            pattern: {key: _sites_from_json(value) for key, value in override.items()}
+            pattern: {key: sites_from_json(value) for key, value in override.items()}
             for pattern, override in plain.get("overrides", {}).items()
         }
         return cls(**plain)
@@ -146,96 +146,3 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _sites_to_json(value: Any) -> Any:
-    return {"out": list(value.out), "in": list(value.in_)} if isinstance(value, Sites) else value
-
-
-def _sites_from_json(value: Any) -> Any:
-    return Sites(tuple(value["out"]), tuple(value["in"])) if isinstance(value, Mapping) else value
-
-
-@dataclass(frozen=True)
-class ModuleSpec:
-    """The structure of one compressed module, enough to build it empty, and the error that was made.
-
-    ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"embedding"``. ``out_features`` and
-    ``in_features`` are the sizes the module had; the legs may multiply to more (zero padding, cropped again). For an
-    embedding they are the number of ids and the width. ``tied_to`` names the module whose cores are used.
-    """
-
-    kind: str
-    sites: Sites
-    bonds: tuple[int, ...]
-    out_features: int
-    in_features: int
-    bias: bool = False
-    padding_idx: int | None = None
-    tied_to: str | None = None
-    rel_error: float | None = None
-    exact: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "conv1d", "embedding"):
-            raise MPOError(f"kind={self.kind!r} is not linear, conv1d or embedding")
-        rows, columns = self.sites.shape
-        if len(self.bonds) != len(self.sites) - 1 or min(self.bonds, default=1) < 1:
-            raise MPOError(f"bonds={self.bonds} do not fit {len(self.sites)} sites")
-        if self.out_features > rows or self.in_features > columns:
-            raise MPOError(f"legs multiply to {rows} x {columns}, less than {self.out_features} x {self.in_features}")
-
-    @property
-    def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """The shapes of the cores."""
-        around = (1, *self.bonds, 1)
-        return tuple((around[k], out, in_, around[k + 1]) for k, (out, in_) in enumerate(self.sites))
-
-    @property
-    def center(self) -> int:
-        """The index of the central tensor, the core with the most entries; the others are the auxiliary tensors.
-
-        Of several largest cores it is the middle one of an odd number of sites if that is among them, else the first.
-        It follows from the bonds, so cutting them far enough can move it.
-
-        >>> ModuleSpec("linear", Sites((2, 3, 2), (2, 2, 2)), (4, 4), out_features=12, in_features=8).center
-        1
-        """
-        entries = [math.prod(shape) for shape in self.core_shapes]
-        middle = len(entries) // 2
-        if len(entries) % 2 and entries[middle] == max(entries):
-            return middle
-        return entries.index(max(entries))
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the cores hold."""
-        return self.sites.num_parameters(self.bonds)
-
-    @property
-    def kept(self) -> float:
-        """The kept ratio of this matrix, bias apart."""
-        return self.num_parameters / (self.out_features * self.in_features)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {**asdict(self), "sites": _sites_to_json(self.sites), "bonds": list(self.bonds)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModuleSpec:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            MPOError: a key this version does not know, or one that is missing.
-        """
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        missing = sorted({"kind", "sites", "bonds", "out_features", "in_features"} - set(values))
-        if unknown or missing:
-            raise MPOError(
-                f"a module entry has unknown keys {unknown} and lacks {missing}: the file is damaged or from a newer "
-                "version"
-            )
-        plain = dict(values)
-        plain["sites"] = _sites_from_json(values["sites"])
-        plain["bonds"] = tuple(values["bonds"])
-        return cls(**plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import math
@@ -91,8 +92,7 @@ def to_backend(array: np.ndarray, backend: str, dtype: str) -> Array:
     """A NumPy array as an array of a backend and dtype, sharing no memory."""
     array = np.array(array)
     if backend == "torch":
-        import torch
-
+        torch = importlib.import_module("torch")
         return torch.from_numpy(array).to(getattr(torch, dtype))
     if dtype == "bfloat16":
         import ml_dtypes

@@ -6,16 +6,21 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 
 import importlib.util
 
-from mpo_tn.planning.config import ModuleSpec, MPOConfig
-from mpo_tn.torch.layers.layer import MPOEmbedding, MPOLayer, MPOLinear
+from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.ranking import RankedCut, Ranking
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.layers.embedding import MPOEmbedding
+from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.modes import set_mode
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.squeeze import squeeze
-from mpo_tn.torch.models.compress import CompressionReport, LayerReport, compress
-from mpo_tn.torch.models.cuts import Cut, RankedCut, Ranking, bond_spectra, cut_bond, cut_model
+from mpo_tn.torch.models.compress import compress
+from mpo_tn.torch.models.cuts import bond_spectra, cut_model
+from mpo_tn.torch.models.report import CompressionReport, LayerReport
 from mpo_tn.torch.models.trainable import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 from mpo_tn.torch.state.saved_cores import load_cores, save_cores
 from mpo_tn.torch.state.training_state import load_state, save_state
+from mpo_tn.truncate.bond_cut import Cut, cut_bond
 
 if importlib.util.find_spec("transformers") is not None:
     from mpo_tn.torch.hf import quantizer as quantizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from mpo_tn.linalg import (
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.truncate.sweep import peels_left
 from mpo_tn.truncation import Truncation, checked_truncation
 
 Step = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -88,7 +90,7 @@ def _forward(matrix: Array, sites: Sites, caps: tuple[int | None, ...]) -> tuple
         u, values, vh = svd(tensor.reshape(math.prod(sites.sizes[: bond + 1]), -1))
         steps.append((u, values, adjoint(vh)))
         tensor = ((u[:, :rank] * values[:rank]) @ vh[:rank]).ravel()
-    return _like(deinterleave(tensor, sites.out, sites.in_), matrix), steps
+    return restored(deinterleave(tensor, sites.out, sites.in_), matrix), steps
 
 
 def _backward(gradient: Array, steps: list[Step], sites: Sites, caps: tuple[int | None, ...]) -> Array:
@@ -96,15 +98,7 @@ def _backward(gradient: Array, steps: list[Step], sites: Sites, caps: tuple[int 
     for (bond, rank), step in zip(reversed(_order(sites, caps)), reversed(steps), strict=True):
         g = vector.reshape(math.prod(sites.sizes[: bond + 1]), -1)
         vector = _adjoint_of_step(g, step, rank, bond).ravel()
-    return _like(deinterleave(vector, sites.out, sites.in_), gradient)
-
-
-def _like(host: np.ndarray, like: Array) -> Array:
-    if library(like) == "torch":
-        import torch
-
-        return torch.from_numpy(host).to(like.device, like.dtype)
-    return restored(host, like)
+    return restored(deinterleave(vector, sites.out, sites.in_), gradient)
 
 
 def _adjoint_of_step(g: np.ndarray, step: Step, rank: int, bond: int) -> np.ndarray:
@@ -130,12 +124,12 @@ def _adjoint_of_step(g: np.ndarray, step: Step, rank: int, bond: int) -> np.ndar
 
 def _order(sites: Sites, caps: tuple[int | None, ...]) -> list[tuple[int, int]]:
     """Bonds and their ranks in the order in which a decomposition peels them; without those that cannot be cut."""
-    sizes, center = sites.sizes, sites.center
+    sizes = sites.sizes
     low, high, left, right = 0, len(sites) - 1, 1, 1
     found: list[tuple[int, int]] = []
     while low < high:
         inner, rows, columns = math.prod(sizes[low + 1 : high]), left * sizes[low], sizes[high] * right
-        from_left = low < center and (high == center or rows <= columns)
+        from_left = peels_left(sites, low, high, left, right)
         bond = low if from_left else high - 1
         full = min(rows, inner * columns) if from_left else min(columns, rows * inner)
         cap = caps[bond]
@@ -151,7 +145,7 @@ def _order(sites: Sites, caps: tuple[int | None, ...]) -> list[tuple[int, int]]:
 
 @cache
 def _for_torch() -> Any:
-    import torch  # loaded already: there is a tensor
+    torch: Any = sys.modules["torch"]  # loaded already: there is a tensor
 
     class Truncated(torch.autograd.Function):
         @staticmethod

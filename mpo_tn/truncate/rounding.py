@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable
 
 import array_api_compat
-import numpy as np
 
-from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, shift_right, stored
+from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
@@ -22,15 +21,14 @@ from mpo_tn.linalg import (
     left_factor,
     namespace,
     narrow,
-    singular_values,
     storage_notes,
     times_power_of_two,
     triangle,
     widen,
 )
 from mpo_tn.truncate.basis import CANCELS, Method, checked_method
-from mpo_tn.truncate.decompose import LIGHT_SIZE, BondCallback, Budget, Sweep
-from mpo_tn.truncate.spectra import Spectra
+from mpo_tn.truncate.spectra import Spectra, spectra
+from mpo_tn.truncate.sweep import LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn.truncation import Report, Truncation, checked_truncation
 
 
@@ -155,23 +153,3 @@ def _times(core: Array, factor: Array | None) -> Array:
 def _rows(core: Array) -> Array:
     """A core as a matrix (left out in, right)."""
     return namespace(core).reshape(core, (-1, core.shape[3]))
-
-
-def spectra(chain: Chain) -> Spectra:
-    """The singular values of every bond, ``n - 1`` host arrays, largest first.
-
-    Each has ``min`` of the bond and what its neighbours allow as its length.
-    """
-    cores = list(canonicalize(wide_chain(chain), 0).cores)
-    xp = namespace(cores[0])
-    found: list[np.ndarray] = []
-    for k in range(len(cores) - 1):
-        cores[k], cores[k + 1] = shift_right(cores[k], cores[k + 1])
-        left = cores[k + 1].shape[0]
-        found.append(singular_values(xp.reshape(cores[k + 1], (left, -1)), gram=False))
-    return Spectra(found, chain.sites)
-
-
-def wide_chain(chain: ChainT) -> ChainT:
-    """The chain in double precision."""
-    return chain.with_cores((widen(core) for core in chain.cores), chain.canonical_interval)

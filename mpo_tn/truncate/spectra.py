@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from mpo_tn.chains.canonical import canonicalize, shift_right, wide_chain
+from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -253,3 +255,18 @@ def entropy(spectrum: np.ndarray) -> float:
     weights = (spectrum / largest) ** 2
     weights = weights[weights > 0] / weights.sum()
     return float(-(weights * np.log(weights)).sum()) + 0.0
+
+
+def spectra(chain: Chain) -> Spectra:
+    """The singular values of every bond, ``n - 1`` host arrays, largest first.
+
+    Each has ``min`` of the bond and what its neighbours allow as its length.
+    """
+    cores = list(canonicalize(wide_chain(chain), 0).cores)
+    xp = namespace(cores[0])
+    found: list[np.ndarray] = []
+    for k in range(len(cores) - 1):
+        cores[k], cores[k + 1] = shift_right(cores[k], cores[k + 1])
+        left = cores[k + 1].shape[0]
+        found.append(singular_values(xp.reshape(cores[k + 1], (left, -1)), gram=False))
+    return Spectra(found, chain.sites)

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch.state.training_state import load_state, save_state
+from mpo_tn.storage.files import written_beside
+from mpo_tn.tuning.checkpoints import Keeper, asked_settings, check_folder
 from mpo_tn.tuning.methods import Method
-from mpo_tn.tuning.result import FinetuneResult, peak_rss, read_result, versions
+from mpo_tn.tuning.result import FinetuneResult, peak_rss, versions
 from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings, Track, start
 from mpo_tn.tuning.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
 from mpo_tn.tuning.tasks.data import TaskData, TextData
 
 __all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_folder", "finetune", "save_finetuned"]
-
-# What may differ between the two halves of a run: it is what one changes after a loss that was no number.
-_MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
-# A setting that is newer than a run had this value in it.
-_DEFAULTS = json.loads(json.dumps({**asdict(Method()), **asdict(Settings())}))
-del _DEFAULTS["name"]
 
 
 def finetune(
@@ -79,7 +71,7 @@ def finetune(
         data, gap_data = hold_out(data)
     run = start(source, data, method, settings, track)
     result = new_result(run, method, squeezing, str(source))
-    keeper = _Keeper(folder, run, result, began)
+    keeper = Keeper(folder, run, result, began)
     if resume:
         keeper.read()
     try:
@@ -88,68 +80,6 @@ def finetune(
         raise keeper.told(error) from error
     fill_in(result, run, keeper.elapsed())
     return result, run.prepared.finish(run.model)
-
-
-@dataclass
-class _Keeper:
-    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing."""
-
-    folder: Path | None
-    run: Run
-    result: FinetuneResult
-    began: float
-    resumed: bool = False
-    before: float = 0.0
-    saved_at: int | None = None
-    squeezed_to: dict[str, int] = field(default_factory=dict[str, int])
-
-    @property
-    def checkpoint(self) -> Path | None:
-        return self.folder / "checkpoint" if self.folder else None
-
-    def elapsed(self) -> float:
-        """Seconds of this run, of the time before it was resumed too."""
-        return self.before + time.perf_counter() - self.began
-
-    def save(self) -> None:
-        if self.checkpoint is None:
-            return
-        run, result = self.run, self.result
-        extra: dict[str, Any] = {
-            "done": run.done, "tokens": run.tokens, "seconds": run.seconds, "losses": run.losses,
-            "scores": result.scores, "epoch losses": result.losses, "elapsed": self.elapsed(),
-            "settings": json.dumps(result.to_dict()["settings"]), "squeezing": json.dumps(result.squeezing),
-            "squeezed to": self.squeezed_to,
-        }  # fmt: skip
-        save_state(self.checkpoint, model=run.model, optimizer=run.optimizer, extra=extra)
-        self.saved_at = run.done
-
-    def read(self) -> None:
-        if self.checkpoint is None or not self.checkpoint.is_dir():
-            return
-        self.resumed = True
-        run, result = self.run, self.result
-        rates = [group["initial_lr"] for group in run.optimizer.param_groups]
-        _check_settings(self.checkpoint, result)
-        extra = load_state(self.checkpoint, model=run.model, optimizer=run.optimizer)
-        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-            group["initial_lr"] = rate
-        run.done, run.tokens = extra["done"], extra["tokens"]
-        run.seconds, run.losses = list(extra["seconds"]), list(extra["losses"])
-        result.scores, result.losses = [dict(scores) for scores in extra["scores"]], list(extra["epoch losses"])
-        result.squeezing, self.squeezed_to = json.loads(extra["squeezing"]), dict(extra["squeezed to"])
-        self.before, self.saved_at = extra["elapsed"], run.done
-        result.notes["resumed at step"] = run.done
-
-    def told(self, error: NotFiniteError) -> NotFiniteError:
-        """The same error, with the place of the last good state."""
-        if self.checkpoint is None or self.saved_at is None:
-            return error
-        return NotFiniteError(
-            f"{error}. The state after step {self.saved_at} is in {self.checkpoint}: --resume goes on from it, with "
-            "other rates if you like",
-            error.step,
-        )
 
 
 def _check_task(source: Path, data: Data) -> None:
@@ -165,25 +95,8 @@ def _check_task(source: Path, data: Data) -> None:
         )
 
 
-def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
-    """A checkpoint of other settings is of another run."""
-    try:
-        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        saved = json.loads(values["extra"]["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # load_state says what is wrong with it
-    saved = _DEFAULTS | saved
-    here = json.loads(json.dumps(result.to_dict()["settings"]))
-    for key in sorted({*saved, *here}):
-        if saved.get(key) != here.get(key) and key not in _MAY_CHANGE:
-            raise MPOError(
-                f"the checkpoint in {checkpoint} is of another run: {key} was {saved.get(key)!r} and is "
-                f"{here.get(key)!r}; give the same arguments, or start anew with --overwrite"
-            )
-
-
 def _phases(
-    run: Run, result: FinetuneResult, keeper: _Keeper, squeezing: Squeezing | None, gap_data: TaskData | None,
+    run: Run, result: FinetuneResult, keeper: Keeper, squeezing: Squeezing | None, gap_data: TaskData | None,
     track: Track | None,
 ) -> None:  # fmt: skip
     first = run.steps
@@ -209,7 +122,7 @@ def _phases(
     _train_to(run, end, result, keeper, track, begin)
 
 
-def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track: Track | None, begin: int = 0) -> None:
+def _train_to(run: Run, end: int, result: FinetuneResult, keeper: Keeper, track: Track | None, begin: int = 0) -> None:
     """Train until step ``end``; an epoch after ``begin``, and at ``end``, the dev set is scored."""
     say = track or (lambda _what, _done, _total: None)
     per_epoch = run.train.per_epoch
@@ -227,21 +140,11 @@ def _train_to(run: Run, end: int, result: FinetuneResult, keeper: _Keeper, track
             keeper.save()
 
 
-def _settings(
-    source: str, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
-) -> dict[str, Any]:
-    """What a run was asked for."""
-    asked = {**asdict(method), **asdict(settings), "source": source, "data": data.source, "method": method.name}
-    asked.pop("name")
-    asked["lr"], asked["tensor_lr"] = method.rates
-    return {**asked, "squeezing": asdict(squeezing) if squeezing else None}
-
-
 def new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
     """The parts of a result that are known before training."""
     data, prepared = run.data, run.prepared
     baseline, baseline_is = data.baseline()
-    settings = _settings(source, data, method, run.settings, squeezing) | {"examples": len(run.train.rows)}
+    settings = asked_settings(source, data, method, run.settings, squeezing) | {"examples": len(run.train.rows)}
     return FinetuneResult(
         method=method.name, task=data.name, seed=run.settings.seed, higher_is_better=data.higher_is_better,
         baseline=baseline, baseline_headline=data.headline(baseline), baseline_is=baseline_is,
@@ -266,51 +169,6 @@ def fill_in(result: FinetuneResult, run: Run, seconds: float) -> None:
     result.peak_rss_bytes = peak_rss()
     result.trainable, result.total = prepared.trainable, prepared.total
     result.matrix_parameters, result.matrix_trainable = prepared.matrix_parameters, prepared.matrix_trainable
-
-
-def finished_run(
-    folder: Path, source: str | Path, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
-) -> FinetuneResult:
-    """The result in the folder of a run that is finished.
-
-    Raises:
-        MPOError: it is damaged, or of a run that was asked for something else.
-    """
-    result = read_result(folder)
-    asked = {"task": data.name, **_settings(str(source), data, method, settings, squeezing)}
-    there = {**_DEFAULTS, "task": result.task, **result.settings}
-    for key, value in json.loads(json.dumps(asked)).items():
-        if there.get(key) != value:
-            raise MPOError(
-                f"{folder} holds the finished run of something else: {key} was {there.get(key)!r} and is {value!r}; "
-                "give the same arguments, or start anew with --overwrite"
-            )
-    return result
-
-
-def check_folder(folder: Path, source: str | Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done, and clear away an unfinished run that is to be overwritten.
-
-    Raises:
-        MPOError: it is in use; or it holds an unfinished run and neither of the two is asked for.
-    """
-    unfinished = folder.is_dir() and not (folder / "result.json").exists() and _is_run(folder)
-    if unfinished and resume:
-        return
-    if unfinished and not overwrite:
-        raise MPOError(f"{folder} holds an unfinished run: pass --resume to go on, or --overwrite to start anew")
-    if unfinished:
-        shutil.rmtree(folder)
-    elif resume and (folder / "result.json").exists():
-        raise MPOError(f"{folder} holds a finished run, there is nothing to resume: read its result.json")
-    check_target(folder, overwrite=overwrite, marker="result.json", keep=Path(source))
-
-
-def _is_run(folder: Path) -> bool:
-    inside = {path.name for path in folder.iterdir()}
-    return bool(inside & {"checkpoint", "squeezing"}) and all(
-        name in ("checkpoint", "squeezing") or name.startswith((".checkpoint", ".squeezing")) for name in inside
-    )
 
 
 def save_finetuned(folder: Path, result: FinetuneResult, model: Any, tokenizer: Any, report: str = "") -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.planning.legs import legs_for
+from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
 from mpo_tn.torch.models.units import find_units
@@ -122,32 +120,6 @@ class Prepared:
     def total(self) -> int:
         """Numbers in the model, shared ones once."""
         return sum(p.numel() for p in self.model.parameters())
-
-
-def load_for_task(source: str | Path, num_labels: int | None, seed: int) -> Any:
-    """The model with a head of ``num_labels`` outputs (``None``: a language model), freshly drawn if it had none.
-
-    Raises:
-        MPOError: not a model, or more is missing than a head.
-    """
-    torch.manual_seed(seed)
-    name = "AutoModelForCausalLM" if num_labels is None else "AutoModelForSequenceClassification"
-    options = {} if num_labels is None else {"num_labels": num_labels}
-    try:
-        auto = getattr(transformers, name)
-        model, info = auto.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **options)
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise MPOError(f"{source} cannot be read as a model: {lines[0]}") from error
-    body = getattr(model, model.base_model_prefix, model)
-    inside = {f"{model.base_model_prefix}.{key}" for key in body.state_dict()} if body is not model else set[str]()
-    missing = sorted(key for key in info["missing_keys"] if key in inside and "pooler" not in key)
-    if missing or (num_labels is None and info["missing_keys"]):
-        first = (missing or sorted(info["missing_keys"]))[0]
-        raise MPOError(f"{source} is incomplete as a {type(model).__name__}: {first} is missing among others")
-    return model
 
 
 def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.hf.folder import load_tokenizer
-from mpo_tn.tuning.methods import Method, Prepared, load_for_task, prepare
+from mpo_tn.torch.hf.folder import load_for_task, load_tokenizer
+from mpo_tn.tuning.methods import Method, Prepared, prepare
 from mpo_tn.tuning.tasks.batches import Batch, Batches, task_batches, text_batches, text_bytes
 from mpo_tn.tuning.tasks.data import TaskData, TextData
 

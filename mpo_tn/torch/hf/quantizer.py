@@ -21,10 +21,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.config import ModuleSpec, MPOConfig, wrap_for_hf
-from mpo_tn.torch._units import on_cut
+from mpo_tn.planning.config import MPOConfig, wrap_for_hf
+from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.compress import build, compress, on_compressed
+from mpo_tn.torch.models.compress import build, compress
+from mpo_tn.torch.models.host import on_compressed, on_cut
 
 FORMAT_VERSION = 1
 
@@ -34,7 +35,7 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         config: the policy, an :class:`~mpo_tn.torch.MPOConfig` or its dictionary.
-        modules: module name to :class:`~mpo_tn.planning.config.ModuleSpec` or its dictionary; empty before compression.
+        modules: module name to :class:`~mpo_tn.planning.spec.ModuleSpec` or its dictionary; empty before compression.
         format_version: of this dictionary and of the names of the tensors.
 
     Raises:

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.torch._units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
+from mpo_tn.planning.ranking import RankedCut, Score
 from mpo_tn.torch.loops.policy import Policy, as_number, cut_once, set_training, training_flags
 from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound, outcome
-from mpo_tn.torch.models.cuts import RankedCut, Score
 from mpo_tn.torch.models.moments import check_optimizer
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
 from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
 
 if TYPE_CHECKING:  # importing these takes a second

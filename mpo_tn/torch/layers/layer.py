@@ -14,70 +14,24 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
-from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.planning.cost import Choices, Route, checked_mode, choices, rebuild_route
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.layers.cores import Cores, DenseWeight, NoDenseWeightError
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
-
-# An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
-_GATHERED_ENTRIES = 2**24
-
-
-class NoDenseWeightError(MPOError, AttributeError):
-    """Something asked a module for the dense weight that it does not have."""
-
-
-class Cores(nn.ParameterList):
-    """The cores of a module, read through :meth:`forward`.
-
-    accelerate keeps what it offloads on the meta device and fetches it when ``forward`` of its owner runs; read
-    without that, offloaded cores would turn results into noise.
-    """
-
-    def __init__(self, cores: Sequence[nn.Parameter]) -> None:
-        super().__init__(cores)
-        self._names = tuple(map(str, range(len(cores))))
-
-    def forward(self) -> tuple[torch.Tensor, ...]:
-        """The cores, first to last."""
-        held = self._parameters
-        # Looking them up one by one takes longer than a small product.
-        return tuple(held.values()) if tuple(held) == self._names else tuple(self)  # pyright: ignore[reportReturnType]
-
-
-class _Dense:
-    """A dense weight and the state of the cores that it was made from."""
-
-    def __init__(self, cores: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
-        self.weight = weight
-        # The old memory is held, so that no new tensor can come to lie at the same address.
-        self._cores = [core.detach() for core in cores]
-        self._seen = [(core.data_ptr(), core._version, core.stride()) for core in cores]
-
-    @staticmethod
-    def can_watch(cores: Sequence[torch.Tensor]) -> bool:
-        """Whether changes of the cores can be seen: not those of inference tensors, and not those of no data at all."""
-        return not any(core.is_inference() or core.is_meta for core in cores)
-
-    def is_of(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
-        """Whether these are the same cores in the same memory, unchanged since, and the weight has this dtype."""
-        # The same memory means the same dtype and device, and the shapes are those of the spec.
-        return self.weight.dtype == dtype and self._seen == [
-            (core.data_ptr(), core._version, core.stride()) for core in cores
-        ]
 
 
 class MPOLayer(nn.Module):
     """A module whose matrix (out, in) is a chain of cores. It has no ``weight``; see :meth:`dense_weight`.
 
     Args:
-        spec: the structure; see :class:`~mpo_tn.planning.config.ModuleSpec`.
+        spec: the structure; see :class:`~mpo_tn.planning.spec.ModuleSpec`.
         cores: parameters of the spec's shapes, shared with the caller; ``None`` makes empty ones.
         device, dtype: of the empty cores.
     """
 
     _mode = "auto"
-    _dense: _Dense | None = None
+    _dense: DenseWeight | None = None
 
     def __init__(
         self,
@@ -177,12 +131,12 @@ class MPOLayer(nn.Module):
         if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
             self._dense = None  # about to change
             return None
-        if not _Dense.can_watch(cores):
+        if not DenseWeight.can_watch(cores):
             return None
         if self._dense is None or not self._dense.is_of(cores, dtype):
             self._dense = None  # before the new one is made: two at once would be one too many
             with torch.inference_mode(False), torch.no_grad():
-                self._dense = _Dense(cores, self.dense_weight().to(dtype).contiguous())
+                self._dense = DenseWeight(cores, self.dense_weight().to(dtype).contiguous())
         return self._dense.weight
 
     def train(self, mode: bool = True) -> Self:
@@ -275,86 +229,6 @@ class MPOLinear(MPOLayer):
         return found.at(math.prod(x.shape[:-1]))
 
 
-class MPOEmbedding(MPOLayer):
-    """A table (ids, width) held as an MPO; only the rows asked for are contracted, never the table.
-
-    An id is read as the mixed-radix number of its out legs; each digit picks one slice of one core, and the slices of
-    the unique ids are multiplied together::
-
-        id = (o_1, ..., o_n)      row[id] = T_1[:, o_1] -- T_2[:, o_2] -- ... -- T_n[:, o_n]
-                                                |             |                     |
-                                              in_1          in_2                  in_n
-
-    Ids are any integer shape; the result has one more axis, the width. ``padding_idx`` gets no gradient of its own,
-    as in ``nn.Embedding``.
-    """
-
-    def __init__(
-        self,
-        spec: ModuleSpec,
-        cores: Sequence[nn.Parameter] | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(spec, cores, device=device, dtype=dtype)
-        self.num_embeddings = spec.out_features
-        self.embedding_dim = spec.in_features
-        self.padding_idx = spec.padding_idx
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Shape (...) of ids to (..., width).
-
-        Raises:
-            IndexError: an id that is negative or not below ``num_embeddings`` (outside of tracing).
-            MPOError: ids that are not int32 or int64.
-        """
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise MPOError(f"ids are {ids.dtype}: a table takes torch.int64 or torch.int32")
-        if torch.compiler.is_compiling():  # how many ids are unique depends on data
-            return self._rows(ids.reshape(-1)).reshape(*ids.shape, self.embedding_dim)
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        if unique.numel():
-            least, largest = int(unique[0]), int(unique[-1])
-            if least < 0 or largest >= self.num_embeddings:
-                bad = least if least < 0 else largest
-                raise IndexError(f"id {bad} is out of range: the table has ids 0 to {self.num_embeddings - 1}")
-        return self._rows(unique)[inverse]
-
-    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        with no_autocast(ids.device):
-            rows = table_rows(self.cores.forward(), ids)[:, : self.embedding_dim]
-        if self.padding_idx is not None:
-            padding = (ids == self.padding_idx).unsqueeze(1)
-            rows = torch.where(padding, rows.detach(), rows)
-        return rows
-
-
 def _has_fixed_shape(x: torch.Tensor) -> bool:
     """Whether torch traces ``x`` with sizes that are plain numbers."""
     return all(has_static_value(size) for size in x.shape)
-
-
-def table_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """Rows of the matrix of ``cores``, shape (len(rows), in), without building the matrix.
-
-    Cost: about ``2 sum_k (in_1 ... in_k) bond_{k-1} bond_k`` flops a row, and one slice of every core in memory a row.
-    """
-    slice_entries = max(core.shape[0] * core.shape[2] * core.shape[3] for core in cores)
-    at_once = max(1, _GATHERED_ENTRIES // slice_entries)
-    if torch.compiler.is_compiling() or rows.numel() <= at_once:  # a graph must not depend on how many rows there are
-        return _contract_rows(cores, rows)
-    return torch.cat([_contract_rows(cores, chunk) for chunk in rows.split(at_once)])
-
-
-def _contract_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    legs = [core.shape[1] for core in cores]
-    columns = 1
-    partial = cores[0].new_ones(rows.numel(), 1, 1)  # (row, columns so far, bond)
-    for k, core in enumerate(cores):
-        digit = rows // math.prod(legs[k + 1 :]) % legs[k]
-        left, _, in_, right = core.shape
-        slices = core.transpose(0, 1)[digit].reshape(rows.numel(), left, in_ * right)  # (row, bond, in_k * next bond)
-        columns *= in_
-        partial = torch.bmm(partial, slices).reshape(rows.numel(), columns, right)
-    return partial.reshape(rows.numel(), columns)

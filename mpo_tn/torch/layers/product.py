@@ -11,16 +11,8 @@ from torch.amp import is_autocast_available  # pyright: ignore[reportPrivateImpo
 from torch.nn import functional
 
 from mpo_tn.planning.cost import Route
-from mpo_tn.torch.layers.merging import (
-    any_wanted,
-    give_back,
-    merge_parts,
-    merge_tree,
-    merged_matrix,
-    passing_product,
-    spread,
-    workspace,
-)
+from mpo_tn.torch.layers.merging import any_wanted, merge_parts, merge_tree, merged_matrix, passing_product, spread
+from mpo_tn.torch.layers.workspace import give_back, workspace
 
 _NARROW = 64
 """Fewer columns than this make slow matrix products."""

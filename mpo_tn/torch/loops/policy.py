@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.torch._units import MPOUnit, all_bonds, kept_ratio, specs_changed
-from mpo_tn.torch.models.cuts import RankedCut, Ranking, Score, checked_score, cut_unit, unit_spectra
+from mpo_tn.planning.ranking import RankedCut, Score, checked_score, choose_cuts
+from mpo_tn.torch.models.cuts import cut_unit, unit_spectra
+from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike
-from mpo_tn.truncate.spectra import Spectra
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, kept_ratio
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,6 @@ class Policy:
         return reference - value if self.higher_is_better else value - reference
 
 
-def choose_cuts(
-    units: dict[str, MPOUnit], spectra: dict[str, Spectra], count: int, *, score: Score = "error",
-    minimum_bond: int = 1, keep: float | None = None,
-) -> list[RankedCut]:  # fmt: skip
-    """The next ``count`` cuts by one, the best first, those of one bond taken together; fewer where ``keep`` is met.
-
-    One after another, each seeing the bonds that the ones before leave, from spectra alone.
-    """
-    dense = sum(unit.spec.out_features * unit.spec.in_features for unit in units.values())
-    ranking = Ranking(spectra, {n: u.spec for n, u in units.items()}, score=score, minimum_bond=minimum_bond)
-    chosen: dict[tuple[str, int], RankedCut] = {}
-    for _ in range(count):
-        kept = sum(spec.num_parameters for spec in ranking.specs.values()) / dense
-        cut = ranking.best()
-        if cut is None or (keep is not None and kept <= keep):
-            break
-        ranking.take(cut)
-        first = chosen.get((cut.unit, cut.bond))
-        if first is not None:
-            cut = replace(cut, before=first.before, score=first.score + cut.score)
-        chosen[cut.unit, cut.bond] = cut
-    return list(chosen.values())
-
-
 def _at_minimum(units: dict[str, MPOUnit], minimum_bond: int) -> bool:
     return all(bond <= minimum_bond for bonds in all_bonds(units).values() for bond in bonds)
 
@@ -90,8 +67,9 @@ def cut_once(
 ) -> tuple[tuple[RankedCut, ...], tuple[str, ...]]:
     """The cuts of one round, from fresh spectra, carried out; and notes on optimiser state that could not follow."""
     spectra = {name: unit_spectra(unit) for name, unit in units.items()}
+    specs = {name: unit.spec for name, unit in units.items()}
     cuts = choose_cuts(
-        units, spectra, policy.cuts_per_round, score=policy.score, minimum_bond=policy.minimum_bond, keep=policy.keep
+        specs, spectra, policy.cuts_per_round, score=policy.score, minimum_bond=policy.minimum_bond, keep=policy.keep
     )
     notes: list[str] = []
     for cut in cuts:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from mpo_tn.torch._units import MPOUnit, all_bonds, count_parameters, kept_ratio
-from mpo_tn.torch.models.cuts import RankedCut
+from mpo_tn.planning.ranking import RankedCut
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio
 
 Bonds = dict[str, tuple[int, ...]]
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch._units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
+from mpo_tn.planning.ranking import Score
 from mpo_tn.torch.loops.policy import Policy, as_number, cut_once, set_training, training_flags
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound, bonds_after, outcome
 from mpo_tn.torch.loops.run_folder import RunFolder
-from mpo_tn.torch.models.cuts import Score
 from mpo_tn.torch.models.moments import OptimizerLike, check_optimizer, unwrapped
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
 from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
 
 Progress = Callable[[int, int, str], None]
@@ -64,7 +64,7 @@ def squeeze(
         max_steps: the most rounds.
         cuts_per_round: cuts by one in each round.
         tune_steps: calls of ``train_step`` in each round.
-        score: ``"error_per_parameter"``, ``"error"`` or a callable, see :class:`~mpo_tn.torch.models.cuts.Ranking`. By
+        score: ``"error_per_parameter"``, ``"error"`` or a callable, see :class:`~mpo_tn.planning.ranking.Ranking`. By
             ``"error"`` the bonds beside small cores go first, which hardly makes the model smaller (docs/results.md).
         keep: stop at this kept ratio of the decomposed matrices.
         minimum_bond: no bond goes below this.

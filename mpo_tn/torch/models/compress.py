@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,12 +13,15 @@ from torch.nn import functional
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
-from mpo_tn.planning.config import ModuleSpec, MPOConfig
+from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.legs import legs_for
+from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
-from mpo_tn.torch._units import count_parameters
-from mpo_tn.torch.layers.layer import MPOEmbedding, MPOLayer, MPOLinear, table_rows
-from mpo_tn.torch.models.units import Unit, find_units
+from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
+from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
+from mpo_tn.torch.models.host import after_compress
+from mpo_tn.torch.models.report import CompressionReport, LayerReport
+from mpo_tn.torch.models.units import DenseUnit, count_parameters, find_units
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncation import Report, Truncation
 
@@ -36,103 +38,6 @@ _HOOKS = (
 
 Progress = Callable[[int, int, str], None]
 """Called with how many units are done, how many there are, and the name of the next (or last) one."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one unit became. ``names`` are all the modules that use it; the first names the unit.
-
-    ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not counted; ``report`` is
-    the core's report on the padded matrix.
-    """
-
-    names: tuple[str, ...]
-    spec: ModuleSpec
-    error: float
-    norm: float
-    report: Report
-
-    @property
-    def name(self) -> str:
-        """The name of the first occurrence."""
-        return self.names[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {
-            "name": self.name,
-            "names": list(self.names),
-            **self.spec.to_dict(),
-            "kept": self.spec.kept,
-            "parameters": self.spec.num_parameters,
-            "error": self.error,
-            "norm": self.norm,
-            "floor": self.report.floor,
-        }
-
-
-@dataclass(frozen=True)
-class CompressionReport:
-    """What :func:`compress` did. Parameters count shared ones once."""
-
-    layers: tuple[LayerReport, ...]
-    skipped: dict[str, str]
-    parameters_before: int
-    parameters_after: int
-
-    @property
-    def matrix_before(self) -> int:
-        """Dense parameters of the compressed matrices, bias apart."""
-        return sum(layer.spec.out_features * layer.spec.in_features for layer in self.layers)
-
-    @property
-    def matrix_after(self) -> int:
-        """Parameters of their cores."""
-        return sum(layer.spec.num_parameters for layer in self.layers)
-
-    @property
-    def kept(self) -> float:
-        """The kept ratio of the compressed matrices."""
-        return self.matrix_after / self.matrix_before
-
-    @property
-    def kept_model(self) -> float:
-        """The kept ratio of the whole model."""
-        return self.parameters_after / self.parameters_before
-
-    @property
-    def rel_error(self) -> float:
-        """The error of all compressed matrices together, relative to their norm together."""
-        norm = math.hypot(*(layer.norm for layer in self.layers))
-        return math.hypot(*(layer.error for layer in self.layers)) / norm if norm > 0 else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {
-            "layers": [layer.to_dict() for layer in self.layers],
-            "skipped": self.skipped,
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "kept": self.kept,
-            "kept_model": self.kept_model,
-            "rel_error": self.rel_error,
-        }
-
-    def __str__(self) -> str:
-        skipped = f"; {len(self.skipped)} matched modules skipped" if self.skipped else ""
-        return (
-            f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
-            f"whole model ({self.parameters_before} -> {self.parameters_after}), relative error "
-            f"{self.rel_error:.4f}{skipped}"
-        )
-
-
-_after_compress: list[Callable[[nn.Module, MPOConfig], None]] = []
-
-
-def on_compressed(callback: Callable[[nn.Module, MPOConfig], None]) -> None:
-    """Call ``callback(model, config)`` after every :func:`compress`; the transformers hook attaches itself here."""
-    _after_compress.append(callback)
 
 
 def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None = None) -> CompressionReport:
@@ -177,7 +82,7 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
         model.set_submodule(name, module)
     if progress:
         progress(len(units), len(units), units[-1].name)
-    for callback in _after_compress:
+    for callback in after_compress:
         callback(model, config)
     return CompressionReport(tuple(layers), skipped, before, count_parameters(model))
 
@@ -234,20 +139,20 @@ def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]
     return specs
 
 
-def _find_units(model: nn.Module, config: MPOConfig) -> tuple[list[Unit], dict[str, str]]:
+def _find_units(model: nn.Module, config: MPOConfig) -> tuple[list[DenseUnit], dict[str, str]]:
     if any(isinstance(module, MPOLayer) for module in model.modules()):
         raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
     return find_units(model, config.target_modules, config.exclude_modules)
 
 
-def _legs_and_cap(unit: Unit, config: MPOConfig) -> tuple[Sites, int | None]:
+def _legs_and_cap(unit: DenseUnit, config: MPOConfig) -> tuple[Sites, int | None]:
     """The legs, and the largest bond allowed."""
     out, in_ = (int(size) for size in unit.matrix().shape)
     sites = legs_for(out, in_, config.sites)
     return sites, config.bond if config.keep is None else sites.largest_cap(config.keep * out * in_)
 
 
-def _factorise(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.Parameter]]:
+def _factorise(unit: DenseUnit, config: MPOConfig) -> tuple[LayerReport, list[nn.Parameter]]:
     matrix = unit.matrix()
     if matrix.device.type == "meta":
         raise MPOError("its weight is on the meta device and has no data: load the weights first")
@@ -264,7 +169,7 @@ def _factorise(unit: Unit, config: MPOConfig) -> tuple[LayerReport, list[nn.Para
     return LayerReport(names, _specs(unit, spec)[0], error, report.norm, report), cores
 
 
-def _specs(unit: Unit, spec: ModuleSpec) -> list[ModuleSpec]:
+def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
     """The specification of every module of the unit, given what they share."""
     return [
         replace(
@@ -278,7 +183,7 @@ def _specs(unit: Unit, spec: ModuleSpec) -> list[ModuleSpec]:
     ]
 
 
-def _modules(unit: Unit, spec: ModuleSpec, cores: Sequence[nn.Parameter]) -> list[tuple[str, nn.Module]]:
+def _modules(unit: DenseUnit, spec: ModuleSpec, cores: Sequence[nn.Parameter]) -> list[tuple[str, nn.Module]]:
     """The MPO modules that replace those of the unit, under all their names."""
     named: list[tuple[str, nn.Module]] = []
     for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.config import ModuleSpec
 from mpo_tn.planning.patterns import HEADS, matches
-from mpo_tn.torch.layers.layer import Cores, MPOLayer
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.layers.cores import Cores
+from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.units import head_modules
 
 POLICIES = ("auxiliary", "central", "cores", "none")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.config import ModuleSpec
+from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.trainable import is_norm, occurrences

@@ -21,8 +21,9 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import written_beside
-from mpo_tn.torch._units import mpo_units, specs_changed
+from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
+from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.nested_values import decode, encode
 
 FORMAT_VERSION = 1

@@ -1,0 +1,106 @@
+"""ModuleSpec: the structure of one compressed module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.sites import Sites
+
+
+def sites_to_json(value: Any) -> Any:
+    """Legs as JSON can hold them; anything else as it is."""
+    return {"out": list(value.out), "in": list(value.in_)} if isinstance(value, Sites) else value
+
+
+def sites_from_json(value: Any) -> Any:
+    """The inverse of :func:`sites_to_json`."""
+    return Sites(tuple(value["out"]), tuple(value["in"])) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """The structure of one compressed module, enough to build it empty, and the error that was made.
+
+    ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"embedding"``. ``out_features`` and
+    ``in_features`` are the sizes the module had; the legs may multiply to more (zero padding, cropped again). For an
+    embedding they are the number of ids and the width. ``tied_to`` names the module whose cores are used.
+    """
+
+    kind: str
+    sites: Sites
+    bonds: tuple[int, ...]
+    out_features: int
+    in_features: int
+    bias: bool = False
+    padding_idx: int | None = None
+    tied_to: str | None = None
+    rel_error: float | None = None
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "conv1d", "embedding"):
+            raise MPOError(f"kind={self.kind!r} is not linear, conv1d or embedding")
+        rows, columns = self.sites.shape
+        if len(self.bonds) != len(self.sites) - 1 or min(self.bonds, default=1) < 1:
+            raise MPOError(f"bonds={self.bonds} do not fit {len(self.sites)} sites")
+        if self.out_features > rows or self.in_features > columns:
+            raise MPOError(f"legs multiply to {rows} x {columns}, less than {self.out_features} x {self.in_features}")
+
+    @property
+    def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """The shapes of the cores."""
+        around = (1, *self.bonds, 1)
+        return tuple((around[k], out, in_, around[k + 1]) for k, (out, in_) in enumerate(self.sites))
+
+    @property
+    def center(self) -> int:
+        """The index of the central tensor, the core with the most entries; the others are the auxiliary tensors.
+
+        Of several largest cores it is the middle one of an odd number of sites if that is among them, else the first.
+        It follows from the bonds, so cutting them far enough can move it.
+
+        >>> ModuleSpec("linear", Sites((2, 3, 2), (2, 2, 2)), (4, 4), out_features=12, in_features=8).center
+        1
+        """
+        entries = [math.prod(shape) for shape in self.core_shapes]
+        middle = len(entries) // 2
+        if len(entries) % 2 and entries[middle] == max(entries):
+            return middle
+        return entries.index(max(entries))
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the cores hold."""
+        return self.sites.num_parameters(self.bonds)
+
+    @property
+    def kept(self) -> float:
+        """The kept ratio of this matrix, bias apart."""
+        return self.num_parameters / (self.out_features * self.in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {**asdict(self), "sites": sites_to_json(self.sites), "bonds": list(self.bonds)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModuleSpec:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            MPOError: a key this version does not know, or one that is missing.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        missing = sorted({"kind", "sites", "bonds", "out_features", "in_features"} - set(values))
+        if unknown or missing:
+            raise MPOError(
+                f"a module entry has unknown keys {unknown} and lacks {missing}: the file is damaged or from a newer "
+                "version"
+            )
+        plain = dict(values)
+        plain["sites"] = sites_from_json(values["sites"])
+        plain["bonds"] = tuple(values["bonds"])
+        return cls(**plain)

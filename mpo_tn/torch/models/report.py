@@ -1,0 +1,99 @@
+"""What compressing a model did: per unit, and in all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.truncation import Report
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one unit became. ``names`` are all the modules that use it; the first names the unit.
+
+    ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not counted; ``report`` is
+    the core's report on the padded matrix.
+    """
+
+    names: tuple[str, ...]
+    spec: ModuleSpec
+    error: float
+    norm: float
+    report: Report
+
+    @property
+    def name(self) -> str:
+        """The name of the first occurrence."""
+        return self.names[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "name": self.name,
+            "names": list(self.names),
+            **self.spec.to_dict(),
+            "kept": self.spec.kept,
+            "parameters": self.spec.num_parameters,
+            "error": self.error,
+            "norm": self.norm,
+            "floor": self.report.floor,
+        }
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`compress` did. Parameters count shared ones once."""
+
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def matrix_before(self) -> int:
+        """Dense parameters of the compressed matrices, bias apart."""
+        return sum(layer.spec.out_features * layer.spec.in_features for layer in self.layers)
+
+    @property
+    def matrix_after(self) -> int:
+        """Parameters of their cores."""
+        return sum(layer.spec.num_parameters for layer in self.layers)
+
+    @property
+    def kept(self) -> float:
+        """The kept ratio of the compressed matrices."""
+        return self.matrix_after / self.matrix_before
+
+    @property
+    def kept_model(self) -> float:
+        """The kept ratio of the whole model."""
+        return self.parameters_after / self.parameters_before
+
+    @property
+    def rel_error(self) -> float:
+        """The error of all compressed matrices together, relative to their norm together."""
+        norm = math.hypot(*(layer.norm for layer in self.layers))
+        return math.hypot(*(layer.error for layer in self.layers)) / norm if norm > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "layers": [layer.to_dict() for layer in self.layers],
+            "skipped": self.skipped,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "kept": self.kept,
+            "kept_model": self.kept_model,
+            "rel_error": self.rel_error,
+        }
+
+    def __str__(self) -> str:
+        skipped = f"; {len(self.skipped)} matched modules skipped" if self.skipped else ""
+        return (
+            f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
+            f"whole model ({self.parameters_before} -> {self.parameters_after}), relative error "
+            f"{self.rel_error:.4f}{skipped}"
+        )

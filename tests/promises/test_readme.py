@@ -1,0 +1,64 @@
+"""Every line of Python in the README and in the page on tuning runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.paths import ROOT
+
+PAGES = ("README.md", "docs/finetuning.md")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def run_page(page: str) -> dict[str, Any]:
+    """The names after all blocks, one after another: a later one may go on from an earlier one."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for number, block in enumerate(blocks_of(page)):
+        exec(compile(block, f"{page}, example {number}", "exec"), names)
+    return names
+
+
+def test_the_readme_has_an_example_for_each_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page("README.md")
+    assert {"report", "test_the_report_is_the_error", "again"} <= set(names)
+
+
+def test_the_page_on_tuning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page("docs/finetuning.md")
+    for result in (names["result"], names["callback"].result):
+        assert result.rounds
+        assert result.bonds == result.bonds_after(result.best_round)
+    assert {path.name for path in tmp_path.iterdir()} >= {"base", "weather", "run", "small"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_options_exist(page: str) -> None:
+    import typer
+
+    from mpo_tn.app.cli import app
+
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    used = re.findall(r"^mpo-tn (\w+)(.*)", text_of(page), flags=re.MULTILINE)
+    assert used
+    for name, rest in used:
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<= )--[\w-]+", rest.partition("#")[0])) <= known, (name, rest)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text_of(page)) if not link.startswith("http")]
+    assert links
+    assert all((ROOT / page).parent.joinpath(link).exists() for link in links)

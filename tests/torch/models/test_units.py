@@ -1,0 +1,267 @@
+"""Which modules a pattern means, what is skipped and why, and which modules are one unit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny_models import VOCAB, tiny, token_ids
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from mpo_tn import MPOError
+from mpo_tn.planning.patterns import matches
+from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLinear, compress
+from mpo_tn.torch.models.units import find_units
+
+
+def names(model: nn.Module, target: str | list[str], exclude: str | list[str] = ()) -> list[str]:
+    return [unit.name for unit in find_units(model, target, exclude)[0]]
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    attention = nn.ModuleDict({"query": nn.Linear(4, 4), "myquery": nn.Linear(4, 4), "key": nn.Linear(4, 4)})
+    return nn.ModuleDict(
+        {"attention": attention, "query": nn.Linear(4, 4), "table": nn.Embedding(6, 4), "norm": nn.LayerNorm(4)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (["query"], ["attention.query", "query"]),
+        (["attention.query"], ["attention.query"]),
+        (["attention.key", "table"], ["attention.key", "table"]),
+        (r"query", ["query"]),
+        (r".*query", ["attention.query", "attention.myquery", "query"]),
+        (r"re:.*key", ["attention.key"]),
+        (["re:.*key", "table"], ["attention.key", "table"]),
+        (r"attention\.(query|key)", ["attention.query", "attention.key"]),
+        (r".*", ["attention.query", "attention.myquery", "attention.key", "query", "table"]),
+        ("all-linear", ["attention.query", "attention.myquery", "attention.key", "query"]),
+    ],
+)
+def test_grammar(block: nn.Module, target: str | list[str], expected: list[str]) -> None:
+    assert names(block, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["query"], ["attention.myquery", "attention.key"]),
+        (r"attention\..*", ["query"]),
+        (["re:.*y"], []),
+        (["nowhere"], ["attention.query", "attention.myquery", "attention.key", "query"]),
+    ],
+)
+def test_exclude(block: nn.Module, exclude: str | list[str], left: list[str]) -> None:
+    if left:
+        assert names(block, "all-linear", exclude) == left
+    else:
+        with pytest.raises(MPOError, match="no module"):
+            find_units(block, "all-linear", exclude)
+
+
+@pytest.mark.parametrize("pattern", ["(", "re:*", "["])
+def test_a_broken_expression_is_named(block: nn.Module, pattern: str) -> None:
+    with pytest.raises(MPOError) as caught:
+        find_units(block, [f"re:{pattern.removeprefix('re:')}"])
+    assert pattern.removeprefix("re:") in str(caught.value)
+    with pytest.raises(MPOError):
+        matches("a", pattern)
+
+
+def test_no_match_hints_at_what_there_is(block: nn.Module) -> None:
+    with pytest.raises(MPOError, match=r"nowhere.*attention\.query"):
+        find_units(block, ["nowhere"])
+    with pytest.raises(MPOError, match="no linear layer"):
+        find_units(nn.Sequential(nn.ReLU()), "all-linear")
+    with pytest.raises(MPOError, match=r"norm.*LayerNorm"):
+        find_units(block, ["norm"])
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _parametrized() -> nn.Module:
+    return parametrizations.orthogonal(nn.Linear(4, 4))
+
+
+def _weight_normed() -> nn.Module:
+    return parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def _integers() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def _complex() -> nn.Module:
+    return nn.Linear(4, 4, dtype=torch.complex64)
+
+
+def _empty() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(0, 4))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: nn.LayerNorm(4), "LayerNorm"),
+        (lambda: nn.Sequential(), "Sequential"),
+        (lambda: Doubled(4, 4), "Doubled"),
+        (_parametrized, "parametriz|Parametrized"),
+        (_weight_normed, "parametriz|Parametrized"),
+        (lambda: nn.Embedding(6, 4, max_norm=1.0), "max_norm"),
+        (lambda: nn.Embedding(6, 4, sparse=True), "sparse"),
+        (lambda: nn.Embedding(6, 4, scale_grad_by_freq=True), "frequency"),
+        (_integers, "int8"),
+        (_complex, "complex64"),
+        (_empty, "no entries"),
+        (lambda: nn.Conv1d(4, 4, 1), "Conv1d"),
+        (lambda: nn.Bilinear(4, 4, 4), "Bilinear"),
+    ],
+)
+def test_what_cannot_be_an_mpo_is_listed_with_the_reason(build: object, reason: str) -> None:
+    model = nn.ModuleDict({"odd": build(), "good": nn.Linear(4, 4)})
+    kept = model["odd"]
+    report = compress(model, MPOConfig(target_modules=["odd", "good"], sites=2))
+    assert [layer.name for layer in report.layers] == ["good"]
+    assert list(report.skipped) == ["odd"]
+    assert any(part in report.skipped["odd"] for part in reason.split("|"))
+    assert model["odd"] is kept
+
+
+def test_children_of_fused_modules_are_left_alone() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.ModuleDict({"encoder": layer, "out": nn.Linear(8, 8)}).eval()
+    units, skipped = find_units(model, ["linear1", "linear2", "out_proj", "out"])
+    assert [unit.name for unit in units] == ["out"]
+    assert skipped.keys() == {"encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2"}
+    assert "MultiheadAttention" in skipped["encoder.self_attn.out_proj"]
+    assert "TransformerEncoderLayer" in skipped["encoder.linear1"]
+    compress(model, MPOConfig(sites=2))
+    with torch.no_grad():
+        assert torch.isfinite(model["out"](model["encoder"](torch.ones(1, 3, 8)))).all()
+
+
+class ReadsItsChild(nn.Module):
+    """Like T5's feed-forward layer and MobileBERT's head: the weight of a child is read, not only called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wi = nn.Linear(4, 8)
+        self.wo = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wo(self.wi(x).to(self.wo.weight.dtype))
+
+
+class InheritsTheReading(ReadsItsChild):
+    pass
+
+
+@pytest.mark.parametrize("parent", [ReadsItsChild, InheritsTheReading])
+def test_a_weight_that_the_parent_reads_is_left_alone(parent: type[nn.Module]) -> None:
+    model = nn.Sequential(parent())
+    report = compress(model, MPOConfig(sites=2))
+    assert [layer.name for layer in report.layers] == ["0.wi"]
+    assert parent.__name__ in report.skipped["0.wo"]
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_heads_are_left_by_all_linear_but_can_be_named() -> None:
+    model = tiny("bert", tied=False)
+    assert not any(name.endswith("decoder") for name in names(model, "all-linear"))
+    assert names(model, ["decoder"]) == ["cls.predictions.decoder"]
+    model = nn.ModuleDict({"classifier": nn.ModuleDict({"dense": nn.Linear(4, 4)}), "body": nn.Linear(4, 4)})
+    assert names(model, "all-linear") == ["body"]
+
+
+def test_a_shared_module_is_one_unit_named_by_first_occurrence() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": shared, "other": nn.Linear(4, 4), "second": shared})
+    units, _ = find_units(model, ["second"])
+    assert [(unit.name, unit.names) for unit in units] == [("first", (("first", "second"),))]
+    report = compress(model, MPOConfig(target_modules=["second"], sites=2))
+    assert model["first"] is model["second"]
+    assert isinstance(model["first"], MPOLinear)
+    assert report.layers[0].names == ("first", "second")
+
+
+def test_modules_that_share_a_parameter_share_their_cores() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(6, 4, padding_idx=2), "head": nn.Linear(4, 6), "b": nn.Linear(4, 4)})
+    model["head"].weight = model["table"].weight
+    report = compress(model, MPOConfig(target_modules=["head"], sites=2))
+    assert report.layers[0].names == ("table", "head")
+    assert isinstance(model["table"], MPOEmbedding)
+    assert isinstance(model["head"], MPOLinear)
+    assert all(a is b for a, b in zip(model["table"].cores, model["head"].cores, strict=True))
+    assert (model["table"].spec.tied_to, model["head"].spec.tied_to) == (None, "table")
+    assert (model["table"].padding_idx, model["head"].spec.bias) == (2, True)
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+
+
+def test_a_unit_with_a_partner_that_cannot_follow_is_skipped_whole() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "odd": Doubled(4, 4), "free": nn.Linear(4, 4)})
+    model["odd"].weight = model["a"].weight
+    report = compress(model, MPOConfig(sites=2))
+    assert [layer.name for layer in report.layers] == ["free"]
+    assert "odd" in report.skipped["a"]
+    assert model["odd"].weight is model["a"].weight
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
+def test_a_partner_that_needs_its_table_keeps_the_unit_dense(options: dict[str, object]) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(4, 6), "table": nn.Embedding(6, 4, **options), "b": nn.Linear(4, 4)})
+    model["head"].weight = model["table"].weight
+    report = compress(model, MPOConfig(target_modules=["head", "b"], sites=2))
+    assert list(report.skipped) == ["head"]
+    assert "table" in report.skipped["head"]
+    assert type(model["table"]) is nn.Embedding
+    assert model["head"].weight is model["table"].weight
+
+
+@pytest.mark.parametrize("excluded", [["decoder"], ["word_embeddings"], ["decoder", "word_embeddings"]])
+def test_excluding_either_side_of_a_tie_leaves_both_dense(excluded: list[str]) -> None:
+    model = tiny("bert")
+    target = ["word_embeddings", "decoder", "query"]
+    report = compress(model, MPOConfig(target_modules=target, exclude_modules=excluded, sites=3, bond=4))
+    assert len(report.layers) == 2
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if len(excluded) == 1:
+        assert excluded[0] in report.skipped["bert.embeddings.word_embeddings"]
+
+
+def test_naming_one_side_of_a_tie_takes_both() -> None:
+    model = tiny("bert")
+    compress(model, MPOConfig(target_modules=["word_embeddings"], sites=3, bond=4))
+    assert isinstance(model.get_output_embeddings(), MPOLinear)
+
+
+def test_parts_with_one_weight_in_two_layouts_are_skipped() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"a": Conv1D(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    report = compress(model, MPOConfig(sites=2))
+    assert [layer.name for layer in report.layers] == ["c"]
+    assert "shared" in report.skipped["a"]
+
+
+def test_the_model_itself_is_not_a_target() -> None:
+    with pytest.raises(MPOError):
+        compress(nn.Linear(4, 4), MPOConfig(target_modules=r".*", sites=2))
+
+
+def test_every_family_still_runs() -> None:
+    for family in ("bert", "gpt2", "llama"):
+        model = tiny(family)
+        compress(model, MPOConfig(target_modules=r".*", sites=2, bond=8))
+        with torch.no_grad():
+            assert model(token_ids()).logits.shape == (2, 9, VOCAB)
