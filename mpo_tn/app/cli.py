@@ -25,8 +25,20 @@ from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
     from mpo_tn.app.demo_page import DemoResult
+    from mpo_tn.planning.config import MPOConfig
+    from mpo_tn.planning.plan import Plan
     from mpo_tn.torch import CompressionReport
     from mpo_tn.torch.models.summary import MatrixSummary
+
+Keep = Annotated[float | None, typer.Option(help="Parameters to keep of each matrix, for instance 0.6.")]
+Bond = Annotated[int | None, typer.Option(help="Largest bond.")]
+Tolerance = Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")]
+Sites = Annotated[str, typer.Option(help='Number of sites, or "low-rank".')]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear)."),
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same grammar.")]
 
 app = typer.Typer(
     help="Turn the matrices of a pre-trained language model into matrix product operators, and say what it cost.",
@@ -64,28 +76,31 @@ def demo(
 def compress(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the compressed model goes.")],
-    keep: Annotated[float | None, typer.Option(help="Parameters to keep of each matrix, for instance 0.6.")] = None,
-    bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")] = None,
-    sites: Annotated[str, typer.Option(help='Number of sites, or "low-rank".')] = "5",
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear)."),
+    keep: Keep = None,
+    bond: Bond = None,
+    tolerance: Tolerance = None,
+    sites: Sites = "5",
+    target: Targets = None,
+    exclude: Exclude = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Carry out a plan that mpo-tn plan wrote, edited or not.")
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same grammar.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model folder into another that AutoModel.from_pretrained loads. Without a size it is exact."""
     with working(as_json) as track:
-        from mpo_tn.torch import MPOConfig
+        from mpo_tn.torch import Plan
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
 
-        config = MPOConfig(
-            target_modules=targets_of(target), exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep,
-            bond=bond, tolerance=tolerance,
-        )  # fmt: skip
+        config: MPOConfig | Plan = _config(keep, bond, tolerance, sites, target, exclude)
+        if plan_file is not None:
+            if config != _config(None, None, None, "5", None, None):
+                raise MPOError(
+                    "--plan says what becomes of every matrix: leave the other options out, or edit the plan"
+                )
+            config = Plan.load(plan_file)
         check_model_target(folder, model, overwrite=overwrite)
         track("reading the model", 0, 1)
         network = load_model(model)
@@ -98,6 +113,42 @@ def compress(
         return
     _print_compression(report)
     out.print(f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
+    file: Annotated[Path | None, typer.Option("--out", help="Write the plan there, as JSON to edit.")] = None,
+    keep: Keep = None,
+    bond: Bond = None,
+    tolerance: Tolerance = None,
+    sites: Sites = "5",
+    target: Targets = None,
+    exclude: Exclude = None,
+    as_json: Json = False,
+) -> None:
+    """Show what compress would make of every matrix, and what stays dense and why; nothing is changed.
+
+    With --out the plan can be edited and given to mpo-tn compress --plan.
+    """
+    with working(as_json) as track:
+        from mpo_tn.torch import plan as plan_model
+        from mpo_tn.torch.hf.folder import empty_model, load_model
+
+        config = _config(keep, bond, tolerance, sites, target, exclude)
+        track("reading the model", 0, 1)
+        # Only a tolerance depends on the numbers.
+        network = load_model(model) if tolerance is not None else empty_model(model)
+        track("planning", 0, 1)
+        decided = plan_model(network, config, spectra=True)
+        if file is not None:
+            decided.save(file)
+    if as_json:
+        print_json(decided.to_dict())
+        return
+    _print_plan(decided)
+    if file is not None:
+        out.print(f"Written to {file}. Carry it out with: mpo-tn compress {model} OUT --plan {file}", soft_wrap=True)
 
 
 @app.command()
@@ -122,6 +173,18 @@ def inspect(
         print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
         return
     _print_matrices(rows)
+
+
+def _config(
+    keep: float | None, bond: int | None, tolerance: float | None, sites: str, target: list[str] | None,
+    exclude: list[str] | None,
+) -> MPOConfig:  # fmt: skip
+    from mpo_tn.torch import MPOConfig
+
+    return MPOConfig(
+        target_modules=targets_of(target), exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep,
+        bond=bond, tolerance=tolerance,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -171,6 +234,29 @@ def _print_compression(report: CompressionReport) -> None:
     for name, reason in report.skipped.items():
         out.print(f"skipped {name}: {reason}", highlight=False, markup=False)
     out.print(f"\n{report}\n", highlight=False)
+
+
+def _print_plan(decided: Plan) -> None:
+    table = new_table(
+        ("module", "left"), ("", "right"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
+        ("MB", "right"), gap=2 if is_wide() else 1,
+    )  # fmt: skip
+    most = "" if decided.is_exact else "<="
+    for row in decided.rows():
+        spec, count = row.units[0].spec, len(row.units)
+        shared = f" (+{len(row.units[0].names) - 1} sharing it)" if len(row.units[0].names) > 1 else ""
+        size = sum(unit.bytes for unit in row.units) / 1e6
+        table.add_row(
+            _name(row.pattern) + shared, f"x {count}" if count > 1 else "", f"{spec.out_features}x{spec.in_features}",
+            _legs(spec.sites.out, spec.sites.in_), _numbers(spec.bonds), f"{most}{spec.kept:.3f}", f"{most}{size:.3g}",
+        )  # fmt: skip
+    out.print(table)
+    out.print("\nStays as it is:", highlight=False)
+    for reason, parts in decided.reasons().items():
+        numbers = sum(part.parameters for part in parts)
+        example = f"{parts[0].name or 'the model itself'}{f' and {len(parts) - 1} more' if len(parts) > 1 else ''}"
+        out.print(f"- {example}, {numbers:,} parameters: {reason}", highlight=False, markup=False)
+    out.print(f"\n{decided}\n", highlight=False)
 
 
 def _print_matrices(rows: list[MatrixSummary]) -> None:

@@ -78,6 +78,11 @@ class ModuleSpec:
         return self.sites.num_parameters(self.bonds)
 
     @property
+    def auxiliary_parameters(self) -> int:
+        """How many numbers the auxiliary tensors hold."""
+        return self.num_parameters - math.prod(self.core_shapes[self.center])
+
+    @property
     def kept(self) -> float:
         """The kept ratio of this matrix, bias apart."""
         return self.num_parameters / (self.out_features * self.in_features)

@@ -7,6 +7,7 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.plan import LeftDense, Plan, UnitPlan
 from mpo_tn.planning.ranking import RankedCut, Ranking
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.embedding import MPOEmbedding
@@ -16,6 +17,7 @@ from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.squeeze import squeeze
 from mpo_tn.torch.models.compress import compress
 from mpo_tn.torch.models.cuts import bond_spectra, cut_model
+from mpo_tn.torch.models.decide import plan
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
 from mpo_tn.torch.models.trainable import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 from mpo_tn.torch.state.saved_cores import load_cores, save_cores
@@ -31,15 +33,18 @@ __all__ = [
     "Cut",
     "FreezeReport",
     "LayerReport",
+    "LeftDense",
     "MPOConfig",
     "MPOEmbedding",
     "MPOLayer",
     "MPOLinear",
     "ModuleSpec",
+    "Plan",
     "RankedCut",
     "Ranking",
     "SqueezeResult",
     "SqueezeRound",
+    "UnitPlan",
     "bond_spectra",
     "compress",
     "cut_bond",
@@ -48,6 +53,7 @@ __all__ = [
     "load_cores",
     "load_state",
     "parameter_groups",
+    "plan",
     "print_trainable_parameters",
     "save_cores",
     "save_state",

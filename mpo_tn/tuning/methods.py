@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.legs import legs_for
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.structure import structure
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
 from mpo_tn.torch.models.units import find_units
@@ -212,10 +211,10 @@ def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
         raise MPOError(f"bonds are given for {unknown[0]}, which is no matrix of the model: is it another model's log?")
     overrides: dict[str, dict[str, Any]] = {}
     for name, bonds in method.bonds.items():
-        out, in_ = (int(size) for size in units[name].matrix().shape)
         caps: int | tuple[int, ...] = tuple(bonds)
         if method.name == "low-rank":
-            size = legs_for(out, in_, method.sites).num_parameters(caps)
+            out, in_ = (int(size) for size in units[name].matrix().shape)
+            size = structure(units[name].kinds[0], out, in_, MPOConfig(sites=method.sites)).sites.num_parameters(caps)
             caps = max(1, min(round(size / (out + in_)), out, in_))
         overrides[exactly[name]] = {"bond": caps}
     return MPOConfig(target_modules=list(exactly.values()), sites=sites, overrides=overrides)
@@ -258,14 +257,11 @@ def _lora(model: Any, method: Method, seed: int, progress: Progress | None, comp
 
 def auxiliary_parameters(units: Sequence[Any], method: Method) -> int:
     """How many numbers the auxiliary tensors of the units would hold, without decomposing anything."""
+    config = MPOConfig(sites=method.sites, keep=method.keep)
     count = 0
     for unit in units:
         out, in_ = (int(size) for size in unit.matrix().shape)
-        sites = legs_for(out, in_, method.sites)
-        cap = sites.largest_cap(method.keep * out * in_) if method.keep is not None else max(sites.full_bonds)
-        spec = ModuleSpec(unit.kinds[0], sites, tuple(min(bond, cap) for bond in sites.full_bonds), out, in_)
-        sizes = [a * o * i * b for a, o, i, b in spec.core_shapes]
-        count += sum(sizes) - sizes[spec.center]
+        count += structure(unit.kinds[0], out, in_, config).auxiliary_parameters
     return count
 
 

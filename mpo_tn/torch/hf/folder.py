@@ -42,6 +42,29 @@ def load_model(source: str | Path) -> Any:
     return model.eval()
 
 
+def empty_model(source: str | Path) -> Any:
+    """The dense model that a folder or hub name describes, on the meta device: its structure without its weights.
+
+    Raises:
+        MPOError: as for :func:`load_model`, and a model that is compressed already.
+    """
+    check_source(source)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise MPOError(f"{source} is compressed or quantized already: name the dense model")
+        names = config.architectures or []
+        known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        with torch.device("meta"):
+            if known:
+                return known[0]._from_config(config, dtype=config.dtype)
+            return transformers.AutoModel.from_config(config, dtype=config.dtype)
+    except MPOError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+
+
 def check_source(source: str | Path) -> None:
     """Refuse what is neither a model folder nor can be a name on the hub.
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.legs import legs_for
+from mpo_tn.planning.plan import Plan, UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
+from mpo_tn.torch.models.decide import plan, units_of_plan
 from mpo_tn.torch.models.host import after_compress
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
-from mpo_tn.torch.models.units import DenseUnit, count_parameters, find_units
+from mpo_tn.torch.models.units import DenseUnit, count_parameters
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncation import Report, Truncation
 
@@ -40,24 +40,26 @@ Progress = Callable[[int, int, str], None]
 """Called with how many units are done, how many there are, and the name of the next (or last) one."""
 
 
-def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None = None) -> CompressionReport:
-    """Replace every matched linear layer and embedding of ``model`` by its MPO, in place.
+def compress(model: nn.Module, config: MPOConfig | Plan, *, progress: Progress | None = None) -> CompressionReport:
+    """Replace linear layers and embeddings of ``model`` by their MPOs, in place, as a configuration or a plan says.
 
     Args:
         model: any ``torch.nn.Module``. Layers that share a module or a weight are decomposed once and still share.
-        config: which modules, which legs, how much to keep.
-        progress: called before each unit and once at the end.
+        config: which modules, which legs, how much to keep; or a :class:`~mpo_tn.torch.Plan`, edited or not. With a
+            configuration it is ``compress(model, plan(model, config))``.
+        progress: called before each unit and once when all are decomposed.
 
     Returns:
         Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.
         Bias, dtype, device, ``requires_grad``, training mode and hooks of each module are kept.
 
-    Guarantee: if anything is wrong the model is left as it was; modules are only swapped once all are decomposed. A
-    transformers model can be saved with ``save_pretrained`` afterwards.
+    Guarantee (compress-all-or-nothing): if anything is wrong or raises, ``progress`` and whoever saves the model
+    included, the model is left as it was; modules are only swapped once all are decomposed. A transformers model can be
+    saved with ``save_pretrained`` afterwards.
 
     Raises:
         MPOError: a pattern that matches nothing, a weight with NaN or infinite entries or without data, legs that do
-            not fit, a ratio that cannot be reached; the message names the module.
+            not fit, a ratio that cannot be reached; the message names the module. A plan of another model.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
@@ -65,29 +67,27 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
     >>> report.kept <= 0.5, [type(layer).__name__ for layer in model]
     (True, ['MPOLinear', 'ReLU', 'MPOLinear'])
     """
-    units, skipped = _find_units(model, config)
+    decided = config if isinstance(config, Plan) else plan(model, config)
+    units = units_of_plan(model, decided)
     before = count_parameters(model)
     layers: list[LayerReport] = []
-    replacements: list[tuple[str, nn.Module]] = []
-    for done, unit in enumerate(units):
+    modules: dict[str, nn.Module] = {}
+    for done, (planned, unit) in enumerate(units):
         if progress:
             progress(done, len(units), unit.name)
         try:
-            layer, cores = _factorise(unit, config.for_module(unit.name))
+            layer, cores = _factorise(planned, unit)
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
         layers.append(layer)
-        replacements += _modules(unit, layer.spec, cores)
-    for name, module in replacements:
-        model.set_submodule(name, module)
-    if progress:
-        progress(len(units), len(units), units[-1].name)
-    for callback in after_compress:
-        callback(model, config)
-    return CompressionReport(tuple(layers), skipped, before, count_parameters(model))
+        modules |= _modules(unit, layer.spec, cores)
+    if progress and units:
+        progress(len(units), len(units), units[-1][1].name)
+    _swap(model, modules, decided.config)
+    return CompressionReport(tuple(layers), decided.skipped, before, count_parameters(model))
 
 
-def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]:
+def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, ModuleSpec]:
     """Do to the structure of ``model`` what :func:`compress` does, with cores that hold no data.
 
     To count and to look around: a model that was itself built under ``torch.device("meta")`` needs no memory at all.
@@ -99,7 +99,7 @@ def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]
     Returns:
         The specifications by name of the unit.
 
-    Guarantee: modules, legs, bonds and ties are those that :func:`compress` gives.
+    Guarantee (empty-is-the-same): modules, legs, bonds and ties are those that :func:`compress` gives.
 
     Raises:
         MPOError: as :func:`compress`, and for a tolerance: the bonds that meet it depend on the numbers.
@@ -110,63 +110,54 @@ def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]
     >>> compress_empty(model, MPOConfig(keep=0.5))["0"].kept
     0.49447107315063477
     """
-    units, _ = _find_units(model, config)
+    decided = config if isinstance(config, Plan) else plan(model, config)
     specs: dict[str, ModuleSpec] = {}
-    replacements: list[tuple[str, nn.Module]] = []
-    for unit in units:
-        own = config.for_module(unit.name)
-        if own.tolerance is not None:
+    modules: dict[str, nn.Module] = {}
+    for planned, unit in units_of_plan(model, decided):
+        if planned.tolerance is not None:
             raise MPOError(
-                f"{unit.name}: the bonds that meet tolerance={own.tolerance} depend on the numbers: use keep or bond"
+                f"{unit.name}: the bonds that meet tolerance={planned.tolerance} depend on the numbers: use keep or "
+                "bond"
             )
-        out, in_ = unit.matrix().shape
-        try:
-            sites, cap = _legs_and_cap(unit, own)
-            bonds = sites.full_bonds if cap is None else sites.capped_bonds(cap)
-        except MPOError as error:
-            raise MPOError(f"{unit.name}: {error}") from error
-        spec = ModuleSpec(unit.kinds[0], sites, bonds, int(out), int(in_))
         cores = [
             nn.Parameter(
                 torch.empty(shape, dtype=unit.weight.dtype, device="meta"), requires_grad=unit.weight.requires_grad
             )
-            for shape in spec.core_shapes
+            for shape in planned.spec.core_shapes
         ]
-        specs[unit.name] = _specs(unit, spec)[0]
-        replacements += _modules(unit, spec, cores)
-    for name, module in replacements:
+        specs[unit.name] = _specs(unit, planned.spec)[0]
+        modules |= _modules(unit, planned.spec, cores)
+    for name, module in modules.items():
         model.set_submodule(name, module)
     return specs
 
 
-def _find_units(model: nn.Module, config: MPOConfig) -> tuple[list[DenseUnit], dict[str, str]]:
-    if any(isinstance(module, MPOLayer) for module in model.modules()):
-        raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
-    return find_units(model, config.target_modules, config.exclude_modules)
+def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig) -> None:
+    """Put modules in the places of others and tell the host library; all of it or nothing."""
+    dense = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        for callback in after_compress:
+            callback(model, config)
+    except BaseException:  # an interrupt, too
+        for name, module in dense.items():
+            model.set_submodule(name, module)
+        raise
 
 
-def _legs_and_cap(unit: DenseUnit, config: MPOConfig) -> tuple[Sites, int | None]:
-    """The legs, and the largest bond allowed."""
-    out, in_ = (int(size) for size in unit.matrix().shape)
-    sites = legs_for(out, in_, config.sites)
-    return sites, config.bond if config.keep is None else sites.largest_cap(config.keep * out * in_)
-
-
-def _factorise(unit: DenseUnit, config: MPOConfig) -> tuple[LayerReport, list[nn.Parameter]]:
-    matrix = unit.matrix()
-    if matrix.device.type == "meta":
+def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[nn.Parameter]]:
+    if unit.weight.device.type == "meta":
         raise MPOError("its weight is on the meta device and has no data: load the weights first")
-    sites, cap = _legs_and_cap(unit, config)
-    (out, in_), (rows, columns) = (int(size) for size in matrix.shape), sites.shape
-    padded = functional.pad(matrix, (0, columns - in_, 0, rows - out))
-    truncation = Truncation(max_bond=cap, rel_error=config.tolerance)
-    mpo, report = MPO.from_matrix(padded, sites, truncation, method=_method(sites, truncation, padded.dtype))
-    error, exact = _cropped_error(mpo, report, out, in_)
+    sites, bonds = planned.spec.sites, planned.spec.bonds
+    matrix = unit.padded(sites)
+    truncation = Truncation(max_bond=bonds, rel_error=planned.tolerance)
+    mpo, report = MPO.from_matrix(matrix, sites, truncation, method=_method(sites, truncation, matrix.dtype))
+    error, exact = _cropped_error(mpo, report, planned.spec.out_features, planned.spec.in_features)
     rel_error = error / report.norm if report.norm > 0 else 0.0
     cores = [nn.Parameter(core.contiguous(), requires_grad=unit.weight.requires_grad) for core in mpo.cores]
-    spec = ModuleSpec(unit.kinds[0], sites, mpo.bonds, out, in_, rel_error=rel_error, exact=exact)
-    names = tuple(name for group in unit.names for name in group)
-    return LayerReport(names, _specs(unit, spec)[0], error, report.norm, report), cores
+    spec = replace(planned.spec, bonds=mpo.bonds, rel_error=rel_error, exact=exact)
+    return LayerReport(unit.all_names, _specs(unit, spec)[0], error, report.norm, report), cores
 
 
 def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
@@ -183,15 +174,15 @@ def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
     ]
 
 
-def _modules(unit: DenseUnit, spec: ModuleSpec, cores: Sequence[nn.Parameter]) -> list[tuple[str, nn.Module]]:
+def _modules(unit: DenseUnit, spec: ModuleSpec, cores: Sequence[nn.Parameter]) -> dict[str, nn.Module]:
     """The MPO modules that replace those of the unit, under all their names."""
-    named: list[tuple[str, nn.Module]] = []
+    named: dict[str, nn.Module] = {}
     for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
         built = build(own, cores, bias=getattr(module, "bias", None))
         for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
             built.__dict__[table] = module.__dict__[table]
         built.train(module.training)
-        named += [(name, built) for name in names]
+        named |= dict.fromkeys(names, built)
     return named
 
 
@@ -200,9 +191,9 @@ def _method(sites: Sites, truncation: Truncation, dtype: torch.dtype) -> Method:
 
     Those carry nothing of the weights, and slicing them cuts anything.
     """
-    beside_center = sites.full_bonds[max(sites.center - 1, 0) : sites.center + 1]
-    cap = truncation.max_bond
-    if truncation.has_tolerance or (isinstance(cap, int) and cap < min(beside_center, default=1)):
+    beside_center = slice(max(sites.center - 1, 0), sites.center + 1)
+    caps, full = truncation.caps(len(sites) - 1)[beside_center], sites.full_bonds[beside_center]
+    if truncation.has_tolerance or all(cap is not None and cap < most for cap, most in zip(caps, full, strict=True)):
         return "auto"
     return "svd" if dtype == torch.float64 else "gram"
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import tails
+from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Prediction, predictions
-from mpo_tn.planning.legs import legs_for
+from mpo_tn.planning.structure import structure
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.units import DenseUnit, find_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
 
@@ -73,7 +74,7 @@ def inspect_model(
         work = [(name, lambda n=name, m=module: _summarise_mpo(n, m)) for name, module in compressed.items()]
     else:
         units, _ = find_units(model, target)
-        work = [(unit.name, lambda u=unit: _summarise_dense(u.name, u.kinds[0], u.matrix(), sites)) for unit in units]
+        work = [(unit.name, lambda u=unit: _summarise_dense(u, sites)) for unit in units]
     rows: list[MatrixSummary] = []
     for done, (name, summarise) in enumerate(work):
         if progress:
@@ -93,18 +94,17 @@ def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:
     )  # fmt: skip
 
 
-def _summarise_dense(name: str, kind: str, matrix: Any, sites: int | str) -> MatrixSummary:
-    out, in_ = (int(size) for size in matrix.shape)
-    legs = legs_for(out, in_, sites)
-    padded = nn.functional.pad(matrix, (0, legs.shape[1] - in_, 0, legs.shape[0] - out))
+def _summarise_dense(unit: DenseUnit, sites: int | str) -> MatrixSummary:
+    out, in_ = (int(size) for size in unit.matrix().shape)
+    spec = structure(unit.kinds[0], out, in_, MPOConfig(sites=sites))
     try:
-        spectra = unfolding_spectra(padded, legs)
+        spectra = unfolding_spectra(unit.padded(spec.sites), spec.sites)
     except MPOError as error:
-        raise MPOError(f"{name}: {error}") from error
-    kept = legs.num_parameters(legs.full_bonds) / (out * in_)
+        raise MPOError(f"{unit.name}: {error}") from error
     return MatrixSummary(
-        name, kind, (out, in_), legs.out, legs.in_, legs.full_bonds, False, kept, None, *_spectrum_summary(spectra)
-    )
+        unit.name, spec.kind, (out, in_), spec.sites.out, spec.sites.in_, spec.bonds, False, spec.kept, None,
+        *_spectrum_summary(spectra),
+    )  # fmt: skip
 
 
 def _spectrum_summary(spectra: Sequence[np.ndarray]) -> tuple[float, int, int]:

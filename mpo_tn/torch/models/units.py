@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import HEADS, matches
+from mpo_tn.planning.plan import LeftDense
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.layer import MPOLayer
 
 
@@ -34,10 +37,25 @@ class DenseUnit:
         """The name of the first occurrence."""
         return self.names[0][0]
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names of all its modules, the first occurrence first."""
+        return tuple(name for group in self.names for name in group)
+
     def matrix(self) -> torch.Tensor:
         """The dense weight as (out, in), whatever layout the module stores."""
         weight = self.weight.detach()
         return weight.T if self.kinds[0] == "conv1d" else weight
+
+    def padded(self, sites: Sites) -> torch.Tensor:
+        """The matrix with rows and columns of zeros up to what legs multiply to."""
+        matrix, (rows, columns) = self.matrix(), sites.shape
+        return functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+
+    @property
+    def storage(self) -> str:
+        """The name of the weight's dtype."""
+        return str(self.weight.dtype).removeprefix("torch.")
 
 
 def find_units(
@@ -51,52 +69,115 @@ def find_units(
     Raises:
         MPOError: nothing that can be compressed matches.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    found = survey(model, target, exclude)
+    skipped = {part.name: part.reason for part in found.left if part.matched}
+    if not found.units:
+        raise MPOError(nothing_matched(model, target, skipped))
+    return list(found.units), skipped
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What of a model can be compressed, as :func:`survey` finds it.
+
+    ``left`` are the modules that stay as they are; ``beside`` counts the numbers that the modules of a unit hold beside
+    its matrix.
+    """
+
+    units: tuple[DenseUnit, ...]
+    left: tuple[LeftDense, ...]
+    beside: dict[str, int]
+
+
+def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> Survey:
+    """The units that ``target`` means, and every other module with parameters of its own, with the reason why not.
+
+    See :func:`find_units`; here nothing at all may match.
+    """
     heads = head_modules(model) if target == "all-linear" else set[nn.Module]()
+
+    def unwanted(module: nn.Module, names: Sequence[str]) -> str | None:
+        if exclude and any(matches(name, exclude) for name in names):
+            return _EXCLUDED
+        if target != "all-linear":
+            wanted = any(matches(name, target) for name in names)
+            return None if wanted else _cannot_be_mpo(module) or "target_modules does not match it"
+        if kind_of(module) == "embedding":
+            return "an embedding, which has to be named"
+        if kind_of(module) is not None and module in heads:
+            return "a task head or the output embeddings, which all-linear leaves alone"
+        return None if kind_of(module) else _cannot_be_mpo(module)
+
+    return _survey(model, unwanted)
+
+
+def survey_named(model: nn.Module, names: Collection[str]) -> Survey:
+    """The units of which a module has one of these names, and the rest."""
+    return _survey(model, lambda _, own: None if any(name in names for name in own) else "not named")
+
+
+_EXCLUDED = "excluded by exclude_modules"
+
+
+def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str | None]) -> Survey:
+    names: dict[nn.Module, list[str]] = {}
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in names:
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(parameter, []).append(module)
+        names.setdefault(module, []).append(name)
     reserved = _read_by_parent(model)
-
-    def excluded(module: nn.Module) -> bool:
-        return any(matches(name, exclude) for name in names[module] if exclude)
-
-    def wanted(module: nn.Module) -> bool:
-        if excluded(module):
-            return False
-        if target == "all-linear":
-            return kind_of(module) in ("linear", "conv1d") and module not in heads
-        return any(matches(name, target) for name in names[module])
-
-    skipped: dict[str, str] = {}
-    chosen: dict[int, nn.Parameter] = {}
-    for module, module_names in names.items():
-        if module is model or not wanted(module):
+    why: dict[nn.Module, str] = {}
+    matched: set[nn.Module] = set()
+    chosen: dict[nn.Parameter, None] = {}
+    for module, own_names in names.items():
+        if module is model:
+            why[module] = _cannot_be_mpo(module) or "the model itself, in whose place nothing can be put"
             continue
-        reason = reserved.get(module) or _cannot_be_mpo(module)
-        if reason:
-            skipped[module_names[0]] = reason
-        else:
+        reason = unwanted(module, own_names)
+        if reason is None:
+            matched.add(module)
+            reason = reserved.get(module) or _cannot_be_mpo(module)
+        if reason is None:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
-            chosen.setdefault(id(weight), weight)
+            chosen.setdefault(weight)
+        else:
+            why[module] = reason
 
     units: list[DenseUnit] = []
-    for weight in chosen.values():
-        owners = [module for module in names if any(p is weight for p in module.parameters(recurse=False))]
+    for weight in chosen:
+        owners = users[weight]
         unit = DenseUnit(
             weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners)
         )
-        stuck = [m for m in owners if m in reserved or _cannot_be_mpo(m) or excluded(m)]
+        stuck = [m for m in owners if m in reserved or _cannot_be_mpo(m) or why.get(m) == _EXCLUDED]
         mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
         if stuck or mixed:
-            skipped[unit.name] = (
+            why[owners[0]] = (
                 f"its weight is shared by {', '.join(n[0] for n in unit.names)}, and not all of them can or may be MPOs"
             )
+            matched.add(owners[0])
+            for owner in owners[1:]:
+                why.setdefault(owner, f"its weight is that of {unit.name}")
         else:
             units.append(unit)
-    if not units:
-        raise MPOError(_nothing_matched(names, target, skipped))
-    return units, skipped
+            for owner in owners:
+                why.pop(owner, None)
+    unit_of = {module: unit for unit in units for module in unit.modules}
+    counted = {unit.weight for unit in units}
+    beside = {unit.name: 0 for unit in units}
+    left: list[LeftDense] = []
+    for module, module_names in names.items():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter not in counted]
+        counted.update(own)
+        size, bytes_ = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+        if module in unit_of:
+            beside[unit_of[module].name] += size
+        elif module in matched or any(True for _ in module.parameters(recurse=False)):
+            left.append(LeftDense(module_names[0], size, bytes_, why[module], module in matched))
+    return Survey(tuple(units), tuple(left), beside)
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -167,11 +248,12 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     return heads | {output} if isinstance(output, nn.Module) else heads
 
 
-def _nothing_matched(names: dict[nn.Module, list[str]], target: str | Sequence[str], skipped: dict[str, str]) -> str:
+def nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dict[str, str]) -> str:
+    """What to tell who asked for modules of which none can be an MPO."""
     if skipped:
         name, reason = next(iter(skipped.items()))
         return f"target_modules={target!r} matches {len(skipped)} modules but none can be an MPO; {name}: {reason}"
-    linear = [n[0] for module, n in names.items() if kind_of(module)]
+    linear = [name for name, module in model.named_modules() if kind_of(module)]
     hint = f"the model has for instance {', '.join(linear[:3])}" if linear else "the model has no linear layer at all"
     return f"target_modules={target!r} matches no module: {hint}"
 

@@ -1,0 +1,395 @@
+"""Plan: what every matrix of a model becomes, decided before anything is done. Frozen, JSON, versioned.
+
+Deciders make one (:func:`mpo_tn.torch.plan`), doers carry one out (:func:`mpo_tn.torch.compress`); in between it can be
+printed, saved and edited. Nothing here looks at a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.spec import ModuleSpec, sites_from_json, sites_to_json
+from mpo_tn.storage.files import write_whole
+from mpo_tn.truncation import Truncation
+
+PLAN_VERSION = 1
+_FORMAT = "mpo_tn.plan"
+
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+"""Bytes a number, by storage."""
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """What one matrix becomes. ``names`` are all the modules that use it; the first names the unit.
+
+    Args:
+        names: see above.
+        spec: kind, sizes, legs, and bonds; the bonds are the widest that come out, narrower where a ``tolerance`` is
+            met by less. What the modules have besides the matrix (a bias, ties) is read from them.
+        storage: the dtype of the cores, that of the weight.
+        tolerance: the relative Frobenius error up to which bonds may be cut further, if there is one.
+        bias: numbers that the modules hold beside the matrix.
+
+    Raises:
+        MPOError: an unknown storage, a tolerance out of range, or bonds that are no whole numbers from 1 to the full
+            bonds.
+    """
+
+    names: tuple[str, ...]
+    spec: ModuleSpec
+    storage: str
+    tolerance: float | None = None
+    bias: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.names or not all(isinstance(name, str) and name for name in self.names):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MPOError(f"names={self.names!r} are not the names of the modules that use a matrix")
+        if self.storage not in ITEMSIZES:
+            raise MPOError(f"storage={self.storage!r} is not one of {', '.join(ITEMSIZES)}")
+        Truncation(rel_error=self.tolerance)  # refuses a tolerance out of range
+        _check_count("bias", self.bias)
+        for k, (bond, full) in enumerate(zip(self.spec.bonds, self.spec.sites.full_bonds, strict=True)):
+            if whole_number(bond) is None or not 1 <= bond <= full:
+                raise MPOError(
+                    f"bond {k} is {bond!r}, and with legs out={self.spec.sites.out}, in_={self.spec.sites.in_} it can "
+                    f"be from 1 to {full}"
+                )
+
+    @property
+    def name(self) -> str:
+        """The name of the first occurrence."""
+        return self.names[0]
+
+    @property
+    def dense_parameters(self) -> int:
+        """How many numbers the matrix has, bias apart."""
+        return self.spec.out_features * self.spec.in_features
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the cores will hold; with a tolerance at most."""
+        return self.spec.num_parameters
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes a number."""
+        return ITEMSIZES[self.storage]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the cores will take; with a tolerance at most."""
+        return self.parameters * self.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "names": list(self.names),
+            "kind": self.spec.kind,
+            "out_features": self.spec.out_features,
+            "in_features": self.spec.in_features,
+            "sites": sites_to_json(self.spec.sites),
+            "bonds": list(self.spec.bonds),
+            "storage": self.storage,
+            "tolerance": self.tolerance,
+            "bias": self.bias,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UnitPlan:
+        """The inverse of :meth:`to_dict`. The counts may be left out; if they stand there they have to be right.
+
+        Raises:
+            MPOError: something is missing, unknown, or does not add up; it names the unit.
+        """
+        name = next(iter(values.get("names") or ()), "a unit without names")
+        keys = {"names", "kind", "out_features", "in_features", "sites", "bonds", "storage"}
+        _check_keys(f"unit {name}", values, keys, keys | {"tolerance", "bias", "parameters", "bytes"})
+        try:
+            spec = ModuleSpec(
+                values["kind"],
+                sites_from_json(values["sites"]),
+                tuple(values["bonds"]),
+                values["out_features"],
+                values["in_features"],
+            )
+            unit = cls(tuple(values["names"]), spec, values["storage"], values.get("tolerance"), values.get("bias", 0))
+        except MPOError as error:
+            raise MPOError(f"{name}: {error}") from error
+        for key, what in (("parameters", "numbers"), ("bytes", "bytes")):
+            stated, counted = values.get(key), getattr(unit, key)
+            if stated is not None and stated != counted:
+                raise MPOError(
+                    f'{name}: "{key}" is {stated}, and with these legs, bonds and storage the cores hold {counted} '
+                    f"{what}: correct it, or leave it out"
+                )
+        return unit
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """A module whose own parameters stay as they are, and why.
+
+    ``parameters`` counts those that no module before it holds; ``matched`` says that the configuration asked for it,
+    and ``reason`` then why it cannot be.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    reason: str
+    matched: bool = False
+
+    def __post_init__(self) -> None:
+        _check_count("parameters", self.parameters)
+        _check_count("bytes", self.bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "reason": self.reason,
+            "matched": self.matched,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LeftDense:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            MPOError: something is missing or unknown.
+        """
+        keys = {"name", "parameters", "bytes", "reason"}
+        _check_keys(f"left {values.get('name', 'without a name')}", values, keys, keys | {"matched"})
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every matrix of a model becomes, and for everything that stays as it is the reason.
+
+    Args:
+        model: the class of the model, for messages.
+        config: what the plan was made from; a compressed model carries it.
+        units: the matrices, in the order in which they occur.
+        left: the modules whose parameters stay as they are. Together the two name every module with parameters of its
+            own, by which a plan of another model is told.
+
+    Guarantee (plan-round-trip): ``Plan.load`` of what :meth:`save` wrote is equal to the plan, and saving that writes
+    the same bytes.
+
+    Raises:
+        MPOError: a module that is planned twice.
+
+    >>> from mpo_tn.planning.structure import structure
+    >>> spec = structure("linear", 768, 3072, MPOConfig(bond=64))
+    >>> plan = Plan("Model", MPOConfig(bond=64), (UnitPlan(("dense",), spec, "float32"),), ())
+    >>> plan.parameters_before, plan.parameters_after, plan.bytes_after
+    (2359296, 168336, 673344)
+    >>> Plan.from_dict(plan.to_dict()) == plan
+    True
+    """
+
+    model: str
+    config: MPOConfig
+    units: tuple[UnitPlan, ...]
+    left: tuple[LeftDense, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for name in (*(name for unit in self.units for name in unit.names), *(part.name for part in self.left)):
+            if name in seen:
+                raise MPOError(f"the plan names {name or 'the model itself'} twice: leave one of the two")
+            seen.add(name)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What was asked for and cannot be, by name, with the reason."""
+        return {part.name: part.reason for part in self.left if part.matched}
+
+    @property
+    def matrix_before(self) -> int:
+        """Dense parameters of the planned matrices, bias apart."""
+        return sum(unit.dense_parameters for unit in self.units)
+
+    @property
+    def matrix_after(self) -> int:
+        """Parameters of their cores."""
+        return sum(unit.parameters for unit in self.units)
+
+    @property
+    def kept(self) -> float:
+        """The kept ratio of the planned matrices."""
+        return self.matrix_after / self.matrix_before if self.matrix_before else 1.0
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the whole model, shared ones once."""
+        return self.matrix_before + self._beside
+
+    @property
+    def parameters_after(self) -> int:
+        """Of the whole model, shared ones once."""
+        return self.matrix_after + self._beside
+
+    @property
+    def kept_model(self) -> float:
+        """The kept ratio of the whole model."""
+        return self.parameters_after / self.parameters_before if self.parameters_before else 1.0
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all parameters of the model."""
+        return sum(unit.dense_parameters * unit.itemsize for unit in self.units) + self._bytes_beside
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all parameters of the model."""
+        return sum(unit.bytes for unit in self.units) + self._bytes_beside
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the counts are what will come out; with a tolerance they are the most that can."""
+        return all(unit.tolerance is None for unit in self.units)
+
+    @property
+    def _beside(self) -> int:
+        return sum(unit.bias for unit in self.units) + sum(part.parameters for part in self.left)
+
+    @property
+    def _bytes_beside(self) -> int:
+        return sum(unit.bias * unit.itemsize for unit in self.units) + sum(part.bytes for part in self.left)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "format": _FORMAT,
+            "version": PLAN_VERSION,
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "units": [unit.to_dict() for unit in self.units],
+            "left": [part.to_dict() for part in self.left],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            MPOError: not a plan, of a newer version, or one that does not add up; the message names the unit.
+        """
+        if values.get("format") != _FORMAT:
+            raise MPOError(f"its format is {values.get('format')!r}, not {_FORMAT}: it is no plan")
+        version = whole_number(values.get("version"))
+        if version is None or not 1 <= version <= PLAN_VERSION:
+            raise MPOError(
+                f"it has version {values.get('version')!r}, and this release of mpo-tn reads 1 to {PLAN_VERSION}: "
+                "upgrade mpo-tn, or make the plan anew"
+            )
+        keys = {"format", "version", "model", "config", "units", "left"}
+        _check_keys("the plan", values, keys, keys)
+        try:
+            return cls(
+                str(values["model"]),
+                MPOConfig.from_dict(values["config"]),
+                tuple(UnitPlan.from_dict(unit) for unit in values["units"]),
+                tuple(LeftDense.from_dict(part) for part in values["left"]),
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise MPOError(f"it is damaged, something in it is of the wrong kind: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON to be read and edited; an earlier file is replaced, whole or not at all.
+
+        Raises:
+            MPOError: the file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1)
+        # Legs and bonds in one line each, as one edits them.
+        text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        write_whole(Path(path), f"{text}\n".encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what :meth:`save` wrote, edited or not.
+
+        Raises:
+            MPOError: no such file, no JSON, and as for :meth:`from_dict`; the message names the file.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise MPOError("it is no JSON object, so it is no plan")
+            return cls.from_dict(values)
+        except OSError as error:
+            raise MPOError(f"{path} could not be read ({error.strerror}): name a file that mpo-tn plan wrote") from None
+        except ValueError as error:  # no JSON, not UTF-8, or one of ours
+            raise MPOError(f"{path}: {error}") from error
+
+    def rows(self) -> list[PlanRow]:
+        """The units in lines, those that differ only in the numbers in their names taken together."""
+        found: dict[tuple[Any, ...], list[UnitPlan]] = {}
+        for unit in self.units:
+            key = (_without_numbers(unit.name), len(unit.names), unit.spec, unit.storage, unit.tolerance)
+            found.setdefault(key, []).append(unit)
+        return [PlanRow(_pattern([unit.name for unit in units]), tuple(units)) for units in found.values()]
+
+    def reasons(self) -> dict[str, list[LeftDense]]:
+        """What stays as it is by the reason why."""
+        found: dict[str, list[LeftDense]] = {}
+        for part in self.left:
+            found.setdefault(part.reason, []).append(part)
+        return found
+
+    def __str__(self) -> str:
+        most = "" if self.is_exact else "at most "
+        asked = f"; {len(self.skipped)} matched modules stay dense" if self.skipped else ""
+        return (
+            f"{len(self.units)} matrices of {self.model}: {most}{self.kept:.3f} of their parameters, "
+            f"{self.kept_model:.3f} of the whole model ({self.parameters_before} -> {self.parameters_after}, "
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB){asked}"
+        )
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Units of one structure: ``pattern`` is their name, a star where they differ."""
+
+    pattern: str
+    units: tuple[UnitPlan, ...]
+
+
+def _check_keys(what: str, values: Mapping[str, Any], needed: Iterable[str], known: Iterable[str]) -> None:
+    missing, unknown = sorted(set(needed) - set(values)), sorted(set(values) - set(known))
+    if missing or unknown:
+        lacks = f"lacks {', '.join(missing)}" if missing else ""
+        has = f"has {', '.join(unknown)}, which this version does not know" if unknown else ""
+        raise MPOError(f"{what} {lacks}{' and ' if lacks and has else ''}{has}")
+
+
+def _check_count(what: str, value: object) -> None:
+    number = whole_number(value)
+    if number is None or number < 0:
+        raise MPOError(f"{what}={value!r} must be a whole number of at least 0")
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _pattern(names: list[str]) -> str:
+    """The name of one, with a star in place of every number in which several differ."""
+    parts = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)

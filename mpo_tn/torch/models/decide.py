@@ -1,0 +1,151 @@
+"""plan: decide what every matrix of a model becomes, before anything is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.plan import LeftDense, Plan, UnitPlan
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.structure import structure
+from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.models.units import DenseUnit, nothing_matched, survey, survey_named
+from mpo_tn.truncate.spectra import unfolding_spectra
+
+
+def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
+    """Decide what every matrix of ``model`` becomes; the model stays as it is.
+
+    Args:
+        model: any ``torch.nn.Module`` without MPO modules. On the meta device it needs no weights.
+        config: which modules, which legs, how much to keep.
+        spectra: for a ``tolerance``, look at the singular values for the widest bonds that it can leave; without, those
+            are the full bonds. Costs about as much as compressing; nothing is looked at where there is no tolerance.
+
+    Returns:
+        The :class:`Plan`: legs, bonds, parameters and bytes of every matrix, and for every other module with parameters
+        the reason why it stays. ``compress(model, plan)`` carries it out.
+
+    Guarantee (plan-is-what-comes): with ``keep``, one ``bond`` for all, or full bonds, the parameters and bytes are
+    those that come out. With a tolerance, or bonds given one by one, they are the most that can.
+
+    Raises:
+        MPOError: a pattern that matches nothing, legs that do not fit, a ratio that cannot be reached (the message
+            names the module), or a model that holds MPO modules already.
+
+    >>> import torch
+    >>> with torch.device("meta"):
+    ...     model = torch.nn.Sequential(torch.nn.Linear(4096, 16384), torch.nn.LayerNorm(16384))
+    >>> found = plan(model, MPOConfig(keep=0.5))
+    >>> found.units[0].spec.bonds, round(found.kept, 3), [(part.name, part.reason) for part in found.left]
+    ((4, 45, 45, 4), 0.494, [('1', 'a LayerNorm is not a linear layer or an embedding')])
+    """
+    refuse_compressed(model)
+    found = survey(model, config.target_modules, config.exclude_modules)
+    if not found.units:
+        skipped = {part.name: part.reason for part in found.left if part.matched}
+        raise MPOError(nothing_matched(model, config.target_modules, skipped))
+    units: list[UnitPlan] = []
+    for unit in found.units:
+        own = config.for_module(unit.name)
+        out, in_ = (int(size) for size in unit.matrix().shape)
+        try:
+            spec = structure(unit.kinds[0], out, in_, own)
+            if spectra and own.tolerance is not None:
+                spec = _within(unit, spec, own.tolerance)
+            units.append(UnitPlan(unit.all_names, spec, unit.storage, own.tolerance, found.beside[unit.name]))
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
+    return Plan(type(model).__name__, config, tuple(units), found.left)
+
+
+def units_of_plan(model: nn.Module, decided: Plan) -> list[tuple[UnitPlan, DenseUnit]]:
+    """The units of a plan with those of the model that it is carried out on.
+
+    Raises:
+        MPOError: the plan is of another model, or asks for what cannot be; the message names the module.
+    """
+    refuse_compressed(model)
+    found = survey_named(model, {unit.name for unit in decided.units})
+    here = {unit.name: unit for unit in found.units}
+    stays = {part.name: part for part in found.left}
+    pairs: list[tuple[UnitPlan, DenseUnit]] = []
+    for planned in decided.units:
+        unit = here.get(planned.name)
+        if unit is None:
+            part = stays.get(planned.name)
+            if part is not None and part.matched:
+                raise MPOError(f"the plan makes an MPO of {planned.name}, which cannot be one: {part.reason}")
+            raise _other_model(model, decided, f"this one has no {planned.name}")
+        out, in_ = (int(size) for size in unit.matrix().shape)
+        for what, there, own in (
+            ("is used by", planned.names, unit.all_names),
+            ("is of kind", planned.spec.kind, unit.kinds[0]),
+            ("has the shape", (planned.spec.out_features, planned.spec.in_features), (out, in_)),
+            ("has so many numbers beside it:", planned.bias, found.beside[planned.name]),
+        ):
+            if there != own:
+                raise _other_model(model, decided, f"{planned.name} {what} {own} here and {there} in the plan")
+        if planned.storage != unit.storage:
+            raise MPOError(
+                f"the plan stores {planned.name} as {planned.storage}, and its weight is {unit.storage}: cores are "
+                "stored in the dtype of the weight, so cast the model first, or make the plan anew"
+            )
+        pairs.append((planned, unit))
+    _check_left(model, decided, stays)
+    return pairs
+
+
+def _check_left(model: nn.Module, decided: Plan, stays: Mapping[str, LeftDense]) -> None:
+    """The plan speaks of every module with parameters, and of no other."""
+    listed = {part.name: part for part in decided.left}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for name, part in listed.items():
+        if name not in names:
+            raise _other_model(model, decided, f"this one has no {name}")
+        own = stays[name].parameters if name in stays else 0
+        if part.parameters != own:
+            raise _other_model(model, decided, f"{name} has {own} parameters here and {part.parameters} in the plan")
+    for name, part in stays.items():
+        if name not in listed:
+            raise _other_model(
+                model, decided, f"it says nothing of {name or 'the model itself'} with its {part.parameters} parameters"
+            )
+
+
+def _other_model(model: nn.Module, decided: Plan, why: str) -> MPOError:
+    return MPOError(
+        f"the plan, of a {decided.model}, does not fit this {type(model).__name__}: {why}; make a plan of this model, "
+        'or mend "units" and "left"'
+    )
+
+
+def refuse_compressed(model: nn.Module) -> None:
+    """Refuse a model that is compressed already.
+
+    Raises:
+        MPOError: it is.
+    """
+    if any(isinstance(module, MPOLayer) for module in model.modules()):
+        raise MPOError("the model holds MPO modules already: compress the dense model with one configuration")
+
+
+def _within(unit: DenseUnit, spec: ModuleSpec, tolerance: float) -> ModuleSpec:
+    """The widest bonds that a sweep can leave within a tolerance.
+
+    Every bond may spend at least an equal share of the squared budget, and what the bonds before it cut only lowers the
+    singular values that are left (they are those of a projection), so that no bond keeps more values than the original
+    spectrum needs for an equal share.
+    """
+    known = unfolding_spectra(unit.padded(spec.sites), spec.sites)
+    share = tolerance * known.norm / math.sqrt(max(len(known), 1)) * (1 - 1e-9)
+    bonds: list[int] = []
+    for k, full in enumerate(spec.bonds):
+        enough = next((bond for bond in range(1, full) if known.tail(k, bond) <= share), full)
+        bonds.append(enough)
+    return replace(spec, bonds=tuple(bonds))
