@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers.paths import ROOT, TESTS
+from helpers.program import run
 from helpers.tiny_models import outputs, tiny
 
 from mpo_tn import MPOError
@@ -32,14 +33,6 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "1_Pooling" / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old weights that must not be copied")
     return folder
-
-
-def run(*args: str | Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["mpo-tn", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
-"""What a contraction plan costs, found in another way."""
+"""What a contraction plan costs, found in another way; small plans of models."""
 
 import math
 
+from mpo_tn import Sites
 from mpo_tn.chains.contraction import ContractionPlan
+from mpo_tn.planning.plan import UnitPlan
+from mpo_tn.planning.spec import ModuleSpec
 
 
 def simulate(plan: ContractionPlan) -> tuple[int, int, int]:
@@ -34,3 +37,8 @@ def simulate(plan: ContractionPlan) -> tuple[int, int, int]:
         live.append((result, True))
     peaks.append(operands + heap + volume(output))
     return flops, max(sizes), max(peaks)
+
+
+def unit_of(name: str, bond: int) -> UnitPlan:
+    """An 8 x 8 matrix on three sites."""
+    return UnitPlan((name,), ModuleSpec("linear", Sites((2, 2, 2), (2, 2, 2)), (min(bond, 4),) * 2, 8, 8), "float32")
