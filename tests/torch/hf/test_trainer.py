@@ -268,6 +268,15 @@ def test_it_is_back_before_a_checkpoint_of_that_step_is_written() -> None:
     assert everything(task.model, task.optimizer) == trained
 
 
+def test_nothing_is_evaluated_once_cutting_has_ended() -> None:
+    task, values = Task(), iter([0.0, 0.5])  # a third evaluation would raise
+    callback = SqueezeCallback(delta=1.0, evaluate=lambda _: next(values), every_steps=2, max_rounds=1)
+    run = ByHand(task, callback, 20)
+    result = run.all()
+    assert (result.stopped, len(result.rounds), run.state.global_step) == ("max_steps", 1, 20)
+    assert all(int(state["step"]) == 20 for state in task.optimizer.state.values())  # what is left tunes on
+
+
 def test_an_evaluation_that_raises_leaves_the_training_flags() -> None:
     def evaluate(model: nn.Module) -> float:
         assert not model.training
