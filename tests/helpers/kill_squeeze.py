@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from mpo_tn.torch import MPOConfig, SqueezeResult, compress, squeeze
-from mpo_tn.torch.loops import policy
-from mpo_tn.torch.loops import squeeze as squeeze_module
+from mpo_tn.torch.loops import policy, squeezer
 from mpo_tn.torch.state import training_state as state
 
 KILLED = 77
@@ -106,7 +105,7 @@ def in_a_child(folder: Path, at: int | None) -> tuple[int, str]:
         fuse = Fuse(at)
         places: list[tuple[Any, str]] = [
             (Path, "rename"), (Path, "replace"), (Path, "write_text"), (tempfile, "mkdtemp"), (tempfile, "mkstemp"),
-            (shutil, "rmtree"), (state, "save_file"), (policy, "cut_unit"), (squeeze_module, "restore"),
+            (shutil, "rmtree"), (state, "save_file"), (policy, "cut_unit"), (squeezer, "restore"),
         ]  # fmt: skip
         for owner, name in places:
             fuse.wrap(owner, name)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.planning.ranking import RankedCut, Score
-from mpo_tn.torch.loops.policy import Policy, as_number, cut_once, set_training, training_flags
-from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound, outcome
-from mpo_tn.torch.models.moments import check_optimizer
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
-from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
+from mpo_tn.planning.ranking import Score
+from mpo_tn.torch.loops.evaluation import as_number, evaluated, set_training, training_flags
+from mpo_tn.torch.loops.policy import Policy
+from mpo_tn.torch.loops.rounds import SqueezeResult
+from mpo_tn.torch.loops.squeezer import Squeezer
 
 if TYPE_CHECKING:  # importing these takes a second
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -73,39 +69,44 @@ class SqueezeCallback(TrainerCallback):
         rounds = 2**62 if max_rounds is None else whole_number(max_rounds)
         if rounds is None or rounds < 1:
             raise MPOError(f"max_rounds={max_rounds!r} must be a whole number of at least 1, or None for no limit")
-        self.policy = Policy(delta, higher_is_better, rounds, cuts_per_round, every_steps, score, keep, minimum_bond)
-        self.metric, self.evaluate, self.every_steps, self.given_reference = metric, evaluate, every_steps, reference
+        self.policy = Policy(
+            delta=delta, higher_is_better=higher_is_better, max_steps=rounds, cuts_per_round=cuts_per_round,
+            tune_steps=every_steps, score=score, keep=keep, minimum_bond=minimum_bond,
+        )  # fmt: skip
+        self.metric, self.evaluate, self.every_steps, self.reference = metric, evaluate, every_steps, reference
         self.result: SqueezeResult | None = None
-        self._run: _Run | None = None
+        self._squeezer: Squeezer | None = None
+        self._ended = False  # no cut is made any more, and nothing is evaluated for one
+        self._asked: int | None = None
+        self._seen: list[str] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work before any step is done."""
         _check_trainer(args, state)
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        units = mpo_units(model)
-        self.policy.check_start(units)
-        check_optimizer(optimizer, model)
-        self.result, self._run = None, _Run(model, optimizer, units, self.policy, self.given_reference)
+        squeezer = Squeezer(kwargs["model"], self.policy, kwargs["optimizer"], reference=self.reference)
+        squeezer.mark_good()
+        self._squeezer = squeezer
+        self.result, self._ended, self._asked, self._seen = None, False, None, []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate where it is time to, or ask Trainer to."""
-        run, step = self._run, state.global_step
-        if run is None or run.stopped:
+        squeezer, step = self._squeezer, state.global_step
+        if squeezer is None or self._ended:
             return
-        self._missing(run)
+        self._check_answered()
         if step % self.every_steps:
             return
         if self.evaluate is None:
-            run.asked, control.should_evaluate = step, True
-        else:
-            flags = training_flags(run.model)
-            run.model.eval()
-            with torch.no_grad():
-                value = as_number(self.evaluate(run.model), "evaluate")
+            self._asked, control.should_evaluate = step, True
+            return
+        flags = training_flags(squeezer.model)
+        try:
+            value = evaluated(squeezer.model, self.evaluate)
+        finally:
             set_training(flags)
-            self._decide(run, value, state, control)
+        self._decide(squeezer, value, state, control)
 
     def on_evaluate(
         self,
@@ -116,96 +117,42 @@ class SqueezeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Decide, if it was this evaluation that was asked for."""
-        run = self._run
-        if run is None or run.asked != state.global_step:
+        squeezer = self._squeezer
+        if squeezer is None or self._asked != state.global_step:
             return
         if metrics is None or self.metric not in metrics:  # with several datasets another evaluation follows
-            run.seen += list(metrics or {})
+            self._seen += list(metrics or {})
             return
-        run.asked, run.seen = None, []
-        self._decide(run, as_number(metrics[self.metric], self.metric), state, control)
+        self._asked, self._seen = None, []
+        self._decide(squeezer, as_number(metrics[self.metric], self.metric), state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go back if the last cut was not judged any more, and sum up."""
-        run = self._run
-        if run is None:
+        if self._squeezer is None:
             return
-        self._missing(run)
-        if run.cuts:
-            run.go_back()
-        self.result, self._run = run.summary(), None
+        self._check_answered()
+        self.result, self._squeezer = self._squeezer.finish(), None
 
-    def _decide(self, run: _Run, value: float, state: TrainerState, control: TrainerControl) -> None:
-        good = run.judge(value, state.global_step)
-        if run.stopped:
-            control.should_training_stop = True
-        elif good and state.global_step + self.every_steps <= state.max_steps:
-            run.cut()
+    def _decide(self, squeezer: Squeezer, value: float, state: TrainerState, control: TrainerControl) -> None:
+        step = state.global_step
+        squeezer.judge(value, position=step)
+        stopped = squeezer.reason_to_stop()
+        if stopped == "gap":
+            squeezer.go_back()  # at once: Trainer may save a checkpoint at this step
+            self._ended = control.should_training_stop = True
+        elif squeezer.accepted and step + self.every_steps <= state.max_steps:  # else nothing would judge the cut
+            self._ended = bool(stopped)
+            if not stopped:
+                squeezer.cut()
 
-    def _missing(self, run: _Run) -> None:
-        if run.asked is not None:
+    def _check_answered(self) -> None:
+        if self._asked is not None:
             raise MPOError(
-                f"the evaluation at step {run.asked} did not report metric={self.metric!r}, only "
-                f"{', '.join(run.seen) or 'nothing'}: name one of these"
+                f"the evaluation at step {self._asked} did not report metric={self.metric!r}, only "
+                f"{', '.join(self._seen) or 'nothing'}: name one of these"
             )
-
-
-class _Run:
-    """One training: the pending cuts, the last good state, the rounds so far."""
-
-    def __init__(
-        self, model: nn.Module, optimizer: Any, units: dict[str, MPOUnit], policy: Policy, reference: float | None
-    ) -> None:
-        self.model, self.optimizer, self.units, self.policy = model, optimizer, units, policy
-        self.reference = reference
-        self.start: Bonds = all_bonds(units)
-        self.rounds: list[SqueezeRound] = []
-        self.cuts: tuple[RankedCut, ...] = ()
-        self.notes: tuple[str, ...] = ()
-        self.stopped = ""
-        self.asked: int | None = None
-        self.seen: list[str] = []
-        self.began = time.perf_counter()
-        self.good: TrainingState = capture(model, optimizer)
-
-    def judge(self, value: float, step: int) -> bool:
-        """Whether the model is good; if it is not any more, it goes back."""
-        if self.reference is None:
-            if not math.isfinite(value):
-                raise MPOError(f"the reference at step {step} is {value}: the evaluation has to give a number")
-            self.reference = value
-        gap = self.policy.gap(value, self.reference)
-        accepted = gap <= self.policy.delta
-        if self.cuts:
-            part = SqueezeRound(
-                len(self.rounds) + 1, self.cuts, None, value, gap, accepted, kept_ratio(self.units.values()),
-                count_parameters(self.model), step, random_digest(), time.perf_counter() - self.began, self.notes,
-            )  # fmt: skip
-            self.rounds.append(part)
-            self.cuts, self.notes = (), ()
-            if not accepted:
-                self.stopped = "gap"
-                self.go_back()
-        if accepted:
-            self.good = capture(self.model, self.optimizer)
-        return accepted
-
-    def cut(self) -> None:
-        self.stopped = self.policy.satisfied(self.units)
-        if not self.stopped and len(self.rounds) >= self.policy.max_steps:
-            self.stopped = "max_steps"
-        if not self.stopped:
-            self.began = time.perf_counter()
-            self.cuts, self.notes = cut_once(self.model, self.units, self.policy, self.optimizer)
-
-    def go_back(self) -> None:
-        restore(self.good, self.model, self.optimizer)
-
-    def summary(self) -> SqueezeResult:
-        reference = math.nan if self.reference is None else self.reference
-        return outcome(self.model, self.units, self.rounds, self.stopped or "max_steps", reference, self.start)
 
 
 def _check_trainer(args: TrainingArguments, state: TrainerState) -> None:

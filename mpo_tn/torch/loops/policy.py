@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
@@ -13,10 +12,10 @@ from mpo_tn.planning.ranking import RankedCut, Score, checked_score, choose_cuts
 from mpo_tn.torch.models.cuts import cut_unit, unit_spectra
 from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, kept_ratio
+from mpo_tn.torch.models.units import MPOUnit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """The numbers that decide what is cut and when it ends."""
 
@@ -40,26 +39,15 @@ class Policy:
             raise MPOError(f"keep={self.keep!r} is not a kept ratio: use for instance keep=0.6, or None for no limit")
         checked_score(self.score)
 
-    def check_start(self, units: dict[str, MPOUnit]) -> None:
-        """Refuse a model without a bond to cut."""
-        if _at_minimum(units, self.minimum_bond):
-            raise MPOError(
-                f"nothing is left to cut: every bond is at minimum_bond={self.minimum_bond} or below already"
-            )
-
-    def satisfied(self, units: dict[str, MPOUnit]) -> str:
-        """Why there is nothing more to cut, or an empty string."""
-        if self.keep is not None and kept_ratio(units.values()) <= self.keep:
-            return "keep"
-        return "nothing left to cut" if _at_minimum(units, self.minimum_bond) else ""
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold; of a score that is a function, the name."""
+        score = self.score
+        name = score if isinstance(score, str) else getattr(score, "__qualname__", type(score).__qualname__)
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "score": name}
 
     def gap(self, value: float, reference: float) -> float:
         """By how much ``value`` is worse."""
         return reference - value if self.higher_is_better else value - reference
-
-
-def _at_minimum(units: dict[str, MPOUnit], minimum_bond: int) -> bool:
-    return all(bond <= minimum_bond for bonds in all_bonds(units).values() for bond in bonds)
 
 
 def cut_once(
@@ -76,22 +64,3 @@ def cut_once(
         notes += cut_unit(units[cut.unit], cut.bond, cut.after, optimizer)
     specs_changed(model)
     return tuple(cuts), tuple(notes)
-
-
-def training_flags(model: nn.Module) -> dict[nn.Module, bool]:
-    """Which modules are in training mode, outer ones first."""
-    return {module: module.training for module in model.modules()}
-
-
-def set_training(flags: dict[nn.Module, bool]) -> None:
-    """Bring modules back to their modes, through ``train``, which some override."""
-    for module, training in flags.items():
-        module.train(training)
-
-
-def as_number(value: Any, source: str) -> float:
-    """What a caller's function returned, as a float."""
-    try:
-        return float(value.detach() if isinstance(value, torch.Tensor) else value)
-    except (TypeError, ValueError, RuntimeError):
-        raise MPOError(f"{source} returned {value!r}, which is no number: return a float") from None

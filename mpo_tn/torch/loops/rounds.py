@@ -1,4 +1,4 @@
-"""What a squeezing run did, round by round, and the folder that holds it."""
+"""What a squeezing run did, round by round."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from mpo_tn.planning.ranking import RankedCut
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio
 
 Bonds = dict[str, tuple[int, ...]]
 
@@ -106,22 +103,3 @@ def bonds_after(start: Mapping[str, Sequence[int]], rounds: Sequence[SqueezeRoun
         for cut in part.cuts:
             bonds[cut.unit][cut.bond] = cut.after
     return {name: tuple(part) for name, part in bonds.items()}
-
-
-def outcome(
-    model: nn.Module, units: Mapping[str, MPOUnit], rounds: Sequence[SqueezeRound], stopped: str, reference: float,
-    start: Bonds,
-) -> SqueezeResult:  # fmt: skip
-    """The result of a run whose model is in the state that was kept."""
-    accepted = [part for part in rounds if part.accepted]
-    return SqueezeResult(
-        rounds=tuple(rounds),
-        stopped=stopped,
-        best_round=len(accepted),
-        reference=reference,
-        value=accepted[-1].value if accepted else reference,
-        start_bonds=start,
-        bonds=all_bonds(units),
-        kept=kept_ratio(units.values()),
-        parameters=count_parameters(model),
-    )

@@ -14,7 +14,9 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch.state.training_state import TrainingState, read_state, write_state
+from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound, bonds_after
+from mpo_tn.torch.loops.squeezer import Squeezer
+from mpo_tn.torch.state.training_state import read_state, restore, write_state
 
 LOG_VERSION = 2
 
@@ -66,27 +68,64 @@ class RunFolder:
             raise MPOError(f"{file} names the state {name}, which is missing: {way_out}")
         return log
 
-    def state(self) -> TrainingState:
-        """The state that the log names.
+    @property
+    def finished(self) -> bool:
+        """Whether the run in the log came to its end."""
+        return self.log is not None and "result" in self.log
+
+    def resume(self, squeezer: Squeezer) -> None:
+        """Bring a squeezing to the state that the log names.
 
         Raises:
-            MPOError: it is damaged.
+            MPOError: the log or the state is damaged, or of a run of another model; nothing has been changed.
         """
-        assert self.log is not None
-        return read_state(self.path / self.log["state"])
+        log = self.log
+        assert log is not None
+        try:
+            start = {name: tuple(bonds) for name, bonds in log["start_bonds"].items()}
+            rounds = [SqueezeRound.from_dict(part) for part in log["rounds"]]
+            digest, reference = str(log["start_digest"]), float(log["reference"])
+            known = [bonds_after(start, rounds[:number]) for number in range(len(rounds) + 1)]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise MPOError(
+                f"the log in {self.path} is damaged ({error!r}): pass resume=False to start afresh"
+            ) from error
+        bonds = squeezer.bonds
+        if bonds not in known:
+            raise MPOError(
+                f"{self.path} is of a run of another model: it started from the bonds {start}, and this model has "
+                f"{bonds}; name another folder, or pass resume=False to start afresh"
+            )
+        given = squeezer.good if bonds == start else None
+        good = read_state(self.path / log["state"])
+        try:
+            squeezer.resume(good, start, rounds, reference)
+        except MPOError as error:
+            raise MPOError(f"{self.path} cannot be resumed: {error}, or pass resume=False to start afresh") from error
+        if given is not None and given.model_digest() != digest:
+            restore(given, squeezer.model, squeezer.optimizer, squeezer.scheduler)
+            raise MPOError(
+                f"{self.path} is of a run of another model: its tensors had other values at the start; give the model "
+                "it started from, name another folder, or pass resume=False to start afresh"
+            )
 
-    def write(self, content: Mapping[str, Any], state: TrainingState | None, number: int) -> None:
-        """Replace the log; ``state`` after round ``number`` goes with it, or the state named before stays.
+    def save(self, squeezer: Squeezer, result: SqueezeResult | None = None) -> None:
+        """Replace the log, and with it the state to go back to where it is another than before.
 
         Raises:
             MPOError: the disk is full or may not be written to; the earlier log and state are still there.
         """
-        if state is not None:
-            name = f"state-{number:06d}"
-            write_state(state, self.path / name)
-        else:
-            assert self.log is not None
-            name = self.log["state"]
+        name = f"state-{squeezer.best_round:06d}"
+        if self.log is None or self.log["state"] != name:
+            write_state(squeezer.good, self.path / name)
+        content: dict[str, Any] = {
+            "reference": squeezer.reference,
+            "start_bonds": squeezer.start_bonds,
+            "start_digest": squeezer.good.model_digest() if self.log is None else self.log["start_digest"],
+            "rounds": [part.to_dict() for part in squeezer.rounds],
+        }
+        if result is not None:
+            content["result"] = {key: value for key, value in result.to_dict().items() if key not in content}
         log: dict[str, Any] = {"format_version": LOG_VERSION, "settings": self.settings, "state": name, **content}
         write_whole(self.path / _LOG, (json.dumps(log, indent=1) + "\n").encode())
         self.log = log

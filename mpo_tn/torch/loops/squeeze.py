@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
-from mpo_tn.torch.loops.policy import Policy, as_number, cut_once, set_training, training_flags
-from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound, bonds_after, outcome
+from mpo_tn.torch.loops.evaluation import as_number, evaluated, set_training, training_flags
+from mpo_tn.torch.loops.policy import Policy
+from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.run_folder import RunFolder
-from mpo_tn.torch.models.moments import OptimizerLike, check_optimizer, unwrapped
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
-from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
+from mpo_tn.torch.loops.squeezer import Squeezer
+from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
 
 Progress = Callable[[int, int, str], None]
 """Called with how many rounds are done, how many there are at most, and what the last one did."""
@@ -96,186 +93,91 @@ def squeeze(
     ('gap', True, True)
     """
     policy = Policy(
-        delta, higher_is_better, max_steps, cuts_per_round, tune_steps if train_step else 0, score, keep, minimum_bond
-    )
-    units = mpo_units(model)
-    if optimizer is not None:
-        check_optimizer(optimizer, model)
-    policy.check_start(units)
-    run = _Run(model, units, policy, evaluate, train_step, optimizer, scheduler)
+        delta=delta, higher_is_better=higher_is_better, max_steps=max_steps, cuts_per_round=cuts_per_round,
+        tune_steps=tune_steps if train_step else 0, score=score, keep=keep, minimum_bond=minimum_bond,
+    )  # fmt: skip
+    squeezer = Squeezer(model, policy, optimizer, scheduler, reference)
     home = None
     if folder is not None:
-        home = RunFolder(folder, {**run.settings(), "reference": reference}, resume=resume)
-    return run.go(reference, home, progress, on_round)
+        settings: dict[str, Any] = {
+            **policy.to_dict(),
+            "tuned": train_step is not None,
+            "optimizer": None if optimizer is None else type(unwrapped(optimizer)).__name__,
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+            "reference": reference,
+        }
+        home = RunFolder(folder, settings, resume=resume)
+    return _Run(squeezer, evaluate, train_step, home).go(progress, on_round)
 
 
 class _Run:
+    """Tuning, evaluating, writing and telling: all of a run but its decisions, which the engine makes."""
+
     def __init__(
-        self, model: nn.Module, units: dict[str, MPOUnit], policy: Policy, evaluate: Callable[[nn.Module], Any],
-        train_step: Callable[[int], Any] | None, optimizer: OptimizerLike | None, scheduler: Any,
-    ) -> None:  # fmt: skip
-        self.model, self.units, self.policy = model, units, policy
-        self.evaluate, self.train_step = evaluate, train_step
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.flags = training_flags(model)
-        self.start = all_bonds(units)
-        self.start_digest = ""
-        self.rounds: list[SqueezeRound] = []
-        self.position = 0
-
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same for a run to be resumed."""
-        score = self.policy.score
-        name = score if isinstance(score, str) else getattr(score, "__qualname__", type(score).__qualname__)
-        return {
-            **{field.name: getattr(self.policy, field.name) for field in fields(self.policy)},
-            "score": name,
-            "tuned": self.train_step is not None,
-            "optimizer": None if self.optimizer is None else type(unwrapped(self.optimizer)).__name__,
-            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
-        }
-
-    def go(
-        self,
-        reference: float | None,
+        self, squeezer: Squeezer, evaluate: Callable[[nn.Module], Any], train_step: Callable[[int], Any] | None,
         home: RunFolder | None,
-        progress: Progress | None,
-        on_round: Callable[[SqueezeRound], None] | None,
-    ) -> SqueezeResult:
+    ) -> None:  # fmt: skip
+        self.squeezer, self.evaluate, self.train_step, self.home = squeezer, evaluate, train_step, home
+        self.flags = training_flags(squeezer.model)
+
+    def go(self, progress: Progress | None, on_round: Callable[[SqueezeRound], None] | None) -> SqueezeResult:
+        squeezer, home = self.squeezer, self.home
         try:
             if home is not None and home.log is not None:
-                good, reference = self.resume(home), float(home.log["reference"])
-                if "result" in home.log:
-                    return self.result(home.log["result"]["stopped"], reference)
+                home.resume(squeezer)
+                if home.finished:
+                    return squeezer.finish()
             else:
-                reference = self.measure() if reference is None else float(reference)
-                if not math.isfinite(reference):
-                    raise MPOError(f"the reference is {reference}: evaluate has to give a number before the first cut")
-                good = self.snapshot()
-                self.start_digest = good.model_digest()
-                self.save(home, reference, good)
+                if squeezer.reference is None:
+                    squeezer.judge(evaluated(squeezer.model, self.evaluate), position=0)
+                self.save()
             try:
-                while not (stopped := self.reason_to_stop()):
-                    part = self.round(reference)
-                    self.rounds.append(part)
-                    if part.accepted:
-                        good = self.snapshot()
-                    self.save(home, reference, good if part.accepted else None)
+                while not squeezer.reason_to_stop():
+                    part = self.round()
+                    self.save()
                     if on_round:
                         on_round(part)
                     if progress:
-                        progress(len(self.rounds), self.policy.max_steps, _line(part))
+                        progress(part.number, squeezer.policy.max_steps, _line(part))
             except BaseException:  # an interrupt, too: whatever ends the run, the last good state is what is left
-                self.restore(good)
+                squeezer.go_back()
                 raise
-            if stopped == "gap":
-                self.restore(good)
-            result = self.result(stopped, reference)
-            self.save(home, reference, None, result)
+            result = squeezer.finish()
+            self.save(result)
             return result
         finally:
             set_training(self.flags)
 
-    def resume(self, home: RunFolder) -> TrainingState:
-        """Bring everything to the state that a folder holds."""
-        assert home.log is not None
-        try:
-            start = {name: tuple(bonds) for name, bonds in home.log["start_bonds"].items()}
-            rounds = [SqueezeRound.from_dict(part) for part in home.log["rounds"]]
-            digest = str(home.log["start_digest"])
-            known = [bonds_after(start, rounds[:number]) for number in range(len(rounds) + 1)]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise MPOError(
-                f"the log in {home.path} is damaged ({error!r}): pass resume=False to start afresh"
-            ) from error
-        if all_bonds(self.units) not in known:
-            raise MPOError(
-                f"{home.path} is of a run of another model: it started from the bonds {start}, and this model has "
-                f"{all_bonds(self.units)}; name another folder, or pass resume=False to start afresh"
-            )
-        given = self.snapshot() if all_bonds(self.units) == start else None
-        good = home.state()
-        try:
-            self.restore(good)
-        except MPOError as error:
-            raise MPOError(f"{home.path} cannot be resumed: {error}, or pass resume=False to start afresh") from error
-        if given is not None and given.model_digest() != digest:
-            self.restore(given)
-            raise MPOError(
-                f"{home.path} is of a run of another model: its tensors had other values at the start; give the model "
-                "it started from, name another folder, or pass resume=False to start afresh"
-            )
-        self.start, self.start_digest, self.rounds = start, digest, rounds
-        return good
+    def round(self) -> SqueezeRound:
+        squeezer = self.squeezer
+        squeezer.cut()
+        loss, position = self.tune()
+        squeezer.judge(evaluated(squeezer.model, self.evaluate), position=position, loss=loss)
+        return squeezer.rounds[-1]
 
-    def save(
-        self, home: RunFolder | None, reference: float, state: TrainingState | None, result: SqueezeResult | None = None
-    ) -> None:
-        if home is None:
-            return
-        content: dict[str, Any] = {
-            "reference": reference,
-            "start_bonds": self.start,
-            "start_digest": self.start_digest,
-            "rounds": [part.to_dict() for part in self.rounds],
-        }
-        if result is not None:
-            content["result"] = {key: value for key, value in result.to_dict().items() if key not in content}
-        home.write(content, state, len(self.rounds))
-
-    def result(self, stopped: str, reference: float) -> SqueezeResult:
-        return outcome(self.model, self.units, self.rounds, stopped, reference, self.start)
-
-    def reason_to_stop(self) -> str:
-        """Why there is no further round, or an empty string."""
-        policy = self.policy
-        if self.rounds and not self.rounds[-1].accepted:
-            return "gap"
-        return policy.satisfied(self.units) or ("max_steps" if len(self.rounds) >= policy.max_steps else "")
-
-    def round(self, reference: float) -> SqueezeRound:
-        began = time.perf_counter()
-        policy, number = self.policy, len(self.rounds) + 1
-        cuts, notes = cut_once(self.model, self.units, policy, self.optimizer)
-        loss = self.tune(number)
-        value = self.measure()
-        gap = policy.gap(value, reference)
-        return SqueezeRound(
-            number, tuple(cuts), loss, value, gap, gap <= policy.delta, kept_ratio(self.units.values()),
-            count_parameters(self.model), self.position, random_digest(), time.perf_counter() - began,
-            notes,
-        )  # fmt: skip
-
-    def tune(self, number: int) -> float | None:
-        """The mean loss of the training steps."""
+    def tune(self) -> tuple[float | None, int]:
+        """The mean loss of the training steps of a round, and how many there have been in all."""
+        model, steps, begin = self.squeezer.model, self.squeezer.policy.tune_steps, self.squeezer.position
         if self.train_step is None:
-            return None
+            return None, begin
         set_training(self.flags)
-        for parameter in self.model.parameters():
+        for parameter in model.parameters():
             parameter.grad = None
         total = 0.0
-        for _ in range(self.policy.tune_steps):
-            loss = float(as_number(self.train_step(self.position), "train_step"))
+        for step in range(begin, begin + steps):
+            loss = as_number(self.train_step(step), "train_step")
             if not math.isfinite(loss):
+                done = len(self.squeezer.rounds)
                 raise MPOError(
-                    f"the loss of round {number} is {loss} at step {self.position}: the model is back in the state "
-                    f"after round {number - 1}; try a smaller learning rate or more tune_steps"
+                    f"the loss of round {done + 1} is {loss} at step {step}: the model is back in the state after "
+                    f"round {done}; try a smaller learning rate or more tune_steps"
                 )
             total += loss
-            self.position += 1
-        return total / self.policy.tune_steps if self.policy.tune_steps else None
+        return total / steps if steps else None, begin + steps
 
-    def measure(self) -> float:
-        self.model.eval()
-        with torch.no_grad():
-            return as_number(self.evaluate(self.model), "evaluate")
-
-    def snapshot(self) -> TrainingState:
-        extra = {"position": self.position}
-        return capture(self.model, self.optimizer, self.scheduler, extra)
-
-    def restore(self, state: TrainingState) -> None:
-        self.position = restore(state, self.model, self.optimizer, self.scheduler)["position"]
+    def save(self, result: SqueezeResult | None = None) -> None:
+        if self.home is not None:
+            self.home.save(self.squeezer, result)
 
 
 def _line(part: SqueezeRound) -> str:

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.squeeze_task import Task, everything
 from helpers.tiny_models import outputs, tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, bond_spectra, compress
 from mpo_tn.torch.hf.trainer import SqueezeCallback
+from mpo_tn.torch.loops.evaluation import evaluated
 from mpo_tn.torch.models.units import all_bonds, mpo_units
 
 
@@ -205,3 +209,126 @@ def test_an_evaluation_without_the_metric(tmp_path: Path) -> None:
     with pytest.raises(MPOError, match=r"at step 2 did not report metric='eval_f1', only .*eval_accuracy"):
         run.train()
     assert bond_spectra(run.model)
+
+
+def test_a_given_reference_that_is_no_number(tmp_path: Path) -> None:
+    run = trainer(SqueezeCallback(delta=0.2, reference=math.nan), tmp_path)
+    with pytest.raises(MPOError, match="the reference is nan"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+class ByHand:
+    """A training of ``steps`` steps in which a callback is called as a Trainer does."""
+
+    def __init__(self, task: Task, callback: SqueezeCallback, steps: int) -> None:
+        self.task, self.callback = task, callback
+        self.arguments: Any = SimpleNamespace(
+            fsdp=None, deepspeed=None, load_best_model_at_end=False, parallel_mode=SimpleNamespace(value="not_parallel")
+        )
+        self.state: Any = SimpleNamespace(global_step=0, max_steps=steps)
+        self.control: Any = SimpleNamespace(should_evaluate=False, should_training_stop=False)
+        callback.on_train_begin(self.arguments, self.state, self.control, model=task.model, optimizer=task.optimizer)
+
+    def step(self) -> None:
+        self.task.train_step(self.state.global_step)
+        self.state.global_step += 1
+        self.callback.on_step_end(self.arguments, self.state, self.control)
+        if self.control.should_evaluate:
+            self.control.should_evaluate = False
+            value = evaluated(self.task.model, self.task.evaluate)
+            self.task.model.train()
+            self.callback.on_evaluate(self.arguments, self.state, self.control, {"eval_loss": value})
+
+    def end(self) -> Any:
+        self.callback.on_train_end(self.arguments, self.state, self.control)
+        assert self.callback.result is not None
+        return self.callback.result
+
+    def all(self) -> Any:
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self.step()
+        return self.end()
+
+
+def test_it_is_back_before_a_checkpoint_of_that_step_is_written() -> None:
+    task, values = Task(), iter([0.0, 0.5, 2.0])
+    callback = SqueezeCallback(delta=1.0, evaluate=lambda _: next(values), higher_is_better=False, every_steps=1)
+    run = ByHand(task, callback, 9)
+    run.step()
+    once = task.bonds()
+    run.step()
+    assert task.bonds() != once
+    run.step()
+    assert run.control.should_training_stop
+    assert task.bonds() == once
+    task.train_step(3)  # whatever still goes on, the end takes nothing back
+    trained = everything(task.model, task.optimizer)
+    assert run.end().stopped == "gap"
+    assert everything(task.model, task.optimizer) == trained
+
+
+def test_nothing_is_evaluated_once_cutting_has_ended() -> None:
+    task, values = Task(), iter([0.0, 0.5])  # a third evaluation would raise
+    callback = SqueezeCallback(delta=1.0, evaluate=lambda _: next(values), every_steps=2, max_rounds=1)
+    run = ByHand(task, callback, 20)
+    result = run.all()
+    assert (result.stopped, len(result.rounds), run.state.global_step) == ("max_steps", 1, 20)
+    assert all(int(state["step"]) == 20 for state in task.optimizer.state.values())  # what is left tunes on
+
+
+def test_an_evaluation_that_raises_leaves_the_training_flags() -> None:
+    def evaluate(model: nn.Module) -> float:
+        assert not model.training
+        raise KeyboardInterrupt
+
+    run = ByHand(Task(), SqueezeCallback(delta=1.0, evaluate=evaluate, every_steps=1), 9)
+    with pytest.raises(KeyboardInterrupt):
+        run.step()
+    assert all(module.training for module in run.task.model.modules())
+
+
+@settings(max_examples=25)
+@given(
+    st.fixed_dictionaries(
+        {
+            "delta": st.sampled_from([0.0, 0.003, 0.02, 0.1, math.inf]),
+            "cuts_per_round": st.integers(1, 8),
+            "score": st.sampled_from(["error", "error_per_parameter"]),
+            "keep": st.sampled_from([None, 0.6, 0.9]),
+            "minimum_bond": st.integers(1, 3),
+        }
+    ),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.booleans(),
+)
+# The last evaluation, after which nothing is cut, is the one that finds the kept ratio reached.
+@example({"delta": math.inf, "cuts_per_round": 50, "score": "error", "keep": 0.6}, 1, 2, True)
+def test_it_ends_where_squeeze_does(options: dict[str, Any], rounds: int, every: int, metric: bool) -> None:
+    """On the same batches, in the same bonds, with the same values, and for the same reason."""
+    task, its = Task(), Task()
+    callback = SqueezeCallback(
+        **options,
+        every_steps=every,
+        max_rounds=rounds,
+        higher_is_better=False,
+        evaluate=None if metric else task.evaluate,
+    )
+    result = ByHand(task, callback, every * (rounds + 1)).all()
+    for step in range(every):  # before the reference is taken
+        its.train_step(step)
+    expected = its.run(
+        **options, max_steps=rounds, tune_steps=every, train_step=lambda step: its.train_step(every + step)
+    )
+    assert result.stopped == expected.stopped
+    assert result.bonds == expected.bonds == task.bonds()
+    assert (result.reference, result.value, result.best_round) == (
+        expected.reference, expected.value, expected.best_round,
+    )  # fmt: skip
+    assert [(part.cuts, part.value, part.accepted, part.position) for part in result.rounds] == [
+        (part.cuts, part.value, part.accepted, part.position + every) for part in expected.rounds
+    ]
+    if result.stopped == "gap":  # otherwise the callback may train on
+        states = [everything(part.model, part.optimizer) for part in (task, its)]
+        assert {**states[0], "random": None} == {**states[1], "random": None}

@@ -14,65 +14,22 @@ import pytest
 import torch
 from helpers.adapter import Snapshot, small
 from helpers.paths import TESTS
+from helpers.squeeze_task import Task, without_seconds
 from helpers.tiny_models import token_ids
 from torch import nn
 
 from mpo_tn import MPOError
 from mpo_tn.planning.ranking import choose_cuts
 from mpo_tn.torch import (
-    MPOConfig,
     MPOLayer,
     SqueezeResult,
     bond_spectra,
-    compress,
     load_state,
     squeeze,
 )
 from mpo_tn.torch.layers import layer as layers
 from mpo_tn.torch.loops import policy
 from mpo_tn.torch.models.units import all_bonds, kept_ratio, mpo_units
-
-
-class Task:
-    """A student that starts as its own teacher, so that every cut hurts."""
-
-    def __init__(self, *, lr: float = 1e-3, frozen: bool = False) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
-        self.x = torch.randn(64, 12)
-        self.y = self.model(self.x).detach()
-        compress(self.model, MPOConfig(target_modules=["0", "2"], sites=3))
-        if frozen:
-            for unit in mpo_units(self.model).values():
-                unit.cores[1].requires_grad_(False)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=lr)
-        self.seen: list[int] = []
-
-    def train_step(self, step: int) -> torch.Tensor:
-        self.seen.append(step)
-        rows = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(step))
-        self.optimizer.zero_grad()
-        loss = (self.model(self.x[rows]) - self.y[rows]).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        return loss
-
-    def evaluate(self, model: nn.Module) -> torch.Tensor:
-        assert not model.training
-        return (model(self.x) - self.y).square().mean()
-
-    def run(self, **options: Any) -> SqueezeResult:
-        defaults = {
-            "evaluate": self.evaluate,
-            "train_step": self.train_step,
-            "optimizer": self.optimizer,
-            "score": "error",
-        }
-        return squeeze(self.model, **{"delta": 0.02, "higher_is_better": False, "tune_steps": 3, **defaults, **options})
-
-    def bonds(self) -> dict[str, tuple[int, ...]]:
-        return all_bonds(mpo_units(self.model))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -287,11 +244,6 @@ def test_bad_arguments_change_nothing(options: dict[str, Any], match: str, tmp_p
     assert not (tmp_path / "run" / "log.json").exists()
     with pytest.raises(MPOError, match="no MPO modules"):
         squeeze(nn.Linear(3, 3), evaluate=lambda model: 0.0, delta=0.1)
-
-
-def without_seconds(result: SqueezeResult) -> dict[str, Any]:
-    values = result.to_dict()
-    return {**values, "rounds": [{**part, "seconds": 0} for part in values["rounds"]]}
 
 
 def test_a_folder_holds_the_log_and_a_finished_one_answers_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""What a caller's functions find, and what they give: training flags, and a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+
+
+def training_flags(model: nn.Module) -> dict[nn.Module, bool]:
+    """Which modules are in training mode, outer ones first."""
+    return {module: module.training for module in model.modules()}
+
+
+def set_training(flags: dict[nn.Module, bool]) -> None:
+    """Bring modules back to their modes, through ``train``, which some override."""
+    for module, training in flags.items():
+        module.train(training)
+
+
+def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
+    """What ``evaluate`` gives for the model, which is left in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return as_number(evaluate(model), "evaluate")
+
+
+def as_number(value: Any, source: str) -> float:
+    """What a caller's function returned, as a float."""
+    try:
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise MPOError(f"{source} returned {value!r}, which is no number: return a float") from None
