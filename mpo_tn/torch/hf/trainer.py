@@ -13,10 +13,11 @@ from transformers import TrainerCallback
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.ranking import RankedCut, Score
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch.loops.policy import Policy, as_number, cut_once, set_training, training_flags
 from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound, outcome
 from mpo_tn.torch.models.moments import check_optimizer
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, cuttable_units
 from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
 
 if TYPE_CHECKING:  # importing these takes a second
@@ -84,7 +85,7 @@ class SqueezeCallback(TrainerCallback):
         """Refuse what cannot work before any step is done."""
         _check_trainer(args, state)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        units = mpo_units(model)
+        units = cuttable_units(model)
         self.policy.check_start(units)
         check_optimizer(optimizer, model)
         self.result, self._run = None, _Run(model, optimizer, units, self.policy, self.given_reference)
@@ -180,8 +181,9 @@ class _Run:
         accepted = gap <= self.policy.delta
         if self.cuts:
             part = SqueezeRound(
-                len(self.rounds) + 1, self.cuts, None, value, gap, accepted, kept_ratio(self.units.values()),
-                count_parameters(self.model), step, random_digest(), time.perf_counter() - self.began, self.notes,
+                len(self.rounds) + 1, self.cuts, None, value, gap, accepted,
+                kept_ratio(unit.spec for unit in self.units.values()), count_parameters(self.model), step,
+                random_digest(), time.perf_counter() - self.began, self.notes,
             )  # fmt: skip
             self.rounds.append(part)
             self.cuts, self.notes = (), ()

@@ -10,10 +10,10 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.ranking import RankedCut, Score, checked_score, choose_cuts
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch.models.cuts import cut_unit, unit_spectra
-from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, kept_ratio
+from mpo_tn.torch.models.units import MPOUnit, all_bonds
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Policy:
 
     def satisfied(self, units: dict[str, MPOUnit]) -> str:
         """Why there is nothing more to cut, or an empty string."""
-        if self.keep is not None and kept_ratio(units.values()) <= self.keep:
+        if self.keep is not None and kept_ratio(unit.spec for unit in units.values()) <= self.keep:
             return "keep"
         return "nothing left to cut" if _at_minimum(units, self.minimum_bond) else ""
 
@@ -74,7 +74,6 @@ def cut_once(
     notes: list[str] = []
     for cut in cuts:
         notes += cut_unit(units[cut.unit], cut.bond, cut.after, optimizer)
-    specs_changed(model)
     return tuple(cuts), tuple(notes)
 
 

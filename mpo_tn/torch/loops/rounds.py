@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from mpo_tn.planning.ranking import RankedCut
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio
+from mpo_tn.planning.spec import kept_ratio
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters
 
 Bonds = dict[str, tuple[int, ...]]
 
@@ -122,6 +123,6 @@ def outcome(
         value=accepted[-1].value if accepted else reference,
         start_bonds=start,
         bonds=all_bonds(units),
-        kept=kept_ratio(units.values()),
+        kept=kept_ratio(unit.spec for unit in units.values()),
         parameters=count_parameters(model),
     )

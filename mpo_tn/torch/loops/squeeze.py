@@ -14,11 +14,12 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch.loops.policy import Policy, as_number, cut_once, set_training, training_flags
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound, bonds_after, outcome
 from mpo_tn.torch.loops.run_folder import RunFolder
 from mpo_tn.torch.models.moments import OptimizerLike, check_optimizer, unwrapped
-from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, kept_ratio, mpo_units
+from mpo_tn.torch.models.units import MPOUnit, all_bonds, count_parameters, cuttable_units
 from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
 
 Progress = Callable[[int, int, str], None]
@@ -98,7 +99,7 @@ def squeeze(
     policy = Policy(
         delta, higher_is_better, max_steps, cuts_per_round, tune_steps if train_step else 0, score, keep, minimum_bond
     )
-    units = mpo_units(model)
+    units = cuttable_units(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
     policy.check_start(units)
@@ -241,9 +242,9 @@ class _Run:
         value = self.measure()
         gap = policy.gap(value, reference)
         return SqueezeRound(
-            number, tuple(cuts), loss, value, gap, gap <= policy.delta, kept_ratio(self.units.values()),
-            count_parameters(self.model), self.position, random_digest(), time.perf_counter() - began,
-            notes,
+            number, tuple(cuts), loss, value, gap, gap <= policy.delta,
+            kept_ratio(unit.spec for unit in self.units.values()), count_parameters(self.model), self.position,
+            random_digest(), time.perf_counter() - began, notes,
         )  # fmt: skip
 
     def tune(self, number: int) -> float | None:

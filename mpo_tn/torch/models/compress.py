@@ -19,7 +19,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
-from mpo_tn.torch.models.host import after_compress
+from mpo_tn.torch.models.host import current_host
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
 from mpo_tn.torch.models.units import DenseUnit, count_parameters, find_units
 from mpo_tn.truncate.basis import Method
@@ -82,8 +82,7 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
         model.set_submodule(name, module)
     if progress:
         progress(len(units), len(units), units[-1].name)
-    for callback in after_compress:
-        callback(model, config)
+    current_host().attach(model, config)
     return CompressionReport(tuple(layers), skipped, before, count_parameters(model))
 
 

@@ -15,7 +15,7 @@ from mpo_tn.linalg import tails
 from mpo_tn.planning.cost import Prediction, predictions
 from mpo_tn.planning.legs import legs_for
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.units import find_units, mpo_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
 
@@ -55,7 +55,7 @@ def inspect_model(
     sites: int | str = 5,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[MatrixSummary]:
-    """Summarise every compressed module of a model, or, in a dense model, every matrix that could be compressed.
+    """Summarise every compressed matrix of a model, or, in a dense model, every matrix that could be compressed.
 
     Args:
         model: a model with MPO modules, or without.
@@ -63,14 +63,10 @@ def inspect_model(
         sites: the legs to look at in a dense model.
         progress: called before each matrix and once at the end.
     """
-    compressed = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MPOLayer) and module.spec.tied_to is None
-    }
+    compressed = mpo_units(model, required=False)
     work: list[tuple[str, Callable[[], MatrixSummary]]]
     if compressed:
-        work = [(name, lambda n=name, m=module: _summarise_mpo(n, m)) for name, module in compressed.items()]
+        work = [(unit.name, lambda u=unit: _summarise_mpo(u.name, u.modules[0])) for unit in compressed.values()]
     else:
         units, _ = find_units(model, target)
         work = [(unit.name, lambda u=unit: _summarise_dense(u.name, u.kinds[0], u.matrix(), sites)) for unit in units]
