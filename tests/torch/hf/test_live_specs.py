@@ -132,7 +132,9 @@ def test_an_unpickled_model_follows_its_own_modules(kind: str, tmp_path: Path) -
 
 def test_a_configuration_alone_is_copied_as_a_snapshot_without_the_model() -> None:
     model = small()
-    config, before = model.config.quantization_config, listed(model)
+    config = model.config.quantization_config
+    cut(model)
+    before = actual(model)  # and nobody has asked the configuration yet
     copies = [copy.deepcopy(config), copy.copy(config), unpickled(config)]
     copies += [copy.deepcopy(model.config).quantization_config]
     assert len(pickle.dumps(config)) < sum(p.nbytes for p in model.parameters())
@@ -240,3 +242,14 @@ def test_whatever_becomes_of_a_model_its_configuration_says_what_it_is(kind: str
             else:
                 model = COPIES[step](model)
             assert listed(model) == actual(model)
+
+
+def test_a_tied_head_is_saved_without_the_table_that_had_its_cores(tmp_path: Path) -> None:
+    model = small("bert", target_modules=["word_embeddings"])
+    table, head = listed(model)
+    dense = nn.Embedding(*model.get_submodule(table).dense_weight().shape)
+    model.set_submodule(table, dense)
+    assert list(listed(model)) == [head]
+    loaded = check_saved(model, tmp_path)
+    assert isinstance(loaded.get_input_embeddings(), nn.Embedding)
+    assert listed(loaded)[head].tied_to is None
