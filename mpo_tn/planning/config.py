@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -121,23 +121,18 @@ class MPOConfig:
         }
         return cls(**plain)
 
-    def to_hf(self) -> Any:
-        """The same as a transformers quantization config, for ``from_pretrained(quantization_config=...)``.
+    def to_hf(self) -> dict[str, Any]:
+        """The same as transformers takes it, for ``from_pretrained(dense, quantization_config=...)``.
 
-        Raises:
-            MPOError: transformers is not installed.
+        A dictionary: ``mpo_tn.torch`` registers the method that it names, and the model that is loaded has the
+        configuration class of that method. transformers refuses it, with a ValueError, for a folder that is compressed
+        already.
+
+        >>> config = MPOConfig(keep=0.6, sites=3)
+        >>> config.to_hf()["quant_method"], MPOConfig.from_dict(config.to_hf()["config"]) == config
+        ('mpo', True)
         """
-        if not _hf_wrappers:
-            raise MPOError("there is no transformers to make a quantization config for: pip install 'mpo-tn[torch]'")
-        return _hf_wrappers[-1](self)
-
-
-_hf_wrappers: list[Callable[[MPOConfig], Any]] = []
-
-
-def wrap_for_hf(wrapper: Callable[[MPOConfig], Any]) -> None:
-    """Let ``wrapper`` make what :meth:`MPOConfig.to_hf` returns; the module that knows transformers calls this."""
-    _hf_wrappers.append(wrapper)
+        return {"quant_method": "mpo", "config": self.to_dict()}
 
 
 def _is_number(value: object) -> bool:

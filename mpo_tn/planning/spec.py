@@ -1,9 +1,9 @@
-"""ModuleSpec: the structure of one compressed module."""
+"""ModuleSpec: the structure of one compressed module, and what several keep together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -109,3 +109,14 @@ class ModuleSpec:
         plain["sites"] = sites_from_json(values["sites"])
         plain["bonds"] = tuple(values["bonds"])
         return cls(**plain)
+
+
+def kept_ratio(specs: Iterable[ModuleSpec]) -> float:
+    """Parameters of the cores over those of the dense matrices, bias apart; one spec for each matrix.
+
+    >>> half, tenth = (ModuleSpec("linear", Sites((20, 1), (1, 20)), (bond,), 20, 20) for bond in (5, 1))
+    >>> half.kept, tenth.kept, kept_ratio([half, tenth])
+    (0.5, 0.1, 0.3)
+    """
+    given = list(specs)
+    return sum(spec.num_parameters for spec in given) / sum(spec.out_features * spec.in_features for spec in given)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
 from mpo_tn.planning.legs import legs_for
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch import ModuleSpec, MPOConfig
 
 PATTERNS = st.one_of(
@@ -105,6 +106,26 @@ def test_a_specification_counts_its_cores(spec: ModuleSpec) -> None:
         numbers += left * out * in_ * right
     assert spec.num_parameters == numbers
     assert spec.kept == numbers / (101 * 32)
+    assert kept_ratio(iter([spec])) == spec.kept
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4))
+def test_the_kept_ratio_of_several_weighs_them_by_their_size(sizes: list[tuple[int, int, int]]) -> None:
+    specs = [
+        ModuleSpec("linear", legs, legs.capped_bonds(bond), out, in_)
+        for out, in_, bond in sizes
+        for legs in [legs_for(out, in_, 3)]
+    ]
+    total = sum(out * in_ for out, in_, _ in sizes)
+    weighed = sum(spec.kept * (out * in_ / total) for spec, (out, in_, _) in zip(specs, sizes, strict=True))
+    assert kept_ratio(specs) == pytest.approx(weighed)
+
+
+@given(configs())
+def test_for_transformers_it_is_a_dictionary_that_json_can_hold(config: MPOConfig) -> None:
+    plain = json.loads(json.dumps(config.to_hf()))
+    assert plain.keys() == {"quant_method", "config"}
+    assert (plain["quant_method"], MPOConfig.from_dict(plain["config"])) == ("mpo", config)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ the MPO modules empty before the weights are read.
 
 from __future__ import annotations
 
+import re
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +24,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.config import MPOConfig, wrap_for_hf
+from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.compress import build, compress
-from mpo_tn.torch.models.host import on_compressed, on_cut
+from mpo_tn.torch.models.host import use_host
+from mpo_tn.torch.models.units import mpo_specs
 
 FORMAT_VERSION = 1
+
+# What torch puts between the names of modules, and takes out of state dicts again, where it wraps them in place.
+_WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class MPOQuantizationConfig(QuantizationConfigMixin):
     """What ``config.json`` holds under ``quantization_config``.
+
+    The configuration of a model reads ``modules`` from it whenever they are asked for (see :meth:`follow`), so bonds
+    that change need no announcement. One without a model, from a file, pickled or copied alone, holds what is given.
 
     Args:
         config: the policy, an :class:`~mpo_tn.torch.MPOConfig` or its dictionary.
@@ -56,10 +66,39 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
             )
         self.quant_method: Any = quant_method
         self.config = config if isinstance(config, MPOConfig) else MPOConfig.from_dict(config or {})
-        self.modules = {
+        self._modules = {
             name: spec if isinstance(spec, ModuleSpec) else ModuleSpec.from_dict(spec)
             for name, spec in (modules or {}).items()
         }
+        self._model: weakref.ref[nn.Module] | None = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that ``modules`` are read from; None if there is none, or none any more."""
+        return None if self._model is None else self._model()
+
+    @property
+    def modules(self) -> dict[str, ModuleSpec]:
+        """The specs by name of the module: of the model as it is now; once it is gone, as they were read last."""
+        model = self.model
+        if model is not None:
+            self._modules = {_WRAPPED.sub("", name): spec for name, spec in mpo_specs(model).items()}
+        return self._modules
+
+    def follow(self, model: nn.Module) -> None:
+        """Read ``modules`` from ``model`` from now on, which need not be built to the end yet.
+
+        The reference is weak: a configuration that somebody keeps would otherwise keep the weights in memory.
+        """
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: a snapshot. The quantizer, which a model carries along, makes it follow the copy."""
+        return {**self.__dict__, "_modules": self.modules, "_model": None}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """So that ``dict(config)`` gives what :meth:`to_dict` gives; transformers' own lists the attributes."""
+        yield from self.to_dict().items()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Like a dictionary's: transformers asks so when the configuration of a loaded model is passed on."""
@@ -79,6 +118,17 @@ class MPOHfQuantizer(HfQuantizer):
     """Builds MPO modules before loading; compresses after loading when the files are dense."""
 
     quantization_config: Any  # an MPOQuantizationConfig
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the model as well, which they have in hand already, because it holds this quantizer."""
+        return {**self.__dict__, "model": self.quantization_config.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let the configuration of the copy follow the copy of the model."""
+        model = state.pop("model")
+        vars(self).update(state)
+        if model is not None:
+            self.quantization_config.follow(model)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -113,9 +163,22 @@ class MPOHfQuantizer(HfQuantizer):
 
         A transformers without this package ignores the unknown quantizer with a warning and would go on with random
         weights. The empty tensor has the wrong shape for the dense model, so that load fails instead.
+
+        Raises:
+            MPOError: the model has no MPO modules any more.
         """
+        # config.json is written after this, and the configuration may have come to follow another model: one object
+        # may be shared, and a shallow copy of a model shares everything.
+        self.quantization_config.follow(model)
+        model.config.quantization_config = self.quantization_config
+        modules = self.quantization_config.modules
+        if not modules:
+            raise MPOError(
+                f"the MPO modules of this {type(model).__name__} were all replaced by others: to save it as a dense "
+                "model call model.hf_quantizer.remove_quantization_config(model) first"
+            )
         state = dict(model.state_dict())
-        state[sentinel_key(self.quantization_config.modules)] = torch.empty(0)
+        state[sentinel_key(modules)] = torch.empty(0)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
 
@@ -142,7 +205,6 @@ class MPOHfQuantizer(HfQuantizer):
 # Called rather than used as decorators, which would hide the types of the classes.
 register_quantization_config("mpo")(MPOQuantizationConfig)
 register_quantizer("mpo")(MPOHfQuantizer)
-wrap_for_hf(MPOQuantizationConfig)
 
 
 def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
@@ -150,31 +212,25 @@ def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
 
     By name and not by position, because ``config.json`` sorts its keys.
     """
-    return f"{min(name for name, spec in modules.items() if spec.tied_to is None)}.weight"
+    return f"{min(name for name, spec in modules.items() if spec.tied_to not in modules)}.weight"
 
 
-@on_compressed
-def _attach_if_pretrained(model: nn.Module, config: MPOConfig) -> None:
-    if isinstance(model, PreTrainedModel):
-        attach(model, config)
+class TransformersHost:
+    """transformers as a :class:`~mpo_tn.torch.models.host.Host`: of its models, and of no others, it takes note."""
+
+    def attach(self, model: nn.Module, config: MPOConfig) -> None:
+        """See :func:`attach`."""
+        if isinstance(model, PreTrainedModel):
+            attach(model, config)
 
 
-@on_cut
-def _attach_again(model: nn.Module) -> None:
-    """Renew the specs that ``save_pretrained`` writes, outermost model last: they may share one configuration."""
-    for module in reversed(list(model.modules())):
-        quantizer: Any = getattr(module, "hf_quantizer", None)
-        if isinstance(module, PreTrainedModel) and isinstance(quantizer, MPOHfQuantizer):
-            attach(module, quantizer.quantization_config.config)
+use_host(TransformersHost())
 
 
 def attach(model: Any, config: MPOConfig) -> None:
     """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads."""
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MPOLayer):
-            names[module] = name
-    hf_config = MPOQuantizationConfig(config, {name: module.spec for module, name in names.items()})
+    hf_config = MPOQuantizationConfig(config, mpo_specs(model))
+    hf_config.follow(model)
     # In place: the model around a compressed base model has the same object, and saves with it.
     model.config.quantization_config = hf_config
     model.hf_quantizer = MPOHfQuantizer(hf_config, pre_quantized=True)

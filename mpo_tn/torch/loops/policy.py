@@ -10,7 +10,6 @@ from torch import nn
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.ranking import RankedCut, Score, checked_score, choose_cuts
 from mpo_tn.torch.models.cuts import cut_unit, unit_spectra
-from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike
 from mpo_tn.torch.models.units import MPOUnit
 
@@ -62,5 +61,4 @@ def cut_once(
     notes: list[str] = []
     for cut in cuts:
         notes += cut_unit(units[cut.unit], cut.bond, cut.after, optimizer)
-    specs_changed(model)
     return tuple(cuts), tuple(notes)

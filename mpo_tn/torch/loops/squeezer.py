@@ -14,10 +14,11 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import RankedCut
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch.loops.policy import Policy, cut_once
 from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound
 from mpo_tn.torch.models.moments import OptimizerLike, check_optimizer
-from mpo_tn.torch.models.units import all_bonds, count_parameters, kept_ratio, mpo_units
+from mpo_tn.torch.models.units import all_bonds, count_parameters, cuttable_units
 from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
 
 
@@ -50,7 +51,7 @@ class Squeezer:
         reference: float | None = None,
     ) -> None:
         self.model, self.policy, self.optimizer, self.scheduler = model, policy, optimizer, scheduler
-        self.units = mpo_units(model)
+        self.units = cuttable_units(model)
         if optimizer is not None:
             check_optimizer(optimizer, model)
         if self._at_minimum():
@@ -100,7 +101,7 @@ class Squeezer:
         """Why the judged model is not cut any further, or an empty string."""
         if self.rounds and not self.rounds[-1].accepted:
             return "gap"
-        if self.policy.keep is not None and kept_ratio(self.units.values()) <= self.policy.keep:
+        if self.policy.keep is not None and kept_ratio(unit.spec for unit in self.units.values()) <= self.policy.keep:
             return "keep"
         if self._at_minimum():
             return "nothing left to cut"
@@ -150,7 +151,7 @@ class Squeezer:
                 value=value,
                 gap=gap,
                 accepted=self.accepted,
-                kept=kept_ratio(self.units.values()),
+                kept=kept_ratio(unit.spec for unit in self.units.values()),
                 parameters=count_parameters(self.model),
                 position=position,
                 random=random_digest(),
@@ -197,7 +198,7 @@ class Squeezer:
             value=self.rounds[best - 1].value if best else reference,
             start_bonds=self.start_bonds,
             bonds=self.bonds,
-            kept=kept_ratio(self.units.values()),
+            kept=kept_ratio(unit.spec for unit in self.units.values()),
             parameters=count_parameters(self.model),
         )
 

@@ -19,7 +19,7 @@ from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.models.decide import plan, units_of_plan
-from mpo_tn.torch.models.host import after_compress
+from mpo_tn.torch.models.host import current_host
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
 from mpo_tn.torch.models.units import DenseUnit, count_parameters
 from mpo_tn.truncate.basis import Method
@@ -138,8 +138,7 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig)
     try:
         for name, module in modules.items():
             model.set_submodule(name, module)
-        for callback in after_compress:
-            callback(model, config)
+        current_host().attach(model, config)
     except BaseException:  # an interrupt, too
         for name, module in dense.items():
             model.set_submodule(name, module)

@@ -13,9 +13,8 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import singular_values
-from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike, map_moments
-from mpo_tn.torch.models.units import MPOUnit, mpo_units
+from mpo_tn.torch.models.units import MPOUnit, cuttable_units
 from mpo_tn.truncate.bond_cut import cut_bond, left_factors, right_factors, workable
 from mpo_tn.truncate.spectra import Spectra
 
@@ -27,7 +26,7 @@ def bond_spectra(model: nn.Module) -> dict[str, Spectra]:
     factors of each core in double precision, about ``4 sum_k p_k d_{k-1} d_k (d_{k-1} + d_k)`` flops a unit.
 
     Raises:
-        MPOError: as for :func:`mpo_units`; cores with entries that are NaN or infinite.
+        MPOError: as for :func:`cuttable_units`; cores with entries that are NaN or infinite.
 
     >>> from mpo_tn.torch import MPOConfig, compress
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -35,7 +34,7 @@ def bond_spectra(model: nn.Module) -> dict[str, Spectra]:
     >>> [len(values) for values in bond_spectra(model)["0"]]
     [4, 4]
     """
-    return {name: unit_spectra(unit) for name, unit in mpo_units(model).items()}
+    return {name: unit_spectra(unit) for name, unit in cuttable_units(model).items()}
 
 
 def unit_spectra(unit: MPOUnit) -> Spectra:
@@ -83,7 +82,7 @@ def cut_model(
     Raises:
         MPOError: an unknown unit, or bonds that do not fit; nothing has been changed.
     """
-    units = mpo_units(model)
+    units = cuttable_units(model)
     for name, wanted in bonds.items():
         if name not in units:
             raise MPOError(f"bonds names {name}, which is no unit of the model: the units are {', '.join(units)}")
@@ -96,5 +95,4 @@ def cut_model(
         for k, bond in enumerate(wanted):
             if bond < units[name].spec.bonds[k]:
                 notes += cut_unit(units[name], k, int(bond), optimizer)
-    specs_changed(model)
     return notes

@@ -1,30 +1,52 @@
-"""The port to a host library, which saves and loads models."""
+"""The port to a host library, which saves and loads models: what it is told, and who is told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import nn
 
 from mpo_tn.planning.config import MPOConfig
 
-after_compress: list[Callable[[nn.Module, MPOConfig], None]] = []
+
+class Host(Protocol):
+    """A library that saves and loads models.
+
+    It is told once of each model. Structure changes afterwards (cuts, new cores) and is read from the modules when it
+    is needed, so that nobody has to announce a change.
+    """
+
+    def attach(self, model: nn.Module, config: MPOConfig) -> None:
+        """``model`` was just compressed by ``config``: from now on it is to be saved with its MPO modules."""
 
 
-def on_compressed(callback: Callable[[nn.Module, MPOConfig], None]) -> None:
-    """Call ``callback(model, config)`` after every :func:`compress`; the transformers hook attaches itself here."""
-    after_compress.append(callback)
+class NoHost:
+    """Plain torch, where whoever holds a state dict keeps the structure, too."""
+
+    def attach(self, model: nn.Module, config: MPOConfig) -> None:
+        """Nothing is to be done."""
 
 
-_after_cut: list[Callable[[nn.Module], None]] = []
+_host: Host = NoHost()
 
 
-def on_cut(callback: Callable[[nn.Module], None]) -> None:
-    """Call ``callback(model)`` when bonds have changed; the transformers hook renews its copies of the specs."""
-    _after_cut.append(callback)
+def current_host() -> Host:
+    """The one that :func:`~mpo_tn.torch.compress` tells."""
+    return _host
 
 
-def specs_changed(model: nn.Module) -> None:
-    """Tell those who keep copies of the specs."""
-    for callback in _after_cut:
-        callback(model)
+def use_host(host: Host) -> Host:
+    """Tell ``host`` from now on. Returns the one before, to be put back.
+
+    >>> class Notebook:
+    ...     def attach(self, model, config):
+    ...         print("compressed:", *(name for name, _ in model.named_children()))
+    >>> from mpo_tn.torch import compress
+    >>> before = use_host(Notebook())
+    >>> _ = compress(nn.Sequential(nn.Linear(8, 8)), MPOConfig(sites=3))
+    compressed: 0
+    >>> _ = use_host(before)
+    """
+    global _host
+    before, _host = _host, host
+    return before

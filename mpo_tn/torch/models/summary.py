@@ -16,7 +16,7 @@ from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Prediction, predictions
 from mpo_tn.planning.structure import structure
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.units import DenseUnit, find_units
+from mpo_tn.torch.models.units import DenseUnit, find_units, mpo_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
 
@@ -56,7 +56,7 @@ def inspect_model(
     sites: int | str = 5,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[MatrixSummary]:
-    """Summarise every compressed module of a model, or, in a dense model, every matrix that could be compressed.
+    """Summarise every compressed matrix of a model, or, in a dense model, every matrix that could be compressed.
 
     Args:
         model: a model with MPO modules, or without.
@@ -64,14 +64,10 @@ def inspect_model(
         sites: the legs to look at in a dense model.
         progress: called before each matrix and once at the end.
     """
-    compressed = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MPOLayer) and module.spec.tied_to is None
-    }
+    compressed = mpo_units(model, required=False)
     work: list[tuple[str, Callable[[], MatrixSummary]]]
     if compressed:
-        work = [(name, lambda n=name, m=module: _summarise_mpo(n, m)) for name, module in compressed.items()]
+        work = [(unit.name, lambda u=unit: _summarise_mpo(u.name, u.modules[0])) for unit in compressed.values()]
     else:
         units, _ = find_units(model, target)
         work = [(unit.name, lambda u=unit: _summarise_dense(u, sites)) for unit in units]

@@ -10,10 +10,8 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import HEADS, matches
-from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.cores import Cores
-from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.units import head_modules
+from mpo_tn.torch.models.units import head_modules, mpo_units
 
 POLICIES = ("auxiliary", "central", "cores", "none")
 GROUPS = ("heads", "norms", "biases")
@@ -133,7 +131,7 @@ def freeze(
         item.parameter.requires_grad_(reason is not None)
         if reason is not None:
             by_group[reason] += item.parameter.numel()
-    return FreezeReport(*count_parameters(model), by_group)
+    return FreezeReport(*count_trainable(model), by_group)
 
 
 def check_policy(policy: str) -> None:
@@ -144,30 +142,22 @@ def check_policy(policy: str) -> None:
 
 def _trainable_cores(model: nn.Module, policy: str, overrides: Mapping[str, str]) -> dict[nn.Parameter, bool]:
     """Whether each core trains."""
-    names: dict[MPOLayer, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MPOLayer):
-            names.setdefault(module, []).append(name)
-    if not names and (policy != "none" or overrides):
+    units = mpo_units(model, required=False)
+    if not units and (policy != "none" or overrides):
         raise MPOError(
             f"the model has no MPO modules, so policy={policy!r} means nothing: compress it first, or pass "
             'policy="none" to freeze all but what also and train name'
         )
-    everywhere = [name for module_names in names.values() for name in module_names]
+    names = {unit.name: [name for own in unit.names for name in own] for unit in units.values()}
+    everywhere = [name for unit_names in names.values() for name in unit_names]
     for pattern in overrides:
         if not any(matches(name, (pattern,)) for name in everywhere):
             raise MPOError(f"overrides[{pattern!r}] matches no MPO module: there is for instance {everywhere[0]}")
 
-    units: dict[tuple[nn.Parameter, ...], list[str]] = {}
-    specs: dict[tuple[nn.Parameter, ...], ModuleSpec] = {}
-    for module, module_names in names.items():
-        unit = tuple(module.cores)
-        units.setdefault(unit, []).extend(module_names)
-        specs.setdefault(unit, module.spec)
     trainable: dict[nn.Parameter, bool] = {}
-    for unit, unit_names in units.items():
+    for unit in units.values():
         chosen: dict[str, str] = {}
-        for name in unit_names:
+        for name in names[unit.name]:
             pattern = next((pattern for pattern in overrides if matches(name, (pattern,))), None)
             if pattern is not None:
                 chosen.setdefault(overrides[pattern], name)
@@ -175,11 +165,11 @@ def _trainable_cores(model: nn.Module, policy: str, overrides: Mapping[str, str]
             (first, a), (second, b) = list(chosen.items())[:2]
             raise MPOError(f"overrides give {a} {first!r} and {b} {second!r}, but they share their cores: give one")
         own = next(iter(chosen), policy)
-        center = specs[unit].center
-        for k, core in enumerate(unit):
+        center = unit.spec.center
+        for k, core in enumerate(unit.cores):
             trains = own == "cores" or (own == "central" and k == center) or (own == "auxiliary" and k != center)
             if trainable.setdefault(core, trains) != trains:  # modules may share some cores and not others
-                raise MPOError(f"core {k} of {unit_names[0]} trains there and not in another module that shares it")
+                raise MPOError(f"core {k} of {unit.name} trains there and not in another module that shares it")
     return trainable
 
 
@@ -234,7 +224,7 @@ def is_bias(name: str) -> bool:
     return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_trainable(model: nn.Module) -> tuple[int, int]:
     """How many parameters are trainable, and how many there are; shared ones count once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
@@ -247,7 +237,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     >>> print_trainable_parameters(torch.nn.Linear(9, 100))
     trainable params: 1,000 || all params: 1,000 || trainable%: 100.0000
     """
-    trainable, total = count_parameters(model)
+    trainable, total = count_trainable(model)
     share = 100 * trainable / max(total, 1)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 

@@ -1,10 +1,14 @@
-"""The matrices of a model, dense or MPO, each once however many modules and names use it."""
+"""The matrices of a model, each once however many modules and names use it: one idea, before and after.
+
+Before compression :func:`find_units` says which weights a pattern means, as :class:`DenseUnit`; afterwards
+:func:`mpo_units` lists the chains of cores, as :class:`MPOUnit`. Compressing turns one into the other, name for name.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,9 +26,9 @@ from mpo_tn.torch.layers.layer import MPOLayer
 
 @dataclass(frozen=True)
 class DenseUnit:
-    """One weight to decompose: the modules that use it, each under all its names, and what kind each is.
+    """One matrix before compression: a weight, the modules that use it, each under all its names, and their kinds.
 
-    ``names[0][0]`` is the first occurrence and names the unit.
+    ``names[0][0]`` is the first occurrence and names the unit, as it will name the :class:`MPOUnit` it becomes.
     """
 
     weight: nn.Parameter
@@ -260,10 +264,18 @@ def nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dict
 
 @dataclass(frozen=True)
 class MPOUnit:
-    """One MPO matrix: the modules on its cores, of which the first occurrence in the model gives the name."""
+    """One matrix after compression: the modules on its cores, each under all its names.
 
-    name: str
+    ``names[0][0]`` is the first occurrence and names the unit, as it named the :class:`DenseUnit` it was.
+    """
+
     modules: tuple[MPOLayer, ...]
+    names: tuple[tuple[str, ...], ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the first occurrence."""
+        return self.names[0][0]
 
     @property
     def spec(self) -> ModuleSpec:
@@ -284,29 +296,40 @@ class MPOUnit:
 def mpo_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOUnit]:
     """Every MPO matrix of a model by the name of its first occurrence, in the order of the modules.
 
-    Shared modules and modules tied by sharing cores are one unit.
+    Shared modules and modules tied by sharing cores are one unit. Only structure is looked at: cores may lie on the
+    meta device or be sharded. Whoever changes them asks :func:`cuttable_units`.
 
     Raises:
-        MPOError: no MPO module (if one is ``required``), cores without data, or sharded over processes, or shared one
-            by one between matrices.
+        MPOError: no MPO module, if one is ``required``.
 
     >>> from mpo_tn.torch import MPOConfig, compress
     >>> layer = nn.Linear(8, 8)
     >>> model = nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(8, 8))
     >>> _ = compress(model, MPOConfig(sites=3))
-    >>> list(mpo_units(model))
-    ['0', '3']
+    >>> {name: unit.names for name, unit in mpo_units(model).items()}
+    {'0': (('0', '2'),), '3': (('3',),)}
     """
-    grouped: dict[tuple[int, ...], tuple[str, list[MPOLayer]]] = {}
+    grouped: dict[tuple[int, ...], list[MPOLayer]] = {}
+    names = _mpo_modules(model)
+    for module in names:
+        grouped.setdefault(tuple(id(core) for core in module.cores), []).append(module)
+    if required and not grouped:
+        raise MPOError("the model has no MPO modules: compress it first, see mpo_tn.torch.compress")
+    units = [MPOUnit(tuple(modules), tuple(tuple(names[m]) for m in modules)) for modules in grouped.values()]
+    return {unit.name: unit for unit in units}
+
+
+def cuttable_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOUnit]:
+    """The units of :func:`mpo_units`, if each of them may be given other cores.
+
+    Raises:
+        MPOError: as :func:`mpo_units`; cores without data, or sharded over processes, or shared one by one between
+            matrices.
+    """
+    units = mpo_units(model, required=required)
     owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, MPOLayer):
-            continue
-        key = tuple(id(core) for core in module.cores)
-        if key in grouped:
-            grouped[key][1].append(module)
-            continue
-        for k, core in enumerate(module.cores):
+    for name, unit in units.items():
+        for k, core in enumerate(unit.cores):
             if id(core) in owners:
                 raise MPOError(
                     f"core {k} of {name} is also a core of {owners[id(core)]}, and their other cores differ: a cut of "
@@ -314,10 +337,7 @@ def mpo_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOUnit]:
                 )
             _check_core(core, f"{name}.cores.{k}")
             owners[id(core)] = name
-        grouped[key] = name, [module]
-    if required and not grouped:
-        raise MPOError("the model has no MPO modules: compress it first, see mpo_tn.torch.compress")
-    return {name: MPOUnit(name, tuple(modules)) for name, modules in grouped.values()}
+    return units
 
 
 def _check_core(core: torch.Tensor, name: str) -> None:
@@ -329,10 +349,21 @@ def _check_core(core: torch.Tensor, name: str) -> None:
         )
 
 
-def kept_ratio(units: Iterable[MPOUnit]) -> float:
-    """Parameters of the cores over those of the dense matrices, bias apart."""
-    specs = [unit.spec for unit in units]
-    return sum(s.num_parameters for s in specs) / sum(s.out_features * s.in_features for s in specs)
+def mpo_specs(model: nn.Module) -> dict[str, ModuleSpec]:
+    """The structure of every MPO *module* by its first name, those that are tied to another included.
+
+    It is what files list, and enough to build the modules empty.
+    """
+    return {names[0]: module.spec for module, names in _mpo_modules(model).items()}
+
+
+def _mpo_modules(model: nn.Module) -> dict[MPOLayer, list[str]]:
+    """Every MPO module once, with all its names, in order of first occurrence."""
+    names: dict[MPOLayer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MPOLayer):
+            names.setdefault(module, []).append(name)
+    return names
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -17,8 +17,8 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.trainable import is_norm, occurrences
+from mpo_tn.torch.models.units import mpo_specs, mpo_units
 
 CORES_VERSION = 1
 _WEIGHTS, _DESCRIPTION = "cores.safetensors", "cores.json"
@@ -165,21 +165,16 @@ def _wanted(model: nn.Module, which: str) -> set[str]:
         return trainable | statistics if trainable else set()
     cores = {
         core
-        for module in model.modules()
-        if isinstance(module, MPOLayer)
-        for k, core in enumerate(module.cores)
-        if which == "cores" or k != module.spec.center
+        for unit in mpo_units(model, required=False).values()
+        for k, core in enumerate(unit.cores)
+        if which == "cores" or k != unit.spec.center
     }
     return {item.names[0] for item in items if item.parameter in cores}
 
 
 def _structure(model: nn.Module) -> dict[str, ModuleSpec]:
     """The specs of the MPO modules, without what was measured when they were made."""
-    return {
-        name: replace(module.spec, rel_error=None, exact=True)
-        for name, module in model.named_modules()
-        if isinstance(module, MPOLayer)
-    }
+    return {name: replace(spec, rel_error=None, exact=True) for name, spec in mpo_specs(model).items()}
 
 
 def _other_modules(model: nn.Module, saved: Mapping[str, ModuleSpec]) -> list[str]:

@@ -21,9 +21,8 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import written_beside
-from mpo_tn.torch.models.host import specs_changed
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
-from mpo_tn.torch.models.units import mpo_units
+from mpo_tn.torch.models.units import cuttable_units
 from mpo_tn.torch.state.nested_values import decode, encode
 
 FORMAT_VERSION = 1
@@ -66,7 +65,7 @@ def capture(
         "left_out": _digest(left_out),
         "units": {
             name: {"bonds": list(u.spec.bonds), "rel_error": u.spec.rel_error, "exact": u.spec.exact}
-            for name, u in mpo_units(model, required=False).items()
+            for name, u in cuttable_units(model, required=False).items()
         },
         "random": _random_state(tensors),
         "optimizer": None if optimizer is None else _optimizer_state(optimizer, model, tensors),
@@ -95,7 +94,7 @@ def restore(
         kind = (values["scheduler"] or {"kind": "no scheduler"})["kind"]
         raise MPOError(f"the state was saved with {kind} and is read into {type(scheduler).__name__}: use the same")
 
-    units = mpo_units(model, required=False)
+    units = cuttable_units(model, required=False)
     for name, unit in units.items():
         part = values["units"][name]
         if tuple(part["bonds"]) != unit.spec.bonds:
@@ -108,8 +107,6 @@ def restore(
             value.copy_(tensors[f"model/{name}"])
     for parameter in model.parameters():
         parameter.grad = None
-    if units:
-        specs_changed(model)
     if inner is not None:
         _restore_optimizer(values["optimizer"], inner, tensors)
     if scheduler is not None:
@@ -212,7 +209,7 @@ def _all_entries(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _entries(model: nn.Module, which: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What is saved, and what is left out."""
-    cores = {id(core) for unit in mpo_units(model, required=False).values() for core in unit.cores}
+    cores = {id(core) for unit in cuttable_units(model, required=False).values() for core in unit.cores}
     saved: dict[str, torch.Tensor] = {}
     left_out: dict[str, torch.Tensor] = {}
     for name, value in _all_entries(model).items():
@@ -223,7 +220,7 @@ def _entries(model: nn.Module, which: str) -> tuple[dict[str, torch.Tensor], dic
 
 def _structure(model: nn.Module) -> dict[str, Any]:
     """Name to dtype and shape of every tensor, to tell one model from another; of a core the legs alone count."""
-    cores = {id(core) for unit in mpo_units(model, required=False).values() for core in unit.cores}
+    cores = {id(core) for unit in cuttable_units(model, required=False).values() for core in unit.cores}
     return {
         name: [str(value.dtype), list(value.shape[1:3] if id(value) in cores else value.shape)]
         for name, value in _all_entries(model).items()

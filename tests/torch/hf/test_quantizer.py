@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLinear, compress
+from mpo_tn.torch.hf.quantizer import MPOQuantizationConfig
 
 
 def auto_class(model: transformers.PreTrainedModel) -> type:
@@ -118,6 +119,14 @@ def test_compress_while_loading_matches_compress_after_loading(tmp_path: Path) -
     compress(model, config)
     assert torch.equal(outputs(on_load), outputs(model))
     assert torch.equal(outputs(reloaded(on_load, tmp_path / "small")), outputs(model))
+    for loaded in (on_load, model):
+        assert isinstance(loaded.config.quantization_config, MPOQuantizationConfig)
+        assert loaded.config.quantization_config.config == config
+    assert on_load.config.quantization_config.modules == model.config.quantization_config.modules
+    with pytest.raises(
+        ValueError, match="quantized with MPOQuantizationConfig"
+    ):  # what is compressed is not compressed again
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "small", quantization_config=config.to_hf())
 
 
 def test_albert_shares_its_layers_after_reloading(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from mpo_tn import MPOError
 from mpo_tn.planning.ranking import choose_cuts
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch import (
     MPOLayer,
     SqueezeResult,
@@ -29,7 +30,7 @@ from mpo_tn.torch import (
 )
 from mpo_tn.torch.layers import layer as layers
 from mpo_tn.torch.loops import policy
-from mpo_tn.torch.models.units import all_bonds, kept_ratio, mpo_units
+from mpo_tn.torch.models.units import all_bonds, mpo_units
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -50,7 +51,7 @@ def test_it_stops_at_the_gap_and_goes_back(frozen: bool) -> None:
         shape for unit in mpo_units(task.model).values() for shape in unit.spec.core_shapes
     ]
     assert result.parameters == sum(parameter.numel() for parameter in parameters)
-    assert result.kept == kept_ratio(mpo_units(task.model).values()) == result.rounds[-2].kept
+    assert result.kept == kept_ratio(unit.spec for unit in mpo_units(task.model).values()) == result.rounds[-2].kept
     assert task.seen == list(range(3 * len(result.rounds)))  # the data position counts on, whatever is cut
     assert [part.position for part in result.rounds] == [3 * part.number for part in result.rounds]
     for parameter, state in task.optimizer.state.items():

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpo_tn import MPOError
+from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch import SqueezeResult
 from mpo_tn.torch.loops.evaluation import evaluated, set_training, training_flags
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.squeezer import Squeezer
-from mpo_tn.torch.models.units import kept_ratio, mpo_units
+from mpo_tn.torch.models.units import mpo_units
 
 DEFAULTS: dict[str, Any] = {
     "delta": 1.0, "higher_is_better": False, "max_steps": 100, "cuts_per_round": 1, "tune_steps": 1, "score": "error",
@@ -50,7 +51,7 @@ def test_judging_what_was_not_cut_makes_no_round() -> None:
     assert (part.number, part.value, part.gap, part.loss, part.position) == (1, 6.0, 1.0, 0.25, 8)
     assert part.accepted
     assert [(cut.before - cut.after) for cut in part.cuts] == [1]
-    assert part.kept == kept_ratio(squeezer.units.values())
+    assert part.kept == kept_ratio(unit.spec for unit in squeezer.units.values())
     assert part.parameters == sum(parameter.numel() for parameter in task.model.parameters())
     assert squeezer.judge(6.0, position=9) is None
     result = squeezer.finish()
@@ -202,7 +203,7 @@ def test_what_stops_it_and_in_which_order(good: bool, keep: float | None, minimu
     squeezer.judge(0.0 if good else 9.0, position=0)
     holds = {
         "gap": not good,
-        "keep": keep is not None and kept_ratio(mpo_units(task.model).values()) <= keep,
+        "keep": keep is not None and kept_ratio(unit.spec for unit in mpo_units(task.model).values()) <= keep,
         "nothing left to cut": max(bond for bonds in task.bonds().values() for bond in bonds) <= minimum,
         "max_steps": most == 1,
     }

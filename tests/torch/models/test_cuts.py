@@ -35,7 +35,7 @@ from mpo_tn.torch import (
 from mpo_tn.torch.layers import layer as layers
 from mpo_tn.torch.models.cuts import cut_unit
 from mpo_tn.torch.models.moments import check_optimizer, unwrapped
-from mpo_tn.torch.models.units import mpo_units
+from mpo_tn.torch.models.units import cuttable_units, mpo_units
 from mpo_tn.truncate import bond_cut
 from mpo_tn.truncate.spectra import Spectra
 
@@ -407,9 +407,9 @@ def test_units_that_are_refused() -> None:
     first, second = compressed(linear(12, 8), sites=3)[0], compressed(linear(12, 8, seed=1), sites=3)[0]
     second.cores[1] = first.cores[1]
     with pytest.raises(MPOError, match="core 1 of 1 is also a core of 0"):
-        mpo_units(nn.Sequential(first, second))
+        cuttable_units(nn.Sequential(first, second))
     with pytest.raises(MPOError, match="meta device"):
-        mpo_units(nn.Sequential(first.to("meta")))
+        cuttable_units(nn.Sequential(first.to("meta")))
     third = compressed(linear(12, 8), sites=3)[0]
     with torch.no_grad():
         third.cores[1][0, 0, 0, 0] = math.inf

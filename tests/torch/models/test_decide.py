@@ -18,6 +18,7 @@ from torch import nn
 from mpo_tn import MPOError, Sites
 from mpo_tn.torch import MPOConfig, MPOLayer, Plan, compress, plan
 from mpo_tn.torch.models.compress import compress_empty
+from mpo_tn.torch.models.host import use_host
 
 FAMILIES = ("bert", "albert", "gpt2", "llama", "distilbert")
 WAYS: dict[str, dict[str, Any]] = {
@@ -231,6 +232,18 @@ def test_whatever_raises_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
         with pytest.raises(KeyboardInterrupt):
             compress(model, MPOConfig(sites=3), progress=progress)
         before.assert_same(model)
+
+    class Refuses:
+        def attach(self, model: nn.Module, config: MPOConfig) -> None:
+            raise RuntimeError("no host")
+
+    previous = use_host(Refuses())
+    try:
+        with pytest.raises(RuntimeError, match="no host"):
+            compress(model, MPOConfig(sites=3))
+    finally:
+        use_host(previous)
+    before.assert_same(model)
 
     cramped = NoRoom(*small())
     before = Snapshot(cramped)

@@ -1,17 +1,35 @@
-"""Which modules a pattern means, what is skipped and why, and which modules are one unit."""
+"""Which modules a pattern means, what is skipped and why, and which modules are one unit, before and after."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from helpers.tiny_models import VOCAB, tiny, token_ids
+from helpers.adapter import compressed, linear, small
+from helpers.tiny_models import FAMILIES, VOCAB, tiny, token_ids
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from mpo_tn import MPOError
 from mpo_tn.planning.patterns import matches
-from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLinear, compress
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch import (
+    MPOConfig,
+    MPOEmbedding,
+    MPOLinear,
+    bond_spectra,
+    compress,
+    cut_model,
+    freeze,
+    save_cores,
+    save_state,
+    squeeze,
+)
+from mpo_tn.torch.models.summary import inspect_model
+from mpo_tn.torch.models.units import cuttable_units, find_units, mpo_specs, mpo_units
 
 
 def names(model: nn.Module, target: str | list[str], exclude: str | list[str] = ()) -> list[str]:
@@ -265,3 +283,92 @@ def test_every_family_still_runs() -> None:
         compress(model, MPOConfig(target_modules=r".*", sites=2, bond=8))
         with torch.no_grad():
             assert model(token_ids()).logits.shape == (2, 9, VOCAB)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_units_of_a_compressed_model_are_those_it_was_compressed_by(family: str) -> None:
+    target = r".*(?<!position_embeddings)"
+    before, _ = find_units(tiny(family), target)
+    model = small(family)
+    units = mpo_units(model)
+    assert [(unit.name, unit.names) for unit in before] == [(unit.name, unit.names) for unit in units.values()]
+    assert list(units) == [unit.name for unit in units.values()]
+    assert cuttable_units(model) == units
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for unit in units.values():
+        assert [m.spec.tied_to for m in unit.modules] == [None] + [unit.name] * (len(unit.modules) - 1)
+        for module, names in zip(unit.modules, unit.names, strict=True):
+            assert all(modules[name] is module for name in names)
+            assert all(a is b for a, b in zip(module.cores, unit.cores, strict=True))
+    first_names = {
+        names[0]: m.spec for unit in units.values() for m, names in zip(unit.modules, unit.names, strict=True)
+    }
+    assert mpo_specs(model) == first_names
+    assert list(mpo_specs(model)) == [name for name, m in model.named_modules() if name in first_names]  # as they come
+    assert list(units) == [row.name for row in inspect_model(model)]
+
+
+def sharing_one_core() -> nn.Sequential:
+    first, second = compressed(linear(12, 8), sites=3)[0], compressed(linear(12, 8, seed=1), sites=3)[0]
+    second.cores[1] = first.cores[1]
+    return nn.Sequential(first, second)
+
+
+def without_data() -> nn.Sequential:
+    return nn.Sequential(compressed(linear(12, 8), sites=3)[0].to("meta"))
+
+
+def flattened() -> nn.Sequential:
+    """As FSDP leaves them."""
+    layer = compressed(linear(12, 8), sites=3)[0]
+    layer.cores[2] = nn.Parameter(layer.cores[2].detach().reshape(-1))
+    return nn.Sequential(layer)
+
+
+UNCUTTABLE = {
+    "core 1 of 1 is also a core of 0": sharing_one_core,
+    r"0\.cores\.0 is on the meta device": without_data,
+    r"0\.cores\.2 is sharded": flattened,
+}
+CHANGING: dict[str, Callable[[Any, Any], Any]] = {
+    "cuttable_units": lambda model, place: cuttable_units(model),
+    "bond_spectra": lambda model, place: bond_spectra(model),
+    "cut_model": lambda model, place: cut_model(model, {"0": [1, 1]}),
+    "squeeze": lambda model, place: squeeze(model, evaluate=lambda _: 1.0, delta=0.1),
+    "save_state": lambda model, place: save_state(f"{place}/state", model=model),
+}
+
+
+@pytest.mark.parametrize("verb", CHANGING)
+@pytest.mark.parametrize("message", UNCUTTABLE)
+def test_who_gives_cores_new_shapes_refuses_those_that_cannot_have_them(message: str, verb: str) -> None:
+    with tempfile.TemporaryDirectory() as place, pytest.raises(MPOError, match=message):
+        CHANGING[verb](UNCUTTABLE[message](), place)
+
+
+@pytest.mark.parametrize("model", [make() for make in UNCUTTABLE.values()], ids=["shared", "meta", "flat"])
+def test_who_looks_at_structure_does_not_mind(model: nn.Sequential) -> None:
+    assert list(mpo_units(model)) == [name for name, _ in model.named_children()] == list(mpo_specs(model))
+    assert freeze(model, "cores", also=()).trainable == sum(
+        p.numel() for n, p in model.named_parameters() if "cores" in n
+    )
+
+
+def test_cores_that_are_shared_one_by_one_are_still_listed_and_saved(tmp_path: Path) -> None:
+    model = sharing_one_core()
+    assert [row.name for row in inspect_model(model)] == ["0", "1"]
+    assert len(save_cores(model, tmp_path / "cores", "cores")) == 5
+    with pytest.raises(MPOError, match="core 1 of 1 trains there and not"):
+        freeze(model, overrides={"1": "none", "0": "cores"})
+
+
+def test_a_part_with_the_tied_modules_alone_has_a_unit() -> None:
+    head = small("bert").cls
+    (unit,) = [unit for unit in mpo_units(head).values() if unit.spec.tied_to is not None]
+    assert unit.name in [row.name for row in inspect_model(head)]
+
+
+def test_without_mpo_modules() -> None:
+    with pytest.raises(MPOError, match="no MPO modules: compress it first"):
+        mpo_units(nn.Linear(3, 3))
+    assert mpo_units(nn.Linear(3, 3), required=False) == mpo_specs(nn.Linear(3, 3)) == {}
