@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.legs import legs_for
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.progress import Progress
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
@@ -36,9 +37,6 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
-Progress = Callable[[int, int, str], None]
-"""Called with how many units are done, how many there are, and the name of the next (or last) one."""
-
 
 def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None = None) -> CompressionReport:
     """Replace every matched linear layer and embedding of ``model`` by its MPO, in place.
@@ -46,7 +44,8 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
     Args:
         model: any ``torch.nn.Module``. Layers that share a module or a weight are decomposed once and still share.
         config: which modules, which legs, how much to keep.
-        progress: called before each unit and once at the end.
+        progress: called before each unit and once at the end, with how many units are done, how many there are, and
+            the name of the next (or last) one.
 
     Returns:
         Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.

@@ -14,6 +14,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import tails
 from mpo_tn.planning.cost import Prediction, predictions
 from mpo_tn.planning.legs import legs_for
+from mpo_tn.progress import Progress
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.units import find_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
@@ -53,7 +54,7 @@ def inspect_model(
     *,
     target: str = r".*",
     sites: int | str = 5,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[MatrixSummary]:
     """Summarise every compressed module of a model, or, in a dense model, every matrix that could be compressed.
 
