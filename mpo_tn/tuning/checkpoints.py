@@ -26,7 +26,10 @@ _MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
 
 @dataclass
 class Keeper:
-    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing."""
+    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing.
+
+    The phases of the run are those of :func:`~mpo_tn.tuning.phases.phases_of`, with one squeezing at most.
+    """
 
     folder: Path | None
     run: Run

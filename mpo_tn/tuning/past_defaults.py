@@ -51,7 +51,9 @@ def completed(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
     """The settings of a run as a file of some version has them, and what it does not name as it was by default then."""
     past = defaults_of(version)
     del past["Method"]["name"]  # a file says it as ``method``
-    squeezing = settings.get("squeezing") and {**past["Squeezing"], **settings["squeezing"]}
+    squeezing = settings.get("squeezing")
+    if squeezing is not None:
+        squeezing = {**past["Squeezing"], **squeezing}
     return {**past["Method"], **past["Settings"], **settings, "squeezing": squeezing}
 
 

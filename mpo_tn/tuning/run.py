@@ -80,8 +80,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(prepared.groups)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.resumed_at: int | None = None
         self._phases, self._record = tuple(phases), Record()
+        self._resumed_at: int | None = None
 
     @property
     def model(self) -> Any:
@@ -117,13 +117,18 @@ class Run:
 
     @property
     def losses(self) -> Sequence[float]:
-        """Of every step in this process and before the checkpoint it went on from."""
+        """By step, those of rounds that were undone too."""
         return self._record.losses
 
     @property
     def squeezed(self) -> Mapping[str, Any] | None:
         """The trajectory of the last squeezing that is behind it, see :meth:`~mpo_tn.torch.SqueezeResult.to_dict`."""
         return self._record.squeezed
+
+    @property
+    def resumed_at(self) -> int | None:
+        """How many steps were done where it went on from a checkpoint, if it did."""
+        return self._resumed_at
 
     def step(self) -> float:
         """One step of training on the batch that belongs to it; returns the loss.
@@ -217,7 +222,7 @@ class Run:
 
     def take_up(self, record: Record) -> None:
         """Have done what ``record`` says. See :meth:`load` for the tensors that belong to it."""
-        self._record, self.resumed_at = copy.deepcopy(record), record.done
+        self._record, self._resumed_at = copy.deepcopy(record), record.done
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Bring model and optimiser to a saved state, but for the learning rates; returns what else is saved there.
