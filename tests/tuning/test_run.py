@@ -93,6 +93,22 @@ def test_phases_one_by_one_are_the_same_run(places: tuple[Path, Any]) -> None:
     assert result.squeezing["bonds"] == expected.squeezing["bonds"]
 
 
+def test_every_phase_has_its_own_rates(places: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from where the phase began; the rates that the parameters have are those of the method."""
+    whole, seen = Run.step, list[float]()
+
+    def step(self: Run) -> float:
+        loss = whole(self)
+        shares = {group["lr"] / group["initial_lr"] for group in self.optimizer.param_groups}
+        assert {group["initial_lr"] for group in self.optimizer.param_groups} == {1e-2}
+        seen.append(*shares)
+        return loss
+
+    monkeypatch.setattr(Run, "step", step)
+    finetune(*places, LFA, QUICK, squeezing=SQUEEZING)
+    assert seen == pytest.approx([1, 1, 2 / 3, 1 / 3, *[0.1] * 4, 0.1, 0.075, 0.05, 0.025], rel=1e-12)
+
+
 @hypothesis_settings(max_examples=5, deadline=None)
 @given(st.lists(st.sampled_from([TrainPhase(1, 2, share=0.5), SqueezePhase(SQUEEZING)]), min_size=1, max_size=3))
 def test_going_back_leaves_no_trace(places: tuple[Path, Any], phases: list[Any]) -> None:
