@@ -20,10 +20,19 @@ from glue import ENCODER, LIMIT, number, table
 
 from mpo_tn.app.demo import demo_model
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch.state.training_state import capture, restore
-from mpo_tn.tuning import Method, Settings, Squeezing, TaskData, finetune, load_task
-from mpo_tn.tuning.run import start
-from mpo_tn.tuning.squeezing import hold_out, squeeze_run
+from mpo_tn.tuning import (
+    Method,
+    Settings,
+    SqueezePhase,
+    Squeezing,
+    TaskData,
+    carry_out,
+    finetune,
+    hold_out,
+    load_task,
+    phases_of,
+    start,
+)
 
 EPOCHS = 3
 TRIED = (
@@ -75,17 +84,18 @@ def try_scores(data: TaskData, results: Path, bf16: bool) -> None:
     if file.exists():
         return
     rest, held = hold_out(data)
-    run = start(
-        demo_model(), replace(rest, dev=held.dev), Method("squeeze", target=ENCODER), Settings(EPOCHS, bf16=bf16)
-    )
-    while run.done < run.steps:
-        run.step()
-    state = capture(run.model, run.optimizer)
+    method, settings = Method("squeeze", target=ENCODER), Settings(EPOCHS, bf16=bf16)
+    tune = replace(phases_of(method, settings)[0], scored=False)
+    run = start(demo_model(), replace(rest, dev=held.dev), method, settings, [tune])
+    carry_out(run)
+    mark = run.mark()
     found: dict[str, object] = {"start": run.data.headline(run.evaluate())}
     for score in SCORES:
         how = Squeezing(delta=100.0, cuts_per_round=CUTS, tune_steps=0, max_rounds=ROUNDS, score=score)
-        found[score] = [(part.kept, part.value) for part in squeeze_run(run, how).rounds]
-        restore(state, run.model, run.optimizer)
+        run.go_on_with(SqueezePhase(how, scored=False))
+        carry_out(run)
+        found[score] = [(part["kept"], part["value"]) for part in run.squeezed["rounds"]]
+        run.go_back(mark)
     write_whole(file, json.dumps(found, indent=1).encode())
 
 

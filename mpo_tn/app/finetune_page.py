@@ -9,7 +9,7 @@ from typing import Any
 
 from mpo_tn.app.html import drawing, figures, numbers, page, svg, table, text
 from mpo_tn.torch import SqueezeResult
-from mpo_tn.tuning.result import FinetuneResult
+from mpo_tn.tuning import FinetuneResult
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -46,8 +46,7 @@ def _squeezed_at(result: FinetuneResult) -> int:
     """How many scores are from before the squeezing."""
     if result.squeezing is None:
         return len(result.scores)
-    after = max(1, int((result.settings.get("squeezing") or {}).get("final_epochs", 0)))
-    return len(result.scores) - after
+    return len(result.scores) - max(1, result.settings["squeezing"]["final_epochs"])
 
 
 def count_rows(result: FinetuneResult) -> list[tuple[str, str]]:
@@ -87,7 +86,7 @@ def findings(result: FinetuneResult) -> list[str]:
         sentences.append(f"{result.task} is {result.note}.")
     if result.squeezing is not None:
         squeezed = SqueezeResult.from_dict(result.squeezing)
-        on = (result.settings.get("squeezing") or {}).get("gap_on", "dev")
+        on = result.settings["squeezing"]["gap_on"]
         looked = ": the score at the end was looked at while choosing where to stop" if on == "dev" else ""
         if not result.above_baseline(squeezed.reference):
             sentences.append(
@@ -206,7 +205,7 @@ def _trajectory(squeezed: SqueezeResult, result: FinetuneResult) -> str:
         if not part.accepted:
             score.plot([k], [part.value], marker="x", ms=9, mew=2, color="#b3261e", ls="")
             score.annotate("undone", (k, part.value), textcoords="offset points", xytext=(-8, 0), ha="right")
-    delta = (result.settings.get("squeezing") or {}).get("delta", 0.0)
+    delta = result.settings["squeezing"]["delta"]
     limit = squeezed.reference - delta if result.higher_is_better else squeezed.reference + delta
     score.axhline(squeezed.reference, color="#55607a", lw=0.8)
     score.axhline(limit, color="#b3261e", lw=0.8, ls="--", label=f"delta {delta:g}")

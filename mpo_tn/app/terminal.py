@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.progress import Progress
 
 out = Console()
 err = Console(stderr=True)
@@ -23,25 +25,25 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 
 
 @contextmanager
-def working(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
+def working(quiet: bool) -> Generator[Progress]:
     """A progress bar on the error stream, one line a task; nothing but that reaches the terminal meanwhile."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
-        bar = progress.add_task("starting", total=None)
+    with Bar(*columns, console=err, transient=True, disable=quiet) as bar:
+        task = bar.add_task("starting", total=None)
 
-        def track(what: str, done: int, total: int) -> None:
+        def progress(done: int, total: int, what: str) -> None:
             width = max(20, err.width - 50)
             shown = what if len(what) <= width else f"{what[: width - 3]}..."
-            progress.update(bar, description=shown, completed=done, total=total)
+            bar.update(task, description=shown, completed=done, total=total)
             if done < total:
-                progress.tasks[0].finished_time = None  # one task stands for many: its clock goes on
+                bar.tasks[0].finished_time = None  # one task stands for many: its clock goes on
 
         # Loading torch and transformers takes seconds; the bar is up by then, and their own bars would tear it.
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        yield track
+        yield progress
 
 
 def sites_of(text: str) -> int | str:

@@ -5,39 +5,38 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target
-from mpo_tn.torch.state.training_state import load_state, save_state
+from mpo_tn.torch.state.training_state import save_state
 from mpo_tn.tuning.methods import Method
-from mpo_tn.tuning.result import FinetuneResult, read_result
-from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings
-from mpo_tn.tuning.squeezing import Squeezing
+from mpo_tn.tuning.past_defaults import FORMAT_VERSION, checked_version, completed
+from mpo_tn.tuning.phases import SqueezePhase
+from mpo_tn.tuning.result import FinetuneResult, asked_settings, read_result, settings_of
+from mpo_tn.tuning.run import NotFiniteError, Record, Run
+from mpo_tn.tuning.settings import Settings, Squeezing
+from mpo_tn.tuning.tasks.data import Data
 
 # What may differ between the two halves of a run: it is what one changes after a loss that was no number.
 _MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
 
 
-# A setting that is newer than a run had this value in it.
-DEFAULTS = json.loads(json.dumps({**asdict(Method()), **asdict(Settings())}))
-del DEFAULTS["name"]
-
-
 @dataclass
 class Keeper:
-    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing."""
+    """The checkpoints of a run, and what has to be in them besides tensors. Without a folder it does nothing.
+
+    The phases of the run are those of :func:`~mpo_tn.tuning.phases.phases_of`, with one squeezing at most.
+    """
 
     folder: Path | None
     run: Run
-    result: FinetuneResult
-    began: float
+    began: float = field(default_factory=time.perf_counter)
     resumed: bool = False
     before: float = 0.0
     saved_at: int | None = None
-    squeezed_to: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def checkpoint(self) -> Path | None:
@@ -52,12 +51,13 @@ class Keeper:
         """Write a checkpoint of the run as it is."""
         if self.checkpoint is None:
             return
-        run, result = self.run, self.result
+        run, record = self.run, self.run.record()
         extra: dict[str, Any] = {
-            "done": run.done, "tokens": run.tokens, "seconds": run.seconds, "losses": run.losses,
-            "scores": result.scores, "epoch losses": result.losses, "elapsed": self.elapsed(),
-            "settings": json.dumps(result.to_dict()["settings"]), "squeezing": json.dumps(result.squeezing),
-            "squeezed to": self.squeezed_to,
+            "format_version": FORMAT_VERSION,
+            "done": record.done, "tokens": record.tokens, "seconds": record.seconds, "losses": record.losses,
+            "scores": record.scores, "epoch losses": record.epoch_losses, "elapsed": self.elapsed(),
+            "settings": json.dumps(settings_of(run)), "squeezing": json.dumps(record.squeezed),
+            "squeezed to": {} if record.squeezed is None else {"begin": run.begin, "end": run.end},
         }  # fmt: skip
         save_state(self.checkpoint, model=run.model, optimizer=run.optimizer, extra=extra)
         self.saved_at = run.done
@@ -66,23 +66,25 @@ class Keeper:
         """Bring the run to its checkpoint, if there is one.
 
         Raises:
-            MPOError: it is of another run.
+            MPOError: it is of another run, or of a newer version.
         """
         if self.checkpoint is None or not self.checkpoint.is_dir():
             return
         self.resumed = True
-        run, result = self.run, self.result
-        rates = [group["initial_lr"] for group in run.optimizer.param_groups]
-        _check_settings(self.checkpoint, result)
-        extra = load_state(self.checkpoint, model=run.model, optimizer=run.optimizer)
-        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-            group["initial_lr"] = rate
-        run.done, run.tokens = extra["done"], extra["tokens"]
-        run.seconds, run.losses = list(extra["seconds"]), list(extra["losses"])
-        result.scores, result.losses = [dict(scores) for scores in extra["scores"]], list(extra["epoch losses"])
-        result.squeezing, self.squeezed_to = json.loads(extra["squeezing"]), dict(extra["squeezed to"])
+        run = self.run
+        _check_settings(self.checkpoint, run)
+        extra = run.load(self.checkpoint)
+        squeezed = json.loads(extra["squeezing"])
+        ended: list[int] = []
+        if squeezed is not None:  # where the squeezing ended is where what follows it began; no more is asked of it
+            kinds = [type(phase) for phase in run.phases]
+            ended = [extra["squeezed to"]["begin"]] * (kinds.index(SqueezePhase) + 1)
+        record = Record(
+            done=extra["done"], tokens=extra["tokens"], seconds=extra["seconds"], losses=extra["losses"],
+            epoch_losses=extra["epoch losses"], scores=extra["scores"], ended=ended, squeezed=squeezed,
+        )  # fmt: skip
+        run.take_up(record)
         self.before, self.saved_at = extra["elapsed"], run.done
-        result.notes["resumed at step"] = run.done
 
     def told(self, error: NotFiniteError) -> NotFiniteError:
         """The same error, with the place of the last good state."""
@@ -95,15 +97,17 @@ class Keeper:
         )
 
 
-def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
+def _check_settings(checkpoint: Path, run: Run) -> None:
     """A checkpoint of other settings is of another run."""
+    file = checkpoint / "state.json"
     try:
-        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        saved = json.loads(values["extra"]["settings"])
+        extra = json.loads(file.read_text(encoding="utf-8"))["extra"]
+        saved = completed(json.loads(extra["settings"]), checked_version(extra, file))
+    except MPOError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
-        return  # load_state says what is wrong with it
-    saved = DEFAULTS | saved
-    here = json.loads(json.dumps(result.to_dict()["settings"]))
+        return  # load says what is wrong with it
+    here = json.loads(json.dumps(settings_of(run)))
     for key in sorted({*saved, *here}):
         if saved.get(key) != here.get(key) and key not in _MAY_CHANGE:
             raise MPOError(
@@ -112,27 +116,17 @@ def _check_settings(checkpoint: Path, result: FinetuneResult) -> None:
             )
 
 
-def asked_settings(
-    source: str, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
-) -> dict[str, Any]:
-    """What a run was asked for."""
-    asked = {**asdict(method), **asdict(settings), "source": source, "data": data.source, "method": method.name}
-    asked.pop("name")
-    asked["lr"], asked["tensor_lr"] = method.rates
-    return {**asked, "squeezing": asdict(squeezing) if squeezing else None}
-
-
 def finished_run(
     folder: Path, source: str | Path, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
 ) -> FinetuneResult:
     """The result in the folder of a run that is finished.
 
     Raises:
-        MPOError: it is damaged, or of a run that was asked for something else.
+        MPOError: it is damaged or of a newer version, or of a run that was asked for something else.
     """
     result = read_result(folder)
     asked = {"task": data.name, **asked_settings(str(source), data, method, settings, squeezing)}
-    there = {**DEFAULTS, "task": result.task, **result.settings}
+    there = {"task": result.task, **result.settings}
     for key, value in json.loads(json.dumps(asked)).items():
         if there.get(key) != value:
             raise MPOError(

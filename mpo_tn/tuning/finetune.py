@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.progress import Progress
 from mpo_tn.storage.files import written_beside
-from mpo_tn.tuning.checkpoints import Keeper, asked_settings, check_folder
+from mpo_tn.tuning.carry_out import carry_out
+from mpo_tn.tuning.checkpoints import Keeper
 from mpo_tn.tuning.methods import Method
-from mpo_tn.tuning.result import FinetuneResult, peak_rss, versions
-from mpo_tn.tuning.run import Data, NotFiniteError, Run, Settings, Track, start
-from mpo_tn.tuning.squeezing import Squeezing, falling, hold_out, recount, squeeze_run
-from mpo_tn.tuning.tasks.data import TaskData, TextData
-
-__all__ = ["FinetuneResult", "NotFiniteError", "Settings", "Squeezing", "check_folder", "finetune", "save_finetuned"]
+from mpo_tn.tuning.phases import phases_of, squeezing_of
+from mpo_tn.tuning.result import FinetuneResult, result_of
+from mpo_tn.tuning.run import NotFiniteError, start
+from mpo_tn.tuning.settings import Settings, Squeezing
+from mpo_tn.tuning.squeezing import hold_out
+from mpo_tn.tuning.tasks.data import Data, TaskData
 
 
 def finetune(
@@ -32,7 +32,7 @@ def finetune(
     squeezing: Squeezing | None = None,
     folder: Path | None = None,
     resume: bool = False,
-    track: Track | None = None,
+    progress: Progress | None = None,
 ) -> tuple[FinetuneResult, Any]:
     """Tune a model on a task and score it on the dev set after every epoch; returns the result and the tuned model.
 
@@ -45,7 +45,7 @@ def finetune(
         folder: for checkpoints, every ``settings.save_every`` steps and after every epoch. See :func:`save_finetuned`
             for the end.
         resume: go on from the checkpoint in ``folder``, if there is one.
-        track: told of the progress.
+        progress: told of matrices that are compressed, of steps, and of rounds of squeezing.
 
     Guarantee: the same arguments, versions, threads and machine kind give the same bits, also if the run was killed at
     any point and resumed.
@@ -58,28 +58,22 @@ def finetune(
     """
     began = time.perf_counter()
     method, settings = method or Method(), settings or Settings()
-    if method.name == "squeeze":
-        squeezing = squeezing or Squeezing()
-    elif squeezing is not None:
-        raise MPOError(f"squeezing is given and the method is {method.name}: use the method squeeze")
-    if method.name != "squeeze" and settings.epochs == 0 and settings.max_steps is None:
-        raise MPOError("epochs=0: train for at least one")
+    phases = phases_of(method, settings, squeezing)
+    squeezing = squeezing_of(phases)
     if squeezing is not None and settings.epochs == 0:
         _check_task(Path(source), data)
     gap_data: TaskData | None = None
     if squeezing is not None and squeezing.gap_on == "held-out":
         data, gap_data = hold_out(data)
-    run = start(source, data, method, settings, track)
-    result = new_result(run, method, squeezing, str(source))
-    keeper = Keeper(folder, run, result, began)
+    run = start(source, data, method, settings, phases, progress)
+    keeper = Keeper(folder, run, began)
     if resume:
         keeper.read()
     try:
-        _phases(run, result, keeper, squeezing, gap_data, track)
+        carry_out(run, keeper=keeper, gap_data=gap_data, progress=progress)
     except NotFiniteError as error:
         raise keeper.told(error) from error
-    fill_in(result, run, keeper.elapsed())
-    return result, run.prepared.finish(run.model)
+    return result_of(run, keeper.elapsed()), run.prepared.finish(run.model)
 
 
 def _check_task(source: Path, data: Data) -> None:
@@ -93,82 +87,6 @@ def _check_task(source: Path, data: Data) -> None:
             f"{source} was tuned on {task}, and the task is {data.name}: its score there is nothing to count a loss "
             f"from; tune it on {data.name} first, with mpo-tn finetune"
         )
-
-
-def _phases(
-    run: Run, result: FinetuneResult, keeper: Keeper, squeezing: Squeezing | None, gap_data: TaskData | None,
-    track: Track | None,
-) -> None:  # fmt: skip
-    first = run.steps
-    if result.squeezing is None:
-        _train_to(run, first, result, keeper, track)
-    if squeezing is None:
-        return
-    per_epoch = run.train.per_epoch
-    if result.squeezing is None:
-        where = keeper.folder / "squeezing" if keeper.folder else None
-        if keeper.saved_at is None:  # no epoch before: without a checkpoint the rounds would not be known as this run's
-            keeper.save()
-        squeezed = squeeze_run(run, squeezing, folder=where, gap_data=gap_data, resume=keeper.resumed, track=track)
-        result.squeezing = json.loads(json.dumps(squeezed.to_dict()))  # the same as after a restart: no tuples
-        keeper.squeezed_to = {"begin": run.done, "end": run.done + squeezing.final_epochs * per_epoch}
-        if not squeezing.final_epochs:
-            result.scores.append(run.evaluate())
-        keeper.save()
-    begin, end = keeper.squeezed_to["begin"], keeper.squeezed_to["end"]
-    recount(run)
-    run.steps = end
-    run.rate = falling(begin, end, squeezing.rate)
-    _train_to(run, end, result, keeper, track, begin)
-
-
-def _train_to(run: Run, end: int, result: FinetuneResult, keeper: Keeper, track: Track | None, begin: int = 0) -> None:
-    """Train until step ``end``; an epoch after ``begin``, and at ``end``, the dev set is scored."""
-    say = track or (lambda _what, _done, _total: None)
-    per_epoch = run.train.per_epoch
-    while run.done < end:
-        loss = f", loss {run.losses[-1]:.3f}" if run.losses else ""
-        say(f"step {run.done + 1} of {run.steps}{loss}", run.done, run.steps)
-        run.step()
-        if (run.done - begin) % per_epoch == 0 or run.done == end:
-            say("scoring the dev set", run.done, run.steps)
-            recent = run.losses[-((run.done - begin - 1) % per_epoch + 1) :]
-            result.losses.append(sum(recent) / len(recent))
-            result.scores.append(run.evaluate())
-            keeper.save()
-        elif (run.done - begin) % run.settings.save_every == 0:
-            keeper.save()
-
-
-def new_result(run: Run, method: Method, squeezing: Squeezing | None, source: str) -> FinetuneResult:
-    """The parts of a result that are known before training."""
-    data, prepared = run.data, run.prepared
-    baseline, baseline_is = data.baseline()
-    settings = asked_settings(source, data, method, run.settings, squeezing) | {"examples": len(run.train.rows)}
-    return FinetuneResult(
-        method=method.name, task=data.name, seed=run.settings.seed, higher_is_better=data.higher_is_better,
-        baseline=baseline, baseline_headline=data.headline(baseline), baseline_is=baseline_is,
-        note="" if isinstance(data, TextData) else data.task.note,
-        trainable=prepared.trainable, total=prepared.total, matrix_dense=prepared.matrix_dense,
-        matrix_parameters=prepared.matrix_parameters, matrix_trainable=prepared.matrix_trainable,
-        versions=versions(), settings=settings, notes=dict(prepared.notes),
-    )  # fmt: skip
-
-
-def fill_in(result: FinetuneResult, run: Run, seconds: float) -> None:
-    """Fill in what is known after training."""
-    prepared = run.prepared
-    headlines = [run.data.headline(scores) for scores in result.scores]
-    result.headline = headlines[-1]
-    known = [value for value in headlines if not math.isnan(value)]
-    result.best = (max if result.higher_is_better else min)(known, default=math.nan)
-    result.steps = run.done
-    result.seconds = seconds
-    result.seconds_per_step = statistics.median(run.seconds) if run.seconds else math.nan
-    result.tokens_per_step = run.tokens / max(1, len(run.seconds))
-    result.peak_rss_bytes = peak_rss()
-    result.trainable, result.total = prepared.trainable, prepared.total
-    result.matrix_parameters, result.matrix_trainable = prepared.matrix_parameters, prepared.matrix_trainable
 
 
 def save_finetuned(folder: Path, result: FinetuneResult, model: Any, tokenizer: Any, report: str = "") -> None:

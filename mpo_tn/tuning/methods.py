@@ -15,11 +15,12 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.structure import structure
+from mpo_tn.progress import Progress
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.units import find_units, mpo_units
+from mpo_tn.tuning.past_defaults import checked_version
 
-Progress = Callable[[int, int, str], None]
 Bonds = Mapping[str, Sequence[int]]
 """Bonds by module name."""
 
@@ -94,11 +95,11 @@ class Method:
         return lr if self.lr is None else self.lr, tensor_lr if self.tensor_lr is None else self.tensor_lr
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """A model ready to train, its optimiser groups, and the counts that belong in a table.
 
-    ``matrix_parameters`` are those of the targeted matrices as they are now, ``matrix_dense`` as they were.
+    ``matrix_parameters`` are those of the targeted matrices before training, ``matrix_dense`` as they were when dense.
     ``finish`` turns the tuned model into the one to save; only LoRA has something to do there.
     """
 
@@ -125,12 +126,16 @@ def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """The bonds that a squeezing ended in, by module, from the folder or the ``result.json`` it wrote.
 
     Raises:
-        MPOError: no such result, or one of another method.
+        MPOError: no such result, or one of another method or of a newer version.
     """
     path = folder / "result.json" if folder.is_dir() else folder
     try:
-        bonds = json.loads(path.read_text(encoding="utf-8"))["squeezing"]["bonds"]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        checked_version(result, path)
+        bonds = result["squeezing"]["bonds"]
         return {str(name): tuple(int(bond) for bond in part) for name, part in bonds.items()}
+    except MPOError:
+        raise
     except OSError as error:
         raise MPOError(f"{path} cannot be read ({error.strerror}): name the --out folder of a squeezed run") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -192,7 +197,7 @@ def _compressed(model: Any, method: Method, seed: int, progress: Progress | None
         notes = {"kept": report.kept, "kept_model": report.kept_model, "rel_error": report.rel_error}
     policy = "cores" if method.name == "low-rank" else method.policy
     frozen = freeze(model, policy, also=GROUPS, train=method.train)
-    specs = [m.spec for m in model.modules() if isinstance(m, MPOLayer) and m.spec.tied_to is None]
+    specs = [unit.spec for unit in mpo_units(model).values()]
     dense = sum(spec.out_features * spec.in_features for spec in specs)
     now = sum(spec.num_parameters for spec in specs)
     groups = parameter_groups(model, *method.rates, method.weight_decay)

@@ -1,4 +1,4 @@
-"""What a fine-tuning did and how it scored."""
+"""What a run was asked for, what it did and how it scored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import resource
+import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,9 +17,15 @@ from typing import Any
 import torch
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.tuning.methods import Method
+from mpo_tn.tuning.past_defaults import FORMAT_VERSION, checked_version, completed
+from mpo_tn.tuning.phases import squeezing_of
+from mpo_tn.tuning.run import Run
+from mpo_tn.tuning.settings import Settings, Squeezing
+from mpo_tn.tuning.tasks.data import Data, TextData
 
 
-@dataclass
+@dataclass(frozen=True)
 class FinetuneResult:
     """What a run did and how it scored.
 
@@ -69,18 +76,73 @@ class FinetuneResult:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; NaN becomes None."""
-        return _plain(asdict(self))
+        return {"format_version": FORMAT_VERSION, **_plain(asdict(self))}
+
+
+def asked_settings(
+    source: str, data: Data, method: Method, settings: Settings, squeezing: Squeezing | None
+) -> dict[str, Any]:
+    """What a run was asked for."""
+    asked = {**asdict(method), **asdict(settings), "source": source, "data": data.source, "method": method.name}
+    asked.pop("name")
+    asked["lr"], asked["tensor_lr"] = method.rates
+    return {**asked, "squeezing": asdict(squeezing) if squeezing else None}
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """What a run was asked for, and how many examples it trains on."""
+    asked = asked_settings(run.source, run.data, run.method, run.settings, squeezing_of(run.phases))
+    return {**asked, "examples": len(run.train.rows)}
+
+
+def result_of(run: Run, seconds: float) -> FinetuneResult:
+    """What a run did that has scored at least once, and that took so long in all."""
+    data, prepared, record = run.data, run.prepared, run.record()
+    baseline, baseline_is = data.baseline()
+    headlines = [data.headline(scores) for scores in record.scores]
+    known = [value for value in headlines if not math.isnan(value)]
+    matrix_parameters, matrix_trainable = run.matrix_counts()
+    resumed = {} if run.resumed_at is None else {"resumed at step": run.resumed_at}
+    return FinetuneResult(
+        method=run.method.name,
+        task=data.name,
+        seed=run.settings.seed,
+        scores=record.scores,
+        losses=record.epoch_losses,
+        headline=headlines[-1],
+        best=(max if data.higher_is_better else min)(known, default=math.nan),
+        higher_is_better=data.higher_is_better,
+        baseline=baseline,
+        baseline_headline=data.headline(baseline),
+        baseline_is=baseline_is,
+        note="" if isinstance(data, TextData) else data.task.note,
+        trainable=prepared.trainable,
+        total=prepared.total,
+        matrix_dense=prepared.matrix_dense,
+        matrix_parameters=matrix_parameters,
+        matrix_trainable=matrix_trainable,
+        steps=record.done,
+        tokens_per_step=record.tokens / max(1, len(record.seconds)),
+        seconds_per_step=statistics.median(record.seconds) if record.seconds else math.nan,
+        seconds=seconds,
+        peak_rss_bytes=peak_rss(),
+        versions=versions(),
+        settings=settings_of(run),
+        notes={**prepared.notes, **resumed},
+        squeezing=record.squeezed,
+    )
 
 
 def read_result(folder: Path) -> FinetuneResult:
-    """The result of a finished run, as it was.
+    """The result of a finished run, as it was; a setting that it does not name has the default of its time.
 
     Raises:
-        MPOError: there is none, or it is damaged.
+        MPOError: there is none, or it is damaged, or of a newer version.
     """
     path = folder / "result.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        version = checked_version(values, path)
         known = {field.name: field for field in fields(FinetuneResult)}
         kept = {name: values[name] for name in known}
         for name, field in known.items():
@@ -88,7 +150,10 @@ def read_result(folder: Path) -> FinetuneResult:
                 kept[name] = math.nan
         kept["scores"] = [_numbers(scores) for scores in kept["scores"]]
         kept["baseline"] = _numbers(kept["baseline"])
+        kept["settings"] = completed(kept["settings"], version)
         return FinetuneResult(**kept)
+    except MPOError:
+        raise
     except OSError as error:
         raise MPOError(f"{path} cannot be read ({error.strerror}): name the --out folder of a finished run") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -24,9 +24,9 @@ ROUND_TRIP = 8 * float(torch.finfo(torch.float32).eps)
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory):
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     folder = tmp_path_factory.mktemp("demo") / "out"
-    result = run_demo(folder, keeps=(0.8,), sentences=24, track=lambda *step: seen.append(step))
+    result = run_demo(folder, keeps=(0.8,), sentences=24, progress=lambda *step: seen.append(step))
     return folder, result, seen
 
 
@@ -40,7 +40,7 @@ def test_what_the_demo_measures(outcome) -> None:
     assert [row.structure for row in result.rows] == ["MPO, 5 sites", "low rank (SVD)"]
     assert all(0 < row.kept <= 0.8 and 0 < row.rel_error < 1 for row in result.rows)
     # At equal parameters the truncated SVD is the best matrix in this norm that legs (out, 1), (1, in) can give.
-    assert {what for what, _, _ in seen} == {name for name, _ in result.phases}
+    assert {what for _, _, what in seen} == {name for name, _ in result.phases}
     assert result.seconds == pytest.approx(sum(seconds for _, seconds in result.phases))
     assert sorted(path.name for path in folder.iterdir()) == ["model", "report.html", "result.json"]
     assert json.loads((folder / "result.json").read_text())["matrices"] == 36

@@ -22,7 +22,8 @@ from mpo_tn.torch.models.units import find_units
 from mpo_tn.tuning.checkpoints import check_folder
 from mpo_tn.tuning.finetune import NotFiniteError, Settings, Squeezing, finetune, save_finetuned
 from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, prepare
-from mpo_tn.tuning.run import Run, learning_rate_factor, start
+from mpo_tn.tuning.phases import learning_rate_factor
+from mpo_tn.tuning.run import Run, start
 from mpo_tn.tuning.squeezing import hold_out
 from mpo_tn.tuning.tasks.batches import Batches, text_batches
 from mpo_tn.tuning.tasks.data import load_task

@@ -11,15 +11,13 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
+from mpo_tn.progress import Progress
 from mpo_tn.torch.loops.evaluation import as_number, evaluated, set_training, training_flags
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.run_folder import RunFolder
 from mpo_tn.torch.loops.squeezer import Squeezer
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
-
-Progress = Callable[[int, int, str], None]
-"""Called with how many rounds are done, how many there are at most, and what the last one did."""
 
 
 def squeeze(
@@ -68,7 +66,7 @@ def squeeze(
         reference: the value to count the gap from; ``None`` evaluates the model as it is given.
         folder: for a log of every round, ``log.json``, and the state to resume from.
         resume: go on with the run in ``folder``, if there is one; else start it afresh.
-        progress: called after each round, see :data:`Progress`.
+        progress: called after each round, with how many are done, how many there may be, and what the last one did.
         on_round: called after each round with what was logged of it.
 
     Guarantee: the model, the optimiser and the scheduler end in the state after the last round whose gap was within

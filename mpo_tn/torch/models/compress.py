@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan, UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.progress import Progress
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
@@ -36,9 +37,6 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
-Progress = Callable[[int, int, str], None]
-"""Called with how many units are done, how many there are, and the name of the next (or last) one."""
-
 
 def compress(model: nn.Module, config: MPOConfig | Plan, *, progress: Progress | None = None) -> CompressionReport:
     """Replace linear layers and embeddings of ``model`` by their MPOs, in place, as a configuration or a plan says.
@@ -47,7 +45,8 @@ def compress(model: nn.Module, config: MPOConfig | Plan, *, progress: Progress |
         model: any ``torch.nn.Module``. Layers that share a module or a weight are decomposed once and still share.
         config: which modules, which legs, how much to keep; or a :class:`~mpo_tn.torch.Plan`, edited or not. With a
             configuration it is ``compress(model, plan(model, config))``.
-        progress: called before each unit and once when all are decomposed.
+        progress: called before each unit and once when all are decomposed, with how many units are done, how many
+            there are, and the name of the next (or last) one.
 
     Returns:
         Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.

@@ -15,6 +15,7 @@ from mpo_tn.linalg import tails
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Prediction, predictions
 from mpo_tn.planning.structure import structure
+from mpo_tn.progress import Progress
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.units import DenseUnit, find_units, mpo_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
@@ -54,7 +55,7 @@ def inspect_model(
     *,
     target: str = r".*",
     sites: int | str = 5,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[MatrixSummary]:
     """Summarise every compressed matrix of a model, or, in a dense model, every matrix that could be compressed.
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.tuning.tasks.data import Label, Split, TextData
+from mpo_tn.tuning.tasks.data import TextData
+from mpo_tn.tuning.tasks.glue import Label, Split
 
 # Batches whose examples are sorted together: enough to bring like lengths together, few enough to stay random.
 _BATCHES_SORTED_TOGETHER = 25

@@ -12,20 +12,7 @@ import numpy as np
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.tuning.tasks.files import task_from_folder, task_from_hub, text_from_folder
-from mpo_tn.tuning.tasks.glue import METRICS, TASKS, Label, Split, Task, find_task
-
-__all__ = [
-    "TASKS",
-    "Label",
-    "Split",
-    "Task",
-    "TaskData",
-    "TextData",
-    "examples_seen",
-    "find_task",
-    "load_task",
-    "shown",
-]
+from mpo_tn.tuning.tasks.glue import METRICS, Split, Task, find_task
 
 
 @dataclass(frozen=True)
@@ -112,6 +99,10 @@ class TextData:
         )
 
 
+Data = TaskData | TextData
+"""What one tunes on."""
+
+
 def load_task(
     name: str,
     data_dir: str | Path | None = None,
@@ -119,7 +110,7 @@ def load_task(
     hub: str = "nyu-mll/glue",
     limit: int | None = None,
     seed: int = 0,
-) -> TaskData | TextData:
+) -> Data:
     """Read a GLUE task, or with ``"text"`` a folder of text files.
 
     Args:
@@ -159,7 +150,7 @@ def shown(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {'undefined' if math.isnan(value) else f'{value:.1f}'}" for name, value in scores.items())
 
 
-def examples_seen(data: TaskData | TextData) -> Sequence[int]:
+def examples_seen(data: Data) -> Sequence[int]:
     """Sizes for tables: training examples (or characters), then those of each dev split."""
     if isinstance(data, TextData):
         return [sum(map(len, data.train)), sum(map(len, data.valid))]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError
-from mpo_tn.tuning.tasks.data import TASKS, Split, Task, TaskData, TextData, find_task, load_task, shown
+from mpo_tn.tuning.tasks import TASKS, Split, Task, TaskData, TextData, find_task, load_task, shown
 
 # The header lines of the files GLUE publishes.
 HEADERS = {
