@@ -1,4 +1,4 @@
-"""MPOLinear and MPOEmbedding: modules that hold cores instead of a weight."""
+"""MPOLayer, a module that holds cores instead of a weight, and MPOLinear."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.cost import Choices, Route, checked_mode, choices, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
-from mpo_tn.torch.layers.cores import Cores, DenseWeight, NoDenseWeightError
+from mpo_tn.torch.layers.cores import Cores
+from mpo_tn.torch.layers.dense_weight import DenseWeight, NoDenseWeightError
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
 
