@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target, written_beside
+from mpo_tn.storage.tensors import as_os_error
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
@@ -23,23 +24,29 @@ def load_model(source: str | Path) -> Any:
         MPOError: no such folder, not a model, damaged or incomplete files.
     """
     check_source(source)
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        names = config.architectures or []
-        known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-        cls = known[0] if known else transformers.AutoModel
-        model, info = cls.from_pretrained(source, output_loading_info=True)
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    model, missing = _read(source)
     if missing:
         raise MPOError(
             f"{source} is incomplete: {len(missing)} tensors of {type(model).__name__} are missing, for instance "
             f"{missing[0]}; fetch or save the model again"
         )
     return model.eval()
+
+
+def _read(source: str | Path, cls: Any = None, **options: Any) -> tuple[Any, list[str]]:
+    """The model, by default as the class that its configuration names, and the tensors that its files lack."""
+    try:
+        model, info = (cls or _class_of(source)).from_pretrained(source, output_loading_info=True, **options)
+    except MPOError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+    return model, sorted(info["missing_keys"])
+
+
+def _class_of(source: str | Path) -> Any:
+    names = transformers.AutoConfig.from_pretrained(source).architectures or []
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel)
 
 
 def check_source(source: str | Path) -> None:
@@ -83,10 +90,8 @@ def save_model(model: Any, source: str | Path, out: Path, *, overwrite: bool = F
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             _copy_companions(Path(source), temporary)
-        try:
+        with as_os_error():
             model.save_pretrained(temporary)
-        except SafetensorError as error:
-            raise OSError(_first_line(error)) from error
 
 
 def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> None:
@@ -120,18 +125,11 @@ def load_for_task(source: str | Path, num_labels: int | None, seed: int) -> Any:
     torch.manual_seed(seed)
     name = "AutoModelForCausalLM" if num_labels is None else "AutoModelForSequenceClassification"
     options = {} if num_labels is None else {"num_labels": num_labels}
-    try:
-        auto = getattr(transformers, name)
-        model, info = auto.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **options)
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise MPOError(f"{source} cannot be read as a model: {lines[0]}") from error
+    model, absent = _read(source, getattr(transformers, name), dtype=torch.float32, **options)
     body = getattr(model, model.base_model_prefix, model)
     inside = {f"{model.base_model_prefix}.{key}" for key in body.state_dict()} if body is not model else set[str]()
-    missing = sorted(key for key in info["missing_keys"] if key in inside and "pooler" not in key)
-    if missing or (num_labels is None and info["missing_keys"]):
-        first = (missing or sorted(info["missing_keys"]))[0]
+    missing = [key for key in absent if key in inside and "pooler" not in key]
+    if missing or (num_labels is None and absent):
+        first = (missing or absent)[0]
         raise MPOError(f"{source} is incomplete as a {type(model).__name__}: {first} is missing among others")
     return model
