@@ -114,6 +114,12 @@ def check_dtype(array: Array, what: str) -> None:
         )
 
 
+def check_loaded(array: Array, what: str) -> None:
+    """Refuse tensors on torch's meta device, which have a shape and no values."""
+    if "meta" in str(array_api_compat.device(array)):
+        raise MPOError(f"{what} is on the meta device (offloaded or not loaded) and has no values: load it first")
+
+
 def check_values(array: Array, what: str) -> None:
     """Refuse arrays without finite values, or whose values a gradient depends on."""
     xp = namespace(array)
@@ -127,8 +133,7 @@ def check_values(array: Array, what: str) -> None:
             f"{what} is being traced by JAX (jit, grad or vmap) and has no values, and cores are defined only up to a "
             "gauge: call this outside the traced function"
         )
-    if "meta" in str(array_api_compat.device(array)):
-        raise MPOError(f"{what} is on the meta device and has no values: load it first")
+    check_loaded(array, what)
     if library(array) == "jax":
         array, xp = to_numpy(array), np  # JAX would compile for every shape
     if not bool(xp.all(xp.isfinite(array))):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
-from mpo_tn.linalg import Array, dtype_name, is_traced, library, to_jax
+from mpo_tn.linalg import Array, check_loaded, dtype_name, is_traced, library, to_jax
 from mpo_tn.storage.files import write_whole
 
 FORMAT = "mpo_tn.MPO"
@@ -111,8 +111,7 @@ def _raw(core: Array, k: int) -> np.ndarray:
     if is_traced(core):
         raise MPOError(f"core {k} is being traced by JAX and has no values: save outside the traced function")
     if library(core) == "torch":
-        if core.is_meta:
-            raise MPOError(f"core {k} is on the meta device and has no values: load it first")
+        check_loaded(core, f"core {k}")
         core = core.detach().cpu().resolve_conj().resolve_neg().contiguous()
         core = (core.view(importlib.import_module("torch").uint16) if dtype_name(core) == "bfloat16" else core).numpy()
     array: Any = np.ascontiguousarray(core)

@@ -13,6 +13,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.modes import set_mode
+from mpo_tn.torch.layers.workspace import free_workspace
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.squeeze import squeeze
 from mpo_tn.torch.models.compress import compress
@@ -49,6 +50,7 @@ __all__ = [
     "compress",
     "cut_bond",
     "cut_model",
+    "free_workspace",
     "freeze",
     "load_cores",
     "load_state",

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress
 from mpo_tn.storage.files import written_beside
+from mpo_tn.storage.tensors import as_os_error
 from mpo_tn.tuning.carry_out import carry_out
 from mpo_tn.tuning.checkpoints import Keeper
 from mpo_tn.tuning.methods import Method
@@ -99,11 +98,9 @@ def save_finetuned(folder: Path, result: FinetuneResult, model: Any, tokenizer: 
         MPOError: the disk is full or may not be written to; the checkpoints are then still there.
     """
     with written_beside(folder) as temporary:
-        try:
+        with as_os_error():
             model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(temporary)
         document = json.dumps(result.to_dict(), indent=2, default=float)
         (temporary / "result.json").write_text(document, encoding="utf-8")
         if report:

@@ -50,6 +50,15 @@ def test_plan_then_compress(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_a_folder_without_weights_or_class_has_a_plan(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
+    values = json.loads((dense_folder / "config.json").read_text())
+    del values["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    code, printed, _ = mpo_tn("plan", tmp_path, "--bond", "3", "--json")
+    assert code == 0
+    assert json.loads(printed)["model"] == "BertModel"
+
+
 def test_an_edited_plan(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     mpo_tn("plan", dense_folder, "--sites", "3", "--out", file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors import SafetensorError
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target, written_beside
+from mpo_tn.storage.tensors import as_os_error
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
@@ -23,17 +26,7 @@ def load_model(source: str | Path) -> Any:
         MPOError: no such folder, not a model, damaged or incomplete files.
     """
     check_source(source)
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        names = config.architectures or []
-        known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-        cls = known[0] if known else transformers.AutoModel
-        model, info = cls.from_pretrained(source, output_loading_info=True)
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    model, missing = _read(source)
     if missing:
         raise MPOError(
             f"{source} is incomplete: {len(missing)} tensors of {type(model).__name__} are missing, for instance "
@@ -46,23 +39,42 @@ def empty_model(source: str | Path) -> Any:
     """The dense model that a folder or hub name describes, on the meta device: its structure without its weights.
 
     Raises:
-        MPOError: as for :func:`load_model`, and a model that is compressed already.
+        MPOError: no such folder, not a model, or one that is compressed or quantized already.
     """
     check_source(source)
-    try:
+    with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
             raise MPOError(f"{source} is compressed or quantized already: name the dense model")
-        names = config.architectures or []
-        known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        cls = _class_of(config)
+        build = cls.from_config if cls is transformers.AutoModel else cls._from_config
         with torch.device("meta"):
-            if known:
-                return known[0]._from_config(config, dtype=config.dtype)
-            return transformers.AutoModel.from_config(config, dtype=config.dtype)
+            return build(config, dtype=config.dtype)
+
+
+def _read(source: str | Path, cls: Any = None, **options: Any) -> tuple[Any, list[str]]:
+    """The model, by default as the class that its configuration names, and the tensors that its files lack."""
+    with _readable(source):
+        cls = cls or _class_of(transformers.AutoConfig.from_pretrained(source))
+        model, info = cls.from_pretrained(source, output_loading_info=True, **options)
+    return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _readable(source: str | Path) -> Generator[None]:
+    """Whatever goes wrong while a model is read is said in one way."""
+    try:
+        yield
     except MPOError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+
+
+def _class_of(config: Any) -> Any:
+    """The class that a configuration names; without one, the bare model of its kind."""
+    known = [getattr(transformers, name) for name in config.architectures or [] if hasattr(transformers, name)]
+    return known[0] if known else transformers.AutoModel
 
 
 def check_source(source: str | Path) -> None:
@@ -106,10 +118,8 @@ def save_model(model: Any, source: str | Path, out: Path, *, overwrite: bool = F
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             _copy_companions(Path(source), temporary)
-        try:
+        with as_os_error():
             model.save_pretrained(temporary)
-        except SafetensorError as error:
-            raise OSError(_first_line(error)) from error
 
 
 def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> None:
@@ -143,18 +153,11 @@ def load_for_task(source: str | Path, num_labels: int | None, seed: int) -> Any:
     torch.manual_seed(seed)
     name = "AutoModelForCausalLM" if num_labels is None else "AutoModelForSequenceClassification"
     options = {} if num_labels is None else {"num_labels": num_labels}
-    try:
-        auto = getattr(transformers, name)
-        model, info = auto.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **options)
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise MPOError(f"{source} cannot be read as a model: {lines[0]}") from error
+    model, absent = _read(source, getattr(transformers, name), dtype=torch.float32, **options)
     body = getattr(model, model.base_model_prefix, model)
     inside = {f"{model.base_model_prefix}.{key}" for key in body.state_dict()} if body is not model else set[str]()
-    missing = sorted(key for key in info["missing_keys"] if key in inside and "pooler" not in key)
-    if missing or (num_labels is None and info["missing_keys"]):
-        first = (missing or sorted(info["missing_keys"]))[0]
+    missing = [key for key in absent if key in inside and "pooler" not in key]
+    if missing or (num_labels is None and absent):
+        first = (missing or absent)[0]
         raise MPOError(f"{source} is incomplete as a {type(model).__name__}: {first} is missing among others")
     return model

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.product import no_autocast
 
@@ -31,18 +29,20 @@ class MPOEmbedding(MPOLayer):
     as in ``nn.Embedding``.
     """
 
-    def __init__(
-        self,
-        spec: ModuleSpec,
-        cores: Sequence[nn.Parameter] | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(spec, cores, device=device, dtype=dtype)
-        self.num_embeddings = spec.out_features
-        self.embedding_dim = spec.in_features
-        self.padding_idx = spec.padding_idx
+    @property
+    def num_embeddings(self) -> int:
+        """How many ids there are."""
+        return self.spec.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """The width."""
+        return self.spec.in_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The id whose row takes no gradient."""
+        return self.spec.padding_idx
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Shape (...) of ids to (..., width).

@@ -1,4 +1,4 @@
-"""MPOLinear and MPOEmbedding: modules that hold cores instead of a weight."""
+"""MPOLayer, a module that holds cores instead of a weight, and MPOLinear."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
-from mpo_tn.planning.cost import Choices, Route, checked_mode, choices, rebuild_route
+from mpo_tn.planning.cost import Route, checked_mode, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
-from mpo_tn.torch.layers.cores import Cores, DenseWeight, NoDenseWeightError
+from mpo_tn.torch.layers.cores import Cores
+from mpo_tn.torch.layers.dense_weight import DenseWeight, NoDenseWeightError
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
+from mpo_tn.torch.layers.routes import routes_of
 
 
 class MPOLayer(nn.Module):
@@ -96,7 +98,7 @@ class MPOLayer(nn.Module):
         self._spec = spec
         self._size = (spec.out_features, spec.in_features)
         self._rebuild = rebuild_route(spec.core_shapes, *self._size)
-        self._plan_modes()
+        self._renew()
 
     @property
     def mode(self) -> str:
@@ -106,20 +108,12 @@ class MPOLayer(nn.Module):
     @mode.setter
     def mode(self, mode: str) -> None:
         self._mode = checked_mode(mode)
-        self._plan_modes()
+        self._renew()
 
-    def _plan_modes(self) -> None:
+    def _renew(self) -> None:
         self._dense = None
-        shapes, mode = self._spec.core_shapes, "rebuild" if self._mode == "cached" else self._mode
-        # All of them now, because looking for one while torch traces would break the graph.
-        self._choices: dict[tuple[str, int, bool], Choices] = {
-            (device, itemsize, training): choices(
-                shapes, *self._size, mode, training=training, device_type=device, itemsize=itemsize
-            )
-            for device in ("cpu", "cuda")
-            for itemsize in (2, 4, 8)
-            for training in (False, True)
-        }
+        mode = "rebuild" if self._mode == "cached" else self._mode
+        self._routes = routes_of(self._spec.core_shapes, self._size, mode)
 
     def _cached_weight(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
         """The dense weight that mode ``"cached"`` keeps; None where keeping it would be wrong.
@@ -220,8 +214,7 @@ class MPOLinear(MPOLayer):
 
     def _route(self, x: torch.Tensor, cores: Sequence[torch.Tensor]) -> Route:
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
-        device = "cpu" if x.device.type == "cpu" else "cuda"
-        found = self._choices[device, min(cores[0].element_size(), 8), training]
+        found = self._routes.of((x.device.type, cores[0].element_size(), training))
         if len(found.starts) == 1:
             return found.routes[0]
         if torch.compiler.is_compiling() and not _has_fixed_shape(x):

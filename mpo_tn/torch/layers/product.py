@@ -80,6 +80,11 @@ def _product(sizes: Sequence[int]) -> int:
     return result
 
 
+def _full_size(cores: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """The rows and columns of the matrix before it is cropped."""
+    return _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
+
+
 def _apply(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """``matrix`` (given, taken) times every member of ``state`` (batch, taken, beside)."""
     batch, taken, beside = state.shape
@@ -130,19 +135,19 @@ class _Product(torch.autograd.Function):
         g = gradients[0]
         # The backward pass of a step can run inside of autocast.
         with no_autocast(g.device), workspace(cores[0]):
-            backward = _rebuild_backward if ctx.route.mode == "rebuild" else _chain_backward
-            of_x, of_cores = backward(ctx, g, x, cores, want_x, want_cores)
+            of_x: torch.Tensor | None = None
+            of_cores: list[torch.Tensor | None] = [None] * len(cores)
+            if want_x or any(want_cores):
+                backward = _rebuild_backward if ctx.route.mode == "rebuild" else _chain_backward
+                of_x = backward(ctx, g, x, cores, want_x, want_cores, of_cores)
             of_bias = g.sum(0) if want_bias else None
         return of_x, of_bias, None, None, None, *of_cores
 
 
 def _rebuild_backward(
     ctx: Any, g: torch.Tensor, x: torch.Tensor | None, cores: Sequence[torch.Tensor], want_x: bool,
-    want_cores: Sequence[bool],
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
-    of_cores: list[torch.Tensor | None] = [None] * len(cores)
-    if not want_x and not any(want_cores):
-        return None, of_cores
+    want_cores: Sequence[bool], of_cores: list[torch.Tensor | None],
+) -> torch.Tensor | None:  # fmt: skip
     tree = ctx.route.segments[0]
     parts = merge_parts(tree, cores)
     of_x = None
@@ -151,28 +156,25 @@ def _rebuild_backward(
         of_x = torch.mm(g, matrix.conj())
         give_back(matrix)
     if x is not None:
-        rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
+        rows, columns = _full_size(cores)
         of_matrix = passing_product(g.T, x.conj(), kept=isinstance(tree, int))
         if of_matrix.dtype != cores[0].dtype:
             of_matrix = of_matrix.to(cores[0].dtype)
         if (rows, columns) != ctx.size:
             of_matrix = functional.pad(of_matrix, (0, columns - ctx.size[1], 0, rows - ctx.size[0]))
         spread(tree, parts, of_matrix.view(1, rows, columns, 1), want_cores, of_cores)
-    return of_x, of_cores
+    return of_x
 
 
 def _chain_backward(
     ctx: Any, g: torch.Tensor, x: torch.Tensor | None, cores: Sequence[torch.Tensor], want_x: bool,
-    want_cores: Sequence[bool],
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
-    of_cores: list[torch.Tensor | None] = [None] * len(cores)
-    if not want_x and not any(want_cores):
-        return None, of_cores
+    want_cores: Sequence[bool], of_cores: list[torch.Tensor | None],
+) -> torch.Tensor | None:  # fmt: skip
     chain = _Chain(ctx.route, cores)
     wanted = [any_wanted(tree, want_cores) for tree in ctx.route.segments]
     # The states before the segments that want a gradient; nothing after the last of them is needed.
     last = max([0, *[k for k, want in enumerate(wanted) if want]])
-    rows, columns = _product([core.shape[1] for core in cores]), _product([core.shape[2] for core in cores])
+    rows, columns = _full_size(cores)
     states = [] if x is None else _states(_padded(x, columns), chain, last)
     gradient = _padded(g, rows)
     for k in range(len(chain.nodes) - 1, -1, -1):
@@ -189,7 +191,7 @@ def _chain_backward(
         if not want_x and not any(wanted[:k]):
             break
         gradient = _apply(matrix.mH, gradient)
-    return (gradient.reshape(g.shape[0], columns)[:, : ctx.size[1]] if want_x else None), of_cores
+    return gradient.reshape(g.shape[0], columns)[:, : ctx.size[1]] if want_x else None
 
 
 def _padded(value: torch.Tensor, size: int) -> torch.Tensor:

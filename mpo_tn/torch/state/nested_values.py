@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.state.host_values import host_copy
 
 _TAG = "$"
 
@@ -32,7 +33,7 @@ def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         while path in tensors:  # a key with a slash in it
             path += "'"
-        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = host_copy(value)
         return {_TAG: "tensor", "key": path, "host": value.device.type == "cpu"}
     if isinstance(value, (list, tuple)):
         parts = [encode(part, f"{path}/{k}", tensors) for k, part in enumerate(value)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.files import check_target, written_beside
+from mpo_tn.storage.tensors import as_damaged, as_os_error
 from mpo_tn.torch.models.trainable import is_norm, occurrences
 from mpo_tn.torch.models.units import mpo_specs, mpo_units
+from mpo_tn.torch.state.host_values import host_copy, tensors_digest
 
 CORES_VERSION = 1
 _WEIGHTS, _DESCRIPTION = "cores.safetensors", "cores.json"
@@ -76,7 +77,7 @@ def save_cores(
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad and name not in wanted
     ]
     # Copies: safetensors refuses tensors that share memory, and a transposed one would be written with its strides.
-    tensors = {name: present[name].detach().cpu().contiguous().clone() for name in present if name in wanted}
+    tensors = {name: host_copy(tensor) for name, tensor in present.items() if name in wanted}
     description = {
         "format": "mpo_tn.cores",
         "version": CORES_VERSION,
@@ -89,10 +90,8 @@ def save_cores(
         "left_out": sorted(present.keys() - wanted - set(frozen)),
     }
     with written_beside(out) as temporary:
-        try:
+        with as_os_error():
             save_file(tensors, temporary / _WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
         (temporary / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return tuple(tensors)
 
@@ -151,9 +150,8 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         if is_norm(module):
             buffers = {f"{name}.{own}".removeprefix("."): value for own, value in module.named_buffers(recurse=False)}
             found |= {full: value for full, value in buffers.items() if full in kept}
-    absent = [name for name, tensor in found.items() if tensor.device.type == "meta"]
-    if absent:
-        raise MPOError(f"{absent[0]} is on the meta device and has no data: load the model without offloading")
+    for name, tensor in found.items():
+        check_loaded(tensor, name)
     return found
 
 
@@ -212,15 +210,14 @@ def _kind(tensor: torch.Tensor) -> tuple[str, list[int]]:
 
 def _entry(tensor: torch.Tensor) -> list[Any]:
     """Dtype, shape, and a digest of the bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return [*_kind(tensor), hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).hexdigest()]
+    return [*_kind(tensor), tensors_digest([tensor])]
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The description and the tensors, checked against each other."""
     if not (folder / _DESCRIPTION).is_file():
         raise MPOError(f"{folder} has no {_DESCRIPTION}: name a folder that save_cores wrote")
-    try:
+    with as_damaged(folder, "save the cores again"):
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         if description["format"] != "mpo_tn.cores":
             raise MPOError(f"{folder / _DESCRIPTION} is a {description['format']!r}, not mpo_tn.cores")
@@ -240,10 +237,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         damaged = sorted(tensors.keys() ^ saved.keys()) or [
             name for name, tensor in tensors.items() if _entry(tensor) != saved[name]
         ]
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise MPOError(f"{folder} is damaged ({type(error).__name__}: {error}): save the cores again") from error
     if damaged:
         raise MPOError(f"{folder} is damaged: {damaged[0]} is not what was written; save the cores again")
     return description, tensors

@@ -5,7 +5,6 @@ A folder holds ``tensors.safetensors`` and ``state.json``, and is there whole or
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -15,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.storage.files import written_beside
+from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
 from mpo_tn.torch.models.units import cuttable_units
+from mpo_tn.torch.state.host_values import host_copy, tensors_digest
 from mpo_tn.torch.state.nested_values import decode, encode
 
 FORMAT_VERSION = 1
@@ -39,7 +40,7 @@ class TrainingState:
 
     def model_digest(self) -> str:
         """A digest of the model's tensors, without the optimiser's and the random generators."""
-        return _digest({name: value for name, value in self.tensors.items() if name.startswith("model/")})
+        return tensors_digest(value for name, value in self.tensors.items() if name.startswith("model/"))
 
 
 def capture(
@@ -56,13 +57,13 @@ def capture(
     tensors: dict[str, torch.Tensor] = {}
     saved, left_out = _entries(model, which)
     for name, value in saved.items():
-        tensors[f"model/{name}"] = _copied(value)
+        tensors[f"model/{name}"] = host_copy(value)
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "which": which,
         "model": _structure(model),
         "saved": list(saved),
-        "left_out": _digest(left_out),
+        "left_out": tensors_digest(left_out.values()),
         "units": {
             name: {"bonds": list(u.spec.bonds), "rel_error": u.spec.rel_error, "exact": u.spec.exact}
             for name, u in cuttable_units(model, required=False).items()
@@ -163,37 +164,29 @@ def write_state(state: TrainingState, folder: Path) -> None:
     """Write a captured state. See :func:`save_state`."""
     with written_beside(folder) as temporary:
         file = temporary / _TENSORS
-        try:
+        with as_os_error():
             save_file(state.tensors, file)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        values = {**state.values, "tensors": _file_digest(file)}
+        values = {**state.values, "tensors": file_digest(file)}
         (temporary / _VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read_state(folder: Path) -> TrainingState:
     """Read a captured state. See :func:`load_state`."""
-    try:
-        values = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    with as_damaged(folder, "name the folder of another state, or start afresh"):
+        values = json.loads(_present(folder / _VALUES).read_text(encoding="utf-8"))
         version = values["format_version"]
         if version != FORMAT_VERSION:
             raise MPOError(f"{folder} has format {version!r}, and this version reads {FORMAT_VERSION}: upgrade mpo-tn")
-        if values["tensors"] != _file_digest(folder / _TENSORS):
-            raise MPOError(f"{folder / _TENSORS} is damaged: it is not what {_VALUES} says was written")
-        return TrainingState(load_file(folder / _TENSORS), values)
-    except FileNotFoundError as error:
-        raise MPOError(f"{folder} is not the folder of a state: {error.filename} is missing") from error
-    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise MPOError(f"{folder} cannot be read, it is damaged: {error!r}") from error
+        file = _present(folder / _TENSORS)
+        if values["tensors"] != file_digest(file):
+            raise MPOError(f"{file} is damaged: it is not what {_VALUES} says was written")
+        return TrainingState(load_file(file), values)
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _copied(value: torch.Tensor) -> torch.Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
+def _present(file: Path) -> Path:
+    if not file.is_file():
+        raise MPOError(f"{file.parent} is not the folder of a state: {file} is missing")
+    return file
 
 
 def _all_entries(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -202,6 +195,7 @@ def _all_entries(model: nn.Module) -> dict[str, torch.Tensor]:
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor) and id(value) not in seen:
+            check_loaded(value, name)
             seen.add(id(value))
             entries[name] = value
     return entries
@@ -227,13 +221,6 @@ def _structure(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _digest(entries: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for value in entries.values():
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _checked_model(
     values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, torch.Tensor]:
@@ -249,7 +236,7 @@ def _checked_model(
     if list(saved) != values["saved"]:
         different = sorted(set(saved) ^ set(values["saved"]))[0]
         raise MPOError(f"the state was saved with other parameters frozen, for instance {different}: freeze the same")
-    if _digest(left_out) != values["left_out"]:
+    if tensors_digest(left_out.values()) != values["left_out"]:
         raise MPOError(
             f"the state is of another model: the {len(left_out)} frozen tensors that it does not hold have other "
             "values; start from the same pre-trained model"
@@ -333,7 +320,7 @@ def random_digest() -> str:
     """A digest of the states of all random generators."""
     tensors: dict[str, torch.Tensor] = {}
     values = json.dumps(_random_state(tensors))
-    return hashlib.blake2b(values.encode() + _digest(tensors).encode(), digest_size=16).hexdigest()
+    return bytes_digest([values.encode(), tensors_digest(tensors.values()).encode()])
 
 
 def _restore_random(saved: Any, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -243,6 +243,18 @@ def test_damaged_folders_change_nothing(tmp_path: Path) -> None:
     damage("state.json", lambda data: b"\xff\xfe", "cannot be read, it is damaged")
 
 
+@pytest.mark.parametrize("module", ["table", "head"])  # frozen and left out; trainable
+def test_a_model_without_values_is_neither_saved_nor_read_into(module: str, tmp_path: Path) -> None:
+    save_state(tmp_path / "state", model=Net())
+    model = Net()
+    getattr(model, module).to("meta")
+    with pytest.raises(MPOError, match=f"{module}.weight is on the meta device"):
+        save_state(tmp_path / "other", model=model)
+    with pytest.raises(MPOError, match=f"{module}.weight is on the meta device"):
+        load_state(tmp_path / "state", model=model)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     save_state(tmp_path / "state", **training.parts())
