@@ -38,14 +38,10 @@ def current_host() -> Host:
 def use_host(host: Host) -> Host:
     """Tell ``host`` from now on. Returns the one before, to be put back.
 
-    >>> class Notebook:
-    ...     def attach(self, model, config):
-    ...         print("compressed:", *(name for name, _ in model.named_children()))
-    >>> from mpo_tn.torch import compress
-    >>> before = use_host(Notebook())
-    >>> _ = compress(nn.Sequential(nn.Linear(8, 8)), MPOConfig(sites=3))
-    compressed: 0
-    >>> _ = use_host(before)
+    >>> mine = NoHost()
+    >>> before = use_host(mine)
+    >>> current_host() is mine, use_host(before) is mine
+    (True, True)
     """
     global _host
     before, _host = _host, host
