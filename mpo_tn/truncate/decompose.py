@@ -8,6 +8,7 @@ import array_api_compat
 
 from mpo_tn.chains.canonical import stored
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.unfolding import interleave
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,
@@ -17,7 +18,7 @@ from mpo_tn.linalg import (
     dtype_name,
     eps,
     frobenius_norm,
-    interleave,
+    is_single,
     left_factor,
     namespace,
     share_memory,
@@ -25,7 +26,7 @@ from mpo_tn.linalg import (
     times_power_of_two,
     widen,
 )
-from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.sites import Sites, check_legs, checked_sites
 from mpo_tn.truncate.basis import Method, checked_method
 from mpo_tn.truncate.spectra import unfolding_spectra
 from mpo_tn.truncate.sweep import LIGHT_NORMS, LIGHT_SIZE, BondCallback, Budget, Sweep, peels_left
@@ -46,11 +47,7 @@ def decompose(
     sites = checked_sites(sites)
     truncation = checked_truncation(truncation)
     chosen = checked_method(method)
-    if sites.shape != tuple(matrix.shape):
-        raise MPOError(
-            f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is "
-            f"{tuple(matrix.shape)}: legs must multiply exactly, see Sites.balanced"
-        )
+    check_legs(sites, matrix.shape)
     caps = truncation.caps(len(sites) - 1)
     norm = frobenius_norm(matrix)
     budget = Budget(truncation.budget(norm, eps(matrix), dtype_name(matrix)), len(sites) - 1)
@@ -66,7 +63,7 @@ def decompose(
     # power of two is factorised from the same bits, as no LAPACK promises the same digits for 2 A as for A.
     exponent = binary_exponent(norm)
     scale = 2.0**exponent
-    single = dtype_name(matrix) not in ("float64", "complex128")
+    single = is_single(matrix)
     notes = storage_notes(matrix)
     large = math.prod(sites.shape) >= LIGHT_SIZE and LIGHT_NORMS[0] < norm < LIGHT_NORMS[1]
     light = single and chosen != "svd" and large and not notes
