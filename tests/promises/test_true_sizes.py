@@ -97,7 +97,7 @@ def test_the_page_holds_the_tables_of_the_script() -> None:
 def test_the_embedding_row_that_the_paper_prints_for_bert_cannot_be_right() -> None:
     row = Sites((5, 10, 10, 10, 6), (2, 2, 4, 4, 2))
     assert row.shape == (30000, 128)
-    with pytest.raises(MPOError, match=r"\(30000, 128\), the matrix is \(30522, 768\)"):
+    with pytest.raises(MPOError, match=r"\(30000, 128\) and the matrix is \(30522, 768\)"):
         script().count("BERT-base", overrides={"word_embeddings": {"sites": row}})
 
 
