@@ -15,7 +15,7 @@ import transformers
 from helpers.paths import ROOT, TESTS
 from helpers.tiny_models import outputs, tiny
 
-from mpo_tn import MPOError
+from mpo_tn import MPOError, __version__
 from mpo_tn.app import cli
 from mpo_tn.planning.cost import Prediction
 from mpo_tn.storage.files import check_target, written_beside
@@ -45,6 +45,22 @@ def run(*args: str | Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.fixture
 def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_the_version_and_nothing_else(mpo_tn) -> None:
+    assert mpo_tn("--version") == (0, f"mpo-tn {__version__}\n", "")
+    assert mpo_tn("--version", "compress") == (0, f"mpo-tn {__version__}\n", "")
+
+
+def test_the_version_needs_neither_torch_nor_transformers() -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"  # importing them fails
+        "sys.argv = ['mpo-tn', '--version']\n"
+        "runpy.run_module('mpo_tn', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mpo-tn {__version__}\n", "")
 
 
 def test_compress_then_load_in_a_new_process(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
