@@ -63,6 +63,7 @@ def test_the_version_needs_neither_torch_nor_transformers() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mpo-tn {__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_compress_then_load_in_a_new_process(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     code, printed, _ = mpo_tn("compress", dense_folder, out, "--keep", "0.6", "--sites", "3", "--json")
@@ -219,6 +220,7 @@ def test_nan_weights_are_named(mpo_tn, tmp_path: Path) -> None:
     assert "NaN" in error
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(dense_folder: Path, tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the kernel refuses the write in the same place."""
     script = (

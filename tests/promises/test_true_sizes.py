@@ -89,6 +89,7 @@ def test_counts_of_the_other_models_add_up(name: str, dense: str) -> None:
     assert all(spec.bonds == spec.sites.full_bonds and spec.center == 2 for spec in specs.values())
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_tables_of_the_script() -> None:
     page = (ROOT / "docs" / "model_sizes.md").read_text(encoding="utf-8").splitlines()
     assert set(script().tables()) <= set(page)
