@@ -289,13 +289,6 @@ def times_power_of_two(array: Array, exponent: int, *, in_place: bool = False) -
     return array * 2.0**exponent
 
 
-def share_memory(a: Array, b: Array) -> bool:
-    """Whether writing into one of two arrays of NumPy or torch could change the other."""
-    if isinstance(a, np.ndarray):
-        return np.may_share_memory(a, b)
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 def tails(values: np.ndarray) -> np.ndarray:
     """``tails(s)[r]`` is the 2-norm of ``s[r:]``, summed from the small end; its length is ``len(s) + 1``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import array_api_compat
+import numpy as np
 
 from mpo_tn.chains.canonical import stored
 from mpo_tn.chains.chain import Chain
@@ -21,7 +22,6 @@ from mpo_tn.linalg import (
     is_single,
     left_factor,
     namespace,
-    share_memory,
     storage_notes,
     times_power_of_two,
     widen,
@@ -69,7 +69,7 @@ def decompose(
     light = single and chosen != "svd" and large and not notes
     given = matrix if light else widen(matrix)
     tensor = interleave(given, sites.out, sites.in_)
-    tensor = times_power_of_two(tensor, -exponent, in_place=not share_memory(tensor, given))
+    tensor = times_power_of_two(tensor, -exponent, in_place=not _share_memory(tensor, given))
     budget.scale(scale)
     sweep = Sweep(caps, budget, chosen, single, scale, callback)
     cores = _peel(tensor, sites, sweep)
@@ -82,6 +82,13 @@ def decompose(
     if known is not None:
         sweep.know(known)
     return chain, sweep.report(norm, eps(matrix), truncation)
+
+
+def _share_memory(a: Array, b: Array) -> bool:
+    """Whether writing into one of two arrays of NumPy or torch could change the other."""
+    if isinstance(a, np.ndarray):
+        return np.may_share_memory(a, b)
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:
