@@ -1,20 +1,26 @@
 # make demo   the embedded model, end to end (under 3 minutes on 2 cores once installed)
+# make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
 # make soak   the property tests with twenty times the examples
 # make bench  timings against other libraries, printed as ratios
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share out the tests, of one thread each.
+WORKERS ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 # Nothing here may look for a model on the network; threads that spin waste a shared core.
 export HF_HUB_OFFLINE = 1
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types tests notebooks soak bench clean
+.PHONY: demo quick test lint types fast tests notebooks soak bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-tn demo --out demo --overwrite
+
+quick: lint types fast
 
 test: lint types tests notebooks
 
@@ -25,14 +31,19 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-tests: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+fast: $(VENV)/.test
+	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow" --durations=5 --durations-min=1
 
+tests: $(VENV)/.test
+	$(PYTEST)
+
+# The kernels of notebooks do not see tests/conftest.py, which keeps other processes to one thread.
+notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(VENV)/.test
-	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
 
 soak: $(VENV)/.test
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests
+	HYPOTHESIS_PROFILE=soak $(PYTEST) tests
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large

@@ -33,6 +33,9 @@ EPS = {
     "complex128": 2.0**-52,
 }
 
+DOUBLE = ("float64", "complex128")
+"""The names of the dtypes that are computed in."""
+
 _SQUARES_IN_RANGE = (1e-140, 1e140)
 """Norms whose square is in range, and the square of whose entries is where they matter to 16 digits."""
 
@@ -96,6 +99,11 @@ def machine_eps(dtype: Any) -> float:
 def is_half(array: Array) -> bool:
     """Whether the array is float16 or bfloat16, in which nothing can be factorised."""
     return dtype_name(array) in ("float16", "bfloat16")
+
+
+def is_single(array: Array) -> bool:
+    """Whether its real numbers have 32 bits or fewer, so that a Gram matrix in double precision loses nothing."""
+    return dtype_name(array) not in DOUBLE
 
 
 def describe(array: Array) -> str:
@@ -200,7 +208,7 @@ def to_jax(array: np.ndarray, device: Any = None) -> Array:
     """
     import jax
 
-    if dtype_name(array) in ("float64", "complex128") and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if dtype_name(array) in DOUBLE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise MPOError(
             f"JAX cannot hold {dtype_name(array)} with x64 switched off: call "
             'jax.config.update("jax_enable_x64", True) first, or use another dtype or library'
@@ -230,12 +238,17 @@ def narrow(array: Array) -> Array:
     return xp.astype(array, single, copy=False)
 
 
+def conjugate(array: Array) -> Array:
+    """The complex conjugate; a real array itself, where NumPy would copy it."""
+    if not dtype_name(array).startswith("complex"):
+        return array
+    # Not torch's own, which only marks a tensor as conjugate: neither NumPy nor files understand the mark.
+    return namespace(array).conj(array)
+
+
 def adjoint(matrix: Array) -> Array:
     """The conjugate transpose."""
-    xp = namespace(matrix)
-    turned = xp.permute_dims(matrix, (1, 0))
-    # NumPy copies in order to conjugate, even real numbers.
-    return xp.conj(turned) if dtype_name(matrix).startswith("complex") else turned
+    return conjugate(namespace(matrix).permute_dims(matrix, (1, 0)))
 
 
 def frobenius_norm(array: Array) -> float:
@@ -279,44 +292,6 @@ def times_power_of_two(array: Array, exponent: int, *, in_place: bool = False) -
         array *= 2.0**exponent
         return array
     return array * 2.0**exponent
-
-
-def share_memory(a: Array, b: Array) -> bool:
-    """Whether writing into one of two arrays of NumPy or torch could change the other."""
-    if isinstance(a, np.ndarray):
-        return np.may_share_memory(a, b)
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def interleave(matrix: Array, out: tuple[int, ...], in_: tuple[int, ...]) -> Array:
-    """The entries of a matrix (out, in) as a vector ordered by ``(out_1, in_1, ..., out_n, in_n)``."""
-    xp = namespace(matrix)
-    if isinstance(matrix, np.ndarray) and matrix.flags.c_contiguous:
-        # Neighbours within the last leg stay neighbours: moved as one item they move several times as fast.
-        for together, item in ((16 // matrix.itemsize, np.complex128), (8 // matrix.itemsize, np.float64)):
-            if together > 1 and in_[-1] % together == 0:
-                moved = interleave(matrix.view(item), out, (*in_[:-1], in_[-1] // together))
-                return moved.view(matrix.dtype)
-    sizes = (*out, *in_)
-    # Axes of size 1 are left out: NumPy has no more than 64.
-    kept = [axis for axis, size in enumerate(sizes) if size > 1]
-    order = [axis for k in range(len(out)) for axis in (k, len(out) + k) if sizes[axis] > 1]
-    tensor = xp.reshape(matrix, tuple(sizes[axis] for axis in kept))
-    return xp.reshape(xp.permute_dims(tensor, tuple(kept.index(axis) for axis in order)), (-1,))
-
-
-def deinterleave(vector: Array, out: tuple[int, ...], in_: tuple[int, ...]) -> Array:
-    """The matrix (out, in) of a vector ordered by ``(out_1, in_1, ..., out_n, in_n)``: the inverse of `interleave`.
-
-    >>> matrix = np.arange(24.0).reshape(4, 6)
-    >>> bool((deinterleave(interleave(matrix, (2, 2), (3, 2)), (2, 2), (3, 2)) == matrix).all())
-    True
-    """
-    xp = namespace(vector)
-    pairs = [(out[k], in_[k]) for k in range(len(out)) if out[k] * in_[k] > 1]
-    tensor = xp.reshape(vector, tuple(size for pair in pairs for size in pair))
-    order = (*range(0, 2 * len(pairs), 2), *range(1, 2 * len(pairs), 2))
-    return xp.reshape(xp.permute_dims(tensor, order), (math.prod(out), math.prod(in_)))
 
 
 def tails(values: np.ndarray) -> np.ndarray:

@@ -168,6 +168,19 @@ def checked_sites(sites: object) -> Sites:
     return sites
 
 
+def check_legs(sites: Sites, shape: Sequence[int]) -> None:
+    """Refuse legs that do not multiply to the shape of a matrix (out, in).
+
+    Raises:
+        MPOError: they do not.
+    """
+    if sites.shape != tuple(shape):
+        raise MPOError(
+            f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is {tuple(shape)}: legs "
+            "must multiply exactly, see Sites.balanced"
+        )
+
+
 def _positive(name: str, value: int) -> int:
     number = whole_number(value)
     if number is None or number < 1:

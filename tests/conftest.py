@@ -1,17 +1,21 @@
-"""Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh;
-`few` is for repeating tests in another setting."""
+"""One thread a process, and the profiles of Hypothesis.
+
+`ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh; `few`, a tenth of them, is
+for `make quick` and for repeating tests in another setting.
+"""
 
 import os
 
 from hypothesis import HealthCheck, settings
 
-# Matrices are tiny here: threads that wait for each other cost more than they bring.
+# Matrices are tiny here: threads that wait for each other cost more than they bring, and there are other processes to
+# use the cores. Set before NumPy and torch are loaded, and inherited by every process that a test starts.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 CI_EXAMPLES = 100
 
-# Without x64 JAX has no double precision; tests/test_jax.py runs without it too.
+# Without x64 JAX has no double precision; tests/promises/test_jax.py runs without it too.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 
 settings.register_profile(

@@ -118,16 +118,3 @@ def test_binary_exponent(value):
     scaled = linalg.times_power_of_two(np.array([value, value * 1j]), -exponent)
     assert 1 <= scaled[0].real < 2
     assert linalg.times_power_of_two(scaled, exponent)[0] == value
-
-
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_interleave(out, random):
-    in_ = [random.randint(1, 4) for _ in out]
-    rows, columns = math.prod(out), math.prod(in_)
-    w = np.arange(float(rows * columns)).reshape(rows, columns)
-    found = linalg.interleave(w, tuple(out), tuple(in_)).reshape(
-        [size for pair in zip(out, in_, strict=True) for size in pair]
-    )
-    for digits in np.ndindex(*found.shape):
-        row, column = np.ravel_multi_index(digits[::2], out), np.ravel_multi_index(digits[1::2], in_)
-        assert found[digits] == w[row, column]

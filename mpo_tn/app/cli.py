@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpo_tn import __version__
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.terminal import (
     Json,
@@ -49,6 +50,21 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(squeeze)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"mpo-tn {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """What is said before the name of a command."""
 
 
 @app.command()

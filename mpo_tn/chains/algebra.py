@@ -21,6 +21,7 @@ from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
     binary_exponent,
+    conjugate,
     describe,
     dtype_name,
     frobenius_norm,
@@ -139,7 +140,7 @@ def transpose(chain: ChainT) -> ChainT:
 
 def conj(chain: ChainT) -> ChainT:
     """Conjugate every core. The canonical form stays."""
-    return chain.with_cores(map(_conj, chain.cores), chain.canonical_interval)
+    return chain.with_cores(map(conjugate, chain.cores), chain.canonical_interval)
 
 
 def trace(chain: Chain) -> float | complex:
@@ -168,7 +169,7 @@ def inner(a: Chain, b: Chain) -> float | complex:
     for core, other in zip(wide_a, wide_b, strict=True):
         if partial is None:
             partial = xp.ones((1, 1), dtype=core.dtype, device=array_api_compat.device(core))
-        partial = xp.tensordot(_conj(core), xp.tensordot(partial, other, axes=1), axes=((0, 1, 2), (0, 1, 2)))
+        partial = xp.tensordot(conjugate(core), xp.tensordot(partial, other, axes=1), axes=((0, 1, 2), (0, 1, 2)))
     return _number(partial, exponent_a + exponent_b)
 
 
@@ -250,13 +251,6 @@ def _check_pair(verb: str, a: Chain, b: Chain, *, same_legs: bool) -> None:
 
 def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
     return namespace(like).zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
-
-
-def _conj(array: Array) -> Array:
-    if not dtype_name(array).startswith("complex"):
-        return array
-    # Not torch's own, which only marks a tensor as conjugate: neither NumPy nor files understand the mark.
-    return namespace(array).conj(array)
 
 
 def _normalised(chain: Chain) -> tuple[list[Array], int]:

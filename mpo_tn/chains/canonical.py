@@ -90,18 +90,28 @@ def stored(chain: ChainT, like: Array) -> ChainT:
 
 def shift_right(core: Array, following: Array) -> tuple[Array, Array]:
     """``--A--B--  ->  --Q--(R B)--`` with ``A = Q R``: the left core becomes left-isometric."""
-    xp = namespace(core)
-    left, out, in_, right = core.shape
-    q, r = qr(xp.reshape(core, (left * out * in_, right)))
-    return xp.reshape(q, (left, out, in_, q.shape[1])), xp.tensordot(r, following, axes=1)
+    q, r = split_right(core)
+    return q, namespace(core).tensordot(r, following, axes=1)
 
 
 def shift_left(preceding: Array, core: Array) -> tuple[Array, Array]:
     """``--A--B--  ->  --(A L)--Q--`` with ``B = L Q``: the right core becomes right-isometric."""
+    factor, q = split_left(core)
+    return namespace(core).tensordot(preceding, factor, axes=1), q
+
+
+def split_right(core: Array) -> tuple[Array, Array]:
+    """``Q`` and ``R`` of ``core = Q R``, Q left-isometric and R a matrix."""
     xp = namespace(core)
-    left, out, in_, right = core.shape
-    q, r = qr(adjoint(xp.reshape(core, (left, out * in_ * right))))
-    return xp.tensordot(preceding, adjoint(r), axes=1), xp.reshape(adjoint(q), (q.shape[1], out, in_, right))
+    q, r = qr(xp.reshape(core, (-1, core.shape[3])))
+    return xp.reshape(q, (*core.shape[:3], q.shape[1])), r
+
+
+def split_left(core: Array) -> tuple[Array, Array]:
+    """``L`` and ``Q`` of ``core = L Q``, L a matrix and Q right-isometric."""
+    xp = namespace(core)
+    q, r = qr(adjoint(xp.reshape(core, (core.shape[0], -1))))
+    return adjoint(r), xp.reshape(adjoint(q), (q.shape[1], *core.shape[1:]))
 
 
 def wide_chain(chain: ChainT) -> ChainT:

@@ -13,7 +13,7 @@ import opt_einsum
 
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, dtype_name, full_precision, namespace
+from mpo_tn.linalg import Array, dtype_name, full_precision, library, namespace
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 
@@ -90,6 +90,21 @@ def plan_for_chain(chain: Chain, batch: int | None = None, memory_limit: int | N
             raise MPOError(f"{name}={value!r} must be a positive integer")
     shapes = tuple(tuple(int(size) for size in core.shape) for core in chain.cores)
     return plan_for_shapes(shapes, _BYTES[dtype_name(chain.cores[0])], batch, memory_limit)
+
+
+def to_nodes(chain: Chain) -> list[Any]:
+    """Fresh TensorNetwork nodes, in order, connected along the bonds. See :meth:`mpo_tn.MPO.to_nodes`."""
+    # Imported here because it takes longer to load than the rest of the package together.
+    import tensornetwork
+
+    backend = {"torch": "pytorch"}.get(library(chain.cores[0]), library(chain.cores[0]))
+    axes = ["left", "out", "in", "right"]
+    nodes = [
+        tensornetwork.Node(core, name=f"T{k}", axis_names=axes, backend=backend) for k, core in enumerate(chain.cores)
+    ]
+    for node, following in itertools.pairwise(nodes):
+        tensornetwork.connect(node["right"], following["left"])
+    return nodes
 
 
 def contract_matrix(cores: Sequence[Array], plan: ContractionPlan, xp: Any = None) -> Array:

@@ -14,6 +14,7 @@ from mpo_tn.chains.canonical import check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
+    DOUBLE,
     Array,
     adjoint,
     binary_exponent,
@@ -40,7 +41,7 @@ def cast_error(chain: Chain, dtype: Any) -> float:
     is_complex = dtype_name(chain.cores[0]).startswith("complex")
     if is_complex and not name.startswith("complex"):
         raise MPOError(f"complex cores cannot be cast to {name} without losing their imaginary part: use complex64")
-    if name in ("float64", "complex128"):
+    if name in DOUBLE:
         return 0.0  # they hold every other dtype, and JAX has neither unless told
     wanted = getattr(xp, name, None)
     if wanted is None:

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import array_api_compat
 import numpy as np
 
-from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored, wide_chain
+from mpo_tn.chains.canonical import (
+    ChainT,
+    canonicalize,
+    check_cores,
+    shift_left,
+    shift_right,
+    split_left,
+    split_right,
+    stored,
+    wide_chain,
+)
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.fit.targets import Target, from_left, target_of, to_right
@@ -27,7 +37,6 @@ from mpo_tn.linalg import (
     eps,
     left_factor,
     namespace,
-    qr,
     restored,
     tails,
     widen,
@@ -120,11 +129,11 @@ def refit(chain: ChainT, k: int, target: Array | Chain) -> tuple[ChainT, FitRepo
     left, right = goal.edge(), goal.end()
     carry: Array | None = None
     for j in range(site):
-        q, carry = _split_right(cores[j] if carry is None else from_left(carry, cores[j]))
+        q, carry = split_right(cores[j] if carry is None else from_left(carry, cores[j]))
         left = goal.advance_left(left, q, j)
     back: Array | None = None
     for j in range(len(chain) - 1, site, -1):
-        back, q = _split_left(cores[j] if back is None else to_right(cores[j], back))
+        back, q = split_left(cores[j] if back is None else to_right(cores[j], back))
         right = goal.advance_right(right, q, j)
     # The other cores are isometries times carry and back, so the least-squares core is a projection and two inverses;
     # where the others have dependent columns, the one of least norm.
@@ -191,14 +200,12 @@ class _Search:
             self.callback(number, k, self.template.with_cores(self.cores, (center, center)))
         if rightwards:
             if self.width == 1:
-                self.cores[k], carry = _split_right(block)
-                self.cores[k + 1] = from_left(carry, self.cores[k + 1])
+                self.cores[k], self.cores[k + 1] = shift_right(block, self.cores[k + 1])
             self.lefts[k + 1] = self.goal.advance_left(self.lefts[k], self.cores[k], k)
         elif k + self.width > 1:
             moved = k + self.width - 1
             if self.width == 1:
-                carry, self.cores[k] = _split_left(block)
-                self.cores[k - 1] = to_right(self.cores[k - 1], carry)
+                self.cores[k - 1], self.cores[k] = shift_left(self.cores[k - 1], block)
             self.rights[moved] = self.goal.advance_right(self.rights[moved + 1], self.cores[moved], moved)
 
     def divide(self, block: Array, k: int, rightwards: bool) -> tuple[Array, Array]:
@@ -227,20 +234,6 @@ def _options(sites: int, sweeps: int, tol: float, max_bond: int | None) -> tuple
     if max_bond is not None and width == 1:
         raise MPOError(f"max_bond={max_bond!r} with sites=1: one site at a time keeps the bonds, use sites=2")
     return width, number
-
-
-def _split_right(core: Array) -> tuple[Array, Array]:
-    """``core = Q R`` with Q left-isometric."""
-    xp = namespace(core)
-    q, r = qr(xp.reshape(core, (-1, core.shape[3])))
-    return xp.reshape(q, (*core.shape[:3], q.shape[1])), r
-
-
-def _split_left(core: Array) -> tuple[Array, Array]:
-    """``core = L Q`` with Q right-isometric."""
-    xp = namespace(core)
-    q, r = qr(adjoint(xp.reshape(core, (core.shape[0], -1))))
-    return adjoint(r), xp.reshape(adjoint(q), (q.shape[1], *core.shape[1:]))
 
 
 def _pseudo_inverse(matrix: Array, precision: float) -> Array:

@@ -10,15 +10,15 @@ import array_api_compat
 from mpo_tn.chains.algebra import distance
 from mpo_tn.chains.canonical import canonicalize, check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.unfolding import interleave
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,
     adjoint,
     check_matrix,
+    conjugate,
     describe,
-    dtype_name,
     frobenius_norm,
-    interleave,
     namespace,
     widen,
 )
@@ -118,13 +118,13 @@ class ChainTarget:
     def advance_left(self, left: Array, core: Array, k: int) -> Array:
         """The overlap of all sites up to k."""
         xp = namespace(core)
-        return xp.tensordot(_conj(core), from_left(left, self.chain.cores[k]), axes=((0, 1, 2), (0, 1, 2)))
+        return xp.tensordot(conjugate(core), from_left(left, self.chain.cores[k]), axes=((0, 1, 2), (0, 1, 2)))
 
     def advance_right(self, right: Array, core: Array, k: int) -> Array:
         """The overlap of all sites from k on."""
         xp = namespace(core)
         passed = xp.tensordot(self.chain.cores[k], right, axes=((3,), (1,)))
-        return xp.tensordot(_conj(core), passed, axes=((1, 2, 3), (1, 2, 3)))
+        return xp.tensordot(conjugate(core), passed, axes=((1, 2, 3), (1, 2, 3)))
 
     def local(self, left: Array, right: Array, k: int, width: int) -> Array:
         """The target's cores between two overlaps."""
@@ -178,7 +178,3 @@ def to_right(core: Array, matrix: Array) -> Array:
 def one(like: Array) -> Array:
     """The 1 x 1 matrix 1, in the library, dtype and device of an array."""
     return namespace(like).ones((1, 1), dtype=like.dtype, device=array_api_compat.device(like))
-
-
-def _conj(core: Array) -> Array:
-    return namespace(core).conj(core) if dtype_name(core).startswith("complex") else core

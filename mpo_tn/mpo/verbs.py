@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from mpo_tn import interop
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.fit.sweeps import FitCallback, FitReport, fit, refit
@@ -204,7 +203,7 @@ class MPO(Operators, Measures):
         >>> [node.shape for node in mpo.to_nodes()]
         [(1, 2, 2, 4), (4, 2, 2, 1)]
         """
-        return interop.to_nodes(self)
+        return contraction.to_nodes(self)
 
     def canonicalize(self, center: int) -> MPO:
         """Move the orthogonality centre: sites before it become left-isometric, sites after it right-isometric.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mpo_tn.exceptions import MPOError
-from mpo_tn.sites import Sites
+from mpo_tn.sites import Sites, check_legs
 
 _MOST_PADDING = 1 / 16
 
@@ -25,10 +24,7 @@ def legs_for(out: int, in_: int, sites: int | str | Sites) -> Sites:
     ((272, 384), (5, 10, 10, 10, 6))
     """
     if isinstance(sites, Sites):
-        if sites.shape != (out, in_):
-            raise MPOError(
-                f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape}, the matrix is {(out, in_)}"
-            )
+        check_legs(sites, (out, in_))
         return sites
     if isinstance(sites, str):
         return Sites.low_rank(out, in_)

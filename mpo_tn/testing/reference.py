@@ -81,7 +81,7 @@ def installed_backends() -> tuple[str, ...]:
 
 def holds(backend: str, dtype: str) -> bool:
     """Whether a backend has a dtype: JAX no double precision without x64, NumPy no bfloat16 without ml_dtypes."""
-    if backend == "jax" and dtype in ("float64", "complex128"):
+    if backend == "jax" and dtype in linalg.DOUBLE:
         import jax
 
         return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]

@@ -19,9 +19,9 @@ from mpo_tn.linalg import (
     Array,
     adjoint,
     binary_exponent,
-    dtype_name,
     eigenvectors,
     frobenius_norm,
+    is_single,
     left_factor,
     namespace,
     narrow,
@@ -190,7 +190,7 @@ def _rough(matrix: Array, columns: int) -> Factor | None:
     None where that is too little for the precision to be enough.
     """
     norm = frobenius_norm(matrix)
-    half_the_digits = _SINGLE_RANGE if dtype_name(matrix) in ("float32", "complex64") else _DOUBLE_RANGE
+    half_the_digits = _SINGLE_RANGE if is_single(matrix) else _DOUBLE_RANGE
     if not half_the_digits[0] < norm < half_the_digits[1]:
         return None
     tall = matrix.shape[0] > matrix.shape[1]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import array_api_compat
+import numpy as np
 
 from mpo_tn.chains.canonical import stored
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.unfolding import interleave
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     Array,
@@ -17,15 +19,14 @@ from mpo_tn.linalg import (
     dtype_name,
     eps,
     frobenius_norm,
-    interleave,
+    is_single,
     left_factor,
     namespace,
-    share_memory,
     storage_notes,
     times_power_of_two,
     widen,
 )
-from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.sites import Sites, check_legs, checked_sites
 from mpo_tn.truncate.basis import Method, checked_method
 from mpo_tn.truncate.spectra import unfolding_spectra
 from mpo_tn.truncate.sweep import LIGHT_NORMS, LIGHT_SIZE, BondCallback, Budget, Sweep, peels_left
@@ -46,11 +47,7 @@ def decompose(
     sites = checked_sites(sites)
     truncation = checked_truncation(truncation)
     chosen = checked_method(method)
-    if sites.shape != tuple(matrix.shape):
-        raise MPOError(
-            f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is "
-            f"{tuple(matrix.shape)}: legs must multiply exactly, see Sites.balanced"
-        )
+    check_legs(sites, matrix.shape)
     caps = truncation.caps(len(sites) - 1)
     norm = frobenius_norm(matrix)
     budget = Budget(truncation.budget(norm, eps(matrix), dtype_name(matrix)), len(sites) - 1)
@@ -66,13 +63,13 @@ def decompose(
     # power of two is factorised from the same bits, as no LAPACK promises the same digits for 2 A as for A.
     exponent = binary_exponent(norm)
     scale = 2.0**exponent
-    single = dtype_name(matrix) not in ("float64", "complex128")
+    single = is_single(matrix)
     notes = storage_notes(matrix)
     large = math.prod(sites.shape) >= LIGHT_SIZE and LIGHT_NORMS[0] < norm < LIGHT_NORMS[1]
     light = single and chosen != "svd" and large and not notes
     given = matrix if light else widen(matrix)
     tensor = interleave(given, sites.out, sites.in_)
-    tensor = times_power_of_two(tensor, -exponent, in_place=not share_memory(tensor, given))
+    tensor = times_power_of_two(tensor, -exponent, in_place=not _share_memory(tensor, given))
     budget.scale(scale)
     sweep = Sweep(caps, budget, chosen, single, scale, callback)
     cores = _peel(tensor, sites, sweep)
@@ -85,6 +82,13 @@ def decompose(
     if known is not None:
         sweep.know(known)
     return chain, sweep.report(norm, eps(matrix), truncation)
+
+
+def _share_memory(a: Array, b: Array) -> bool:
+    """Whether writing into one of two arrays of NumPy or torch could change the other."""
+    if isinstance(a, np.ndarray):
+        return np.may_share_memory(a, b)
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _peel(tensor: Array, sites: Sites, sweep: Sweep) -> list[Array]:

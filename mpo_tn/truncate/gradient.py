@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from mpo_tn.chains.unfolding import deinterleave, interleave
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     EPS,
     Array,
     adjoint,
     check_matrix,
-    deinterleave,
     frobenius_norm,
-    interleave,
     library,
     restored,
     svd,
     to_numpy,
     widen,
 )
-from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.sites import Sites, check_legs, checked_sites
 from mpo_tn.truncate.sweep import peels_left
 from mpo_tn.truncation import Truncation, checked_truncation
 
@@ -79,11 +78,7 @@ def truncated(matrix: Array, sites: Sites, truncation: Truncation) -> Array:
 
 def _forward(matrix: Array, sites: Sites, caps: tuple[int | None, ...]) -> tuple[Array, list[Step]]:
     matrix = check_matrix(matrix)
-    if sites.shape != tuple(matrix.shape):
-        raise MPOError(
-            f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is {tuple(matrix.shape)}: "
-            "legs must multiply exactly, see Sites.balanced"
-        )
+    check_legs(sites, matrix.shape)
     tensor = interleave(to_numpy(widen(matrix)), sites.out, sites.in_)
     steps: list[Step] = []
     for bond, rank in _order(sites, caps):

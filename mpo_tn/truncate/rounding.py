@@ -18,6 +18,7 @@ from mpo_tn.linalg import (
     dtype_name,
     eps,
     frobenius_norm,
+    is_single,
     left_factor,
     namespace,
     narrow,
@@ -50,7 +51,7 @@ def compress(
     known = None if truncation.max_parameters is None else spectra(chain)
     if known is not None and truncation.max_parameters is not None:
         caps = known.bonds_for(truncation.max_parameters, caps)
-    single = dtype_name(chain.cores[0]) not in ("float64", "complex128")
+    single = is_single(chain.cores[0])
     gram = method == "gram" or (single and method != "svd")
     if method == "auto" and not single and not truncation.has_tolerance and _halves(caps, chain.bonds):
         rounded, report = _sweep(chain, truncation, caps, known, method, None, gram=True)
@@ -79,7 +80,7 @@ def _sweep(
 ) -> tuple[ChainT, Report]:
     n = len(chain)
     precision = eps(chain.cores[0])
-    single = dtype_name(chain.cores[0]) not in ("float64", "complex128")
+    single = is_single(chain.cores[0])
     notes = storage_notes(chain.cores[0])
     light = gram and single and not notes and math.prod(chain.shape) >= LIGHT_SIZE
     cores, exponent = _unit_cores(chain, narrow if light else widen)

@@ -10,14 +10,14 @@ import numpy as np
 
 from mpo_tn.chains.canonical import canonicalize, shift_right, wide_chain
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.unfolding import interleave
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
     binary_exponent,
     check_matrix,
-    dtype_name,
     frobenius_norm,
-    interleave,
+    is_single,
     machine_eps,
     namespace,
     singular_values,
@@ -25,7 +25,7 @@ from mpo_tn.linalg import (
     times_power_of_two,
     widen,
 )
-from mpo_tn.sites import Sites, checked_sites
+from mpo_tn.sites import Sites, check_legs, checked_sites
 from mpo_tn.truncate.caps import bonds_within
 
 _ARITHMETIC = 16 * 2.0**-52
@@ -213,13 +213,12 @@ def unfolding_spectra(matrix: Array, sites: Sites) -> Spectra:
     Spectra([[2.0, 0.0, 0.0, 0.0]], Sites(out=(2, 2), in_=(2, 2)))
     """
     matrix = check_matrix(matrix)
-    if sites.shape != tuple(matrix.shape):
-        raise MPOError(f"legs multiply to {sites.shape} and the matrix is {tuple(matrix.shape)}: see Sites.balanced")
+    check_legs(sites, matrix.shape)
     xp = namespace(matrix)
     # To a norm from 1 to 2: a multiple by a power of two then has the same digits, whatever LAPACK does with it.
     exponent = binary_exponent(frobenius_norm(matrix))
     tensor = times_power_of_two(interleave(widen(matrix), sites.out, sites.in_), -exponent)
-    gram = dtype_name(matrix) not in ("float64", "complex128")
+    gram = is_single(matrix)
     rows = [math.prod(sites.sizes[: k + 1]) for k in range(len(sites) - 1)]
     values = (singular_values(xp.reshape(tensor, (m, -1)), gram=gram) for m in rows)
     return Spectra((times_power_of_two(part, exponent) for part in values), sites)

@@ -16,7 +16,7 @@ from helpers.paths import ROOT, TESTS
 from helpers.program import run
 from helpers.tiny_models import outputs, tiny
 
-from mpo_tn import MPOError
+from mpo_tn import MPOError, __version__
 from mpo_tn.app import cli
 from mpo_tn.planning.cost import Prediction
 from mpo_tn.storage.files import check_target, written_beside
@@ -40,6 +40,23 @@ def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
+def test_the_version_and_nothing_else(mpo_tn) -> None:
+    assert mpo_tn("--version") == (0, f"mpo-tn {__version__}\n", "")
+    assert mpo_tn("--version", "compress") == (0, f"mpo-tn {__version__}\n", "")
+
+
+def test_the_version_needs_neither_torch_nor_transformers() -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"  # importing them fails
+        "sys.argv = ['mpo-tn', '--version']\n"
+        "runpy.run_module('mpo_tn', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mpo-tn {__version__}\n", "")
+
+
+@pytest.mark.slow
 def test_compress_then_load_in_a_new_process(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     code, printed, _ = mpo_tn("compress", dense_folder, out, "--keep", "0.6", "--sites", "3", "--json")
@@ -196,6 +213,7 @@ def test_nan_weights_are_named(mpo_tn, tmp_path: Path) -> None:
     assert "NaN" in error
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(dense_folder: Path, tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the kernel refuses the write in the same place."""
     script = (

@@ -61,6 +61,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_finetune_squeeze_and_the_one_shot_control(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:
     """The walk of a newcomer: tune, squeeze what was tuned, and truncate at once to the same bonds."""
     tuned, squeezed, shot = (tmp_path / name for name in ("tuned", "squeezed", "shot"))
@@ -176,6 +177,7 @@ def test_text(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o").config.vocab_size == 20
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(
     mpo_tn: Any, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory):
     return folder, result, seen
 
 
+@pytest.mark.slow
 def test_what_the_demo_measures(outcome) -> None:
     folder, result, seen = outcome
     assert result.matrices == 36
@@ -46,6 +47,7 @@ def test_what_the_demo_measures(outcome) -> None:
     assert json.loads((folder / "result.json").read_text())["matrices"] == 36
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_nothing_else(outcome) -> None:
     folder, result, _ = outcome
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -67,6 +69,7 @@ def test_the_page_is_whole_and_needs_nothing_else(outcome) -> None:
     assert not re.search(r"\{(title|body)\}", page)
 
 
+@pytest.mark.slow
 def test_an_earlier_result_is_not_replaced_unasked(outcome) -> None:
     folder, _, _ = outcome
     before = (folder / "result.json").read_bytes()

@@ -288,6 +288,7 @@ def test_random_entries_have_variance_one(dtype):
     assert abs(np.mean(squares) - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_random_is_the_same_in_every_process_and_so_are_the_plans():
     code = (
         "import hashlib, numpy as np; from mpo_tn import MPO, Sites\n"

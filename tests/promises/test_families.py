@@ -223,6 +223,7 @@ def test_another_head(tmp_path: Path) -> None:
     assert torch.equal(outputs(roundtrip(head, tmp_path / "head")), outputs(head))
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_a_step_and_what_it_saves_loads(tmp_path: Path) -> None:
     config = transformers.BertConfig(**SMALL, num_labels=2)
     model = transformers.BertForSequenceClassification(config)

@@ -17,6 +17,7 @@ def half(kind, sites, seed, which, scale=1.0):
     return to_backend(make(kind, sites, False, seed) * scale, library, dtype), dtype
 
 
+@pytest.mark.slow
 @given(legs(), st.integers(0, 2**32 - 1), HALVES, st.sampled_from((1.0, 1e-2, 30.0)))
 def test_full_bonds(sites, seed, which, scale):
     w, dtype = half("gaussian", sites, seed, which, scale)

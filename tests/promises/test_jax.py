@@ -96,6 +96,7 @@ def test_double_precision_while_x64_is_off(dtype):
                 make_array()
 
 
+@pytest.mark.slow
 def test_property_tests_hold_without_x64():
     """The same tests as for NumPy and torch, in a process in which JAX has no double precision."""
     files = [str(TESTS / name) for name in ("promises/test_error.py", "chains/test_canonical.py")]
@@ -200,6 +201,7 @@ def test_products_are_not_cut_to_the_precision_of_an_accelerator():
     assert program.count("Precision.HIGHEST") == 2 * program.count("dot_general[")
 
 
+@pytest.mark.slow
 def test_cores_are_committed_nowhere_new():
     """Two CPU devices: the cores stay where the matrix is; those of a sharded matrix go to its first device."""
     code = """
@@ -228,6 +230,7 @@ assert all(np.array_equal(a, b) for a, b in zip(mpo.cores, spread.cores))
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "complex64", "float64", "complex128"])
 def test_algebra(x64, dtype):

@@ -34,6 +34,7 @@ def test_the_readme_has_an_example_for_each_user(tmp_path: Path, monkeypatch: py
     assert {"report", "test_the_report_is_the_error", "again"} <= set(names)
 
 
+@pytest.mark.slow
 def test_the_page_on_tuning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_page("docs/finetuning.md")

@@ -337,17 +337,3 @@ def test_nothing_is_factorised_where_nothing_can_be_cut(problem):
         assert min(left, math.prod(problem.sites.sizes) // left) == mpo.bonds[k]
     assert fro(problem.host - dense(mpo.cores)) <= problem.slack
     assert_canonical(mpo)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128", ">f4"])
-@pytest.mark.parametrize("last", [1, 2, 3, 4, 6, 8])
-def test_interleaving_moves_every_entry_to_its_place(dtype, last):
-    out, in_ = (2, 3, 2), (3, 2, last)
-    w = np.arange(12 * 6 * last).reshape(12, 6 * last).astype(dtype)
-    expected = w.reshape(*out, *in_).transpose(0, 3, 1, 4, 2, 5).ravel()
-    for matrix in (w, np.asfortranarray(w), w[::-1], w[:, ::-1]):
-        moved = linalg.interleave(matrix, out, in_)
-        plain = np.ascontiguousarray(matrix).reshape(*out, *in_).transpose(0, 3, 1, 4, 2, 5).ravel()
-        assert moved.dtype == w.dtype
-        assert np.array_equal(moved, plain)
-    assert np.array_equal(linalg.interleave(w, out, in_), expected)

@@ -37,6 +37,7 @@ def test_it_is_the_matrix_of_the_decomposition(problem, cap):
         assert abs(fro(problem.host - host(value)) - report.error) <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sites", "bonds"), LEGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_gradcheck(sites, bonds, dtype):

@@ -107,7 +107,7 @@ def test_entropy_of_two_values():
 
 @pytest.mark.parametrize("array", [np.ones((4, 4)), torch.ones(4, 4)])
 def test_unfolding_spectra_refuse_other_legs(array):
-    with pytest.raises(MPOError, match=re.escape("legs multiply to (4, 6) and the matrix is (4, 4)")):
+    with pytest.raises(MPOError, match=re.escape("multiply to (4, 6) and the matrix is (4, 4)")):
         unfolding_spectra(array, Sites((2, 2), (2, 3)))
     broken = array * 1.0
     broken[0, 0] = math.nan

@@ -365,6 +365,7 @@ KILLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "calls"), KILLS)
 def test_killed_and_resumed_is_bit_equal(
     places: dict[str, Path], mrpc: Any, name: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

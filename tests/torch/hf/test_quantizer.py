@@ -146,6 +146,7 @@ def test_a_dense_model_can_still_be_saved_beside(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loading_without_this_package_fails_loudly(family: str, tmp_path: Path) -> None:
     model = tiny(family)

@@ -22,6 +22,8 @@ from mpo_tn.torch.hf.trainer import SqueezeCallback
 from mpo_tn.torch.loops.evaluation import evaluated
 from mpo_tn.torch.models.units import all_bonds, mpo_units
 
+pytestmark = pytest.mark.slow
+
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
     ids = torch.randint(0, 101, (count, 8), generator=torch.Generator().manual_seed(seed))

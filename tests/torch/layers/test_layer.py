@@ -243,6 +243,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert table(torch.tensor([1])).dtype == dtype
 
 
+@pytest.mark.slow
 def test_compile_without_graph_breaks() -> None:
     """Several layers in one process: numbers that differ between them must not become symbols."""
     ids = torch.tensor([[3, 3], [0, 10]])

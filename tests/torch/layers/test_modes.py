@@ -24,6 +24,7 @@ from mpo_tn.torch import set_mode
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(specs(), st.sampled_from([0, 1, 2, 37]), st.sampled_from(DTYPES))
 def test_all_modes_agree(spec: ModuleSpec, tokens: int, dtype: torch.dtype) -> None:

@@ -208,6 +208,7 @@ def test_activation_checkpointing(mode: str, reentrant: bool) -> None:
     assert all(torch.equal(value.grad, gradient) for value, gradient in zip(inputs, plain, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_in_one_graph(mode: str) -> None:
     layer = layer_of(LARGER, mode, dtype=torch.float32, frozen=(1,))

@@ -321,6 +321,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         Task().run(folder=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     script = TESTS / "helpers" / "kill_squeeze.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
