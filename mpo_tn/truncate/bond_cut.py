@@ -120,8 +120,8 @@ def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the cha
     # Below this a singular value is rounding of the product.
     floor = _EPS * bond * float(np.linalg.norm(left)) * float(np.linalg.norm(right))
     rank = min(number, int((values > floor).sum()))
-    rows = u[:, :rank].T @ left
-    projector = (right @ (vh[:rank].T / values[:rank])) @ rows
+    rows = adjoint(u[:, :rank]) @ left
+    projector = (right @ (adjoint(vh[:rank]) / values[:rank])) @ rows
     kept, q = _identity_where_possible(rows / np.sqrt(values[:rank])[:, None], number)
     p = projector[:, list(kept)]
     first, second = wide[k], wide[k + 1]
@@ -140,7 +140,7 @@ def _identity_where_possible(rows: np.ndarray, bond: int) -> tuple[tuple[int, ..
     r, order = pivoted_qr(rows) if rank else (rows, np.arange(width))
     kept = np.sort(order[:bond])
     rest = order[bond:]
-    q = np.zeros((bond, width))
+    q = np.zeros((bond, width), dtype=rows.dtype)
     q[np.arange(bond), kept] = 1.0
     if rank and rest.size:
         q[np.ix_(np.searchsorted(kept, order[:rank]), rest)] = np.linalg.solve(r[:, :rank], r[:, bond:])

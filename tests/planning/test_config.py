@@ -1,9 +1,8 @@
-"""MPOConfig and ModuleSpec: what they refuse, what an override replaces, and their JSON."""
+"""MPOConfig: what it refuses, what an override replaces, and its JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
-from mpo_tn.planning.legs import legs_for
-from mpo_tn.torch import ModuleSpec, MPOConfig
+from mpo_tn.planning.config import MPOConfig
 
 PATTERNS = st.one_of(
     st.just("all-linear"), st.just(r".*query"), st.lists(st.text("abc.", min_size=1), max_size=3).map(tuple)
@@ -87,46 +85,3 @@ def test_the_first_matching_override_wins_and_replaces_the_size() -> None:
 def test_unknown_keys_are_refused() -> None:
     with pytest.raises(MPOError, match="rank"):
         MPOConfig.from_dict({"rank": 4})
-
-
-@pytest.fixture
-def spec() -> ModuleSpec:
-    sites = legs_for(101, 32, 3)
-    return ModuleSpec("embedding", sites, sites.capped_bonds(4), 101, 32, padding_idx=0, rel_error=0.25, exact=False)
-
-
-def test_a_specification_survives_json(spec: ModuleSpec) -> None:
-    assert ModuleSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-
-
-def test_a_specification_counts_its_cores(spec: ModuleSpec) -> None:
-    numbers = 0
-    for left, out, in_, right in spec.core_shapes:
-        numbers += left * out * in_ * right
-    assert spec.num_parameters == numbers
-    assert spec.kept == numbers / (101 * 32)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kind": "conv2d"}, "conv2d"),
-        ({"bonds": (4,)}, "bonds"),
-        ({"bonds": (4, 0)}, "bonds"),
-        ({"out_features": 10_000}, "10000"),
-        ({"in_features": 10_000}, "10000"),
-    ],
-)
-def test_a_specification_that_contradicts_itself(spec: ModuleSpec, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(MPOError, match=message):
-        replace(spec, **changes)
-
-
-@pytest.mark.parametrize("key", ["kind", "sites", "bonds", "out_features", "in_features"])
-def test_a_damaged_specification_names_the_key(spec: ModuleSpec, key: str) -> None:
-    values = spec.to_dict()
-    del values[key]
-    with pytest.raises(MPOError, match=key):
-        ModuleSpec.from_dict(values)
-    with pytest.raises(MPOError, match="colour"):
-        ModuleSpec.from_dict({**spec.to_dict(), "colour": 1})

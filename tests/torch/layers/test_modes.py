@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.modes import LARGER, MODES, SMALL, agrees, layer_of, spec_of, specs
+from helpers.modes import MODES, agrees, layer_of
+from helpers.specs import LARGER, SMALL, spec_of, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

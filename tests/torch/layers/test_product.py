@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter import close, cores_norm, reference_matrix
-from helpers.modes import COMPUTING, LARGER, MODES, SMALL, agrees, layer_of, spec_of, specs
+from helpers.modes import COMPUTING, MODES, agrees, layer_of
+from helpers.specs import LARGER, SMALL, spec_of, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,8 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpo_tn.planning.cost import chain_routes, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers import merging, workspace
+from mpo_tn.torch.layers.product import mpo_linear
 from mpo_tn.torch.layers.workspace import free_workspace
 
 
@@ -154,6 +157,26 @@ def backward_flops(mode: str, frozen: tuple[int, ...], *, x_too: bool = False) -
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     return counter.get_total_flops()
+
+
+@settings(max_examples=60)
+@given(specs(), st.sampled_from([1, 2, 7]), st.booleans())
+def test_predicted_flops_are_those_torch_counts(spec: ModuleSpec, tokens: int, training: bool) -> None:
+    layer = layer_of(spec)
+    size = (spec.out_features, spec.in_features)
+    x = torch.randn(tokens, spec.in_features, dtype=torch.float64, requires_grad=training)
+    routes = [rebuild_route(spec.core_shapes, *size), *chain_routes(spec.core_shapes)]
+    for route in routes:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            y = mpo_linear(x, layer.bias, route, size, tuple(layer.cores))
+            if training:
+                y.sum().backward()
+        counted = counter.get_total_flops()
+        if training:
+            # The last merge or step need not be made again to have its gradients.
+            assert 0.4 * route.training.total_flops(tokens) < counted <= route.training.total_flops(tokens)
+        else:
+            assert counted == route.forward.total_flops(tokens)
 
 
 @pytest.mark.parametrize("mode", ["chain", "rebuild"])

@@ -18,7 +18,6 @@ from helpers.tiny_models import token_ids
 from torch import nn
 
 from mpo_tn import MPOError
-from mpo_tn.planning.ranking import choose_cuts
 from mpo_tn.torch import (
     MPOConfig,
     MPOLayer,
@@ -404,14 +403,3 @@ def test_a_transformer_with_shared_layers(family: str, tmp_path: Path) -> None:
     assert all_bonds(mpo_units(loaded)) == result.bonds
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
-
-
-def test_choosing_sees_the_bonds_that_earlier_choices_leave() -> None:
-    task = Task()
-    units = mpo_units(task.model)
-    specs = {name: unit.spec for name, unit in units.items()}
-    chosen = choose_cuts(specs, bond_spectra(task.model), 10**6, score="error_per_parameter")
-    assert {(cut.unit, cut.bond): cut.after for cut in chosen} == {
-        (name, k): 1 for name, unit in units.items() for k in range(len(unit.spec.bonds))
-    }
-    assert choose_cuts(specs, bond_spectra(task.model), 5, keep=2.0) == []
