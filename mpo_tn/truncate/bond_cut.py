@@ -102,8 +102,11 @@ def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the cha
         new_bond: at least 1 and at most the bond. Beyond the numerical rank the matrix stays the same.
         name: for messages.
 
-    Guarantee: ``|W - W'|`` is the tail of the spectrum of bond k beyond ``new_bond``, to ``c eps norm`` with the eps
-    of the cores' dtype; singular values that are zero do no harm. The maps are exact in double precision.
+    Guarantee (best-cut): ``|W - W'|`` is the tail of the spectrum of bond k beyond ``new_bond``, to
+    ``4 eps(dtype) sqrt(size)`` times the norm of all that is left of the bond and of all that is right of it; singular
+    values that are zero do no harm.
+    Guarantee (cut-maps): the new cores are ``A p`` and ``q B`` to the rounding of these products in double precision,
+    and ``q`` is the identity on the columns ``kept``, exactly.
 
     Raises:
         MPOError: no such bond, a bond out of range, cores with entries that are NaN or infinite.

@@ -47,8 +47,8 @@ def finetune(
         resume: go on from the checkpoint in ``folder``, if there is one.
         track: told of the progress.
 
-    Guarantee: the same arguments, versions, threads and machine kind give the same bits, also if the run was killed at
-    any point and resumed.
+    Guarantee (tuned-same-bits): the same arguments, versions, threads and machine kind give the same bits.
+    Guarantee (resumed-same-bits): they do so if the run was killed at any point and resumed, too.
 
     Raises:
         MPOError: bad input, see :func:`mpo_tn.tuning.run.start`; a checkpoint of another run.

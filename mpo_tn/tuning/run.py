@@ -102,8 +102,11 @@ class Run:
     def step(self) -> float:
         """One step of training on the batch that belongs to it; returns the loss.
 
+        Guarantee (nan-spoils-nothing): if the loss or the gradient is NaN or infinite the parameters are left as they
+        were before the step.
+
         Raises:
-            NotFiniteError: the loss or the gradient is NaN or infinite; the parameters are then left as they were.
+            NotFiniteError: the loss or the gradient is NaN or infinite.
         """
         settings, place = self.settings, self.done
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Variational fits: the error falls at every step, is the Frobenius distance, and ends no worse than where it began."""
 
+import itertools
 import math
 import re
 
@@ -66,6 +67,23 @@ def test_no_step_increases_the_error(sites, bond, target_bond, width, seed, dtyp
         assert after <= before + tolerance
     assert abs(errors[-1] - report.errors[-1]) <= tolerance
     assert all(b <= a + tolerance for a, b in zip(report.errors, report.errors[1:], strict=False))
+
+
+@given(legs(max_size=600), BONDS, WIDTHS, SEEDS, st.sampled_from(("float32", "complex64")))
+def test_no_step_of_single_precision_increases_the_error_either(sites, bond, width, seed, dtype):
+    """Steps are taken in double precision; what two sites drop is below eps of the dtype times the norm."""
+    w = make("gaussian", sites, dtype.startswith("complex"), seed).astype(dtype)
+    start = random_chain(sites, bond, seed + 1, dtype).canonicalize(0)
+    norm = fro(host(w))
+    tolerance = slack("float64", w.size, norm + start.norm()) + (EPS[dtype] * norm if width == 2 else 0.0)
+    errors = [fro(host(w) - dense(start.cores))]
+
+    def watch(_sweep, _site, now):
+        errors.append(fro(host(w) - dense(now.cores)))
+
+    _, report = start.fit(w, sites=width, sweeps=2, tol=0.0, callback=watch)
+    for seen in (errors, report.errors):
+        assert all(after <= before + tolerance for before, after in itertools.pairwise(seen))
 
 
 @given(legs(max_size=600), BONDS, BONDS, WIDTHS, SEEDS, st.sampled_from(tuple(EPS)))

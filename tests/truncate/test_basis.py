@@ -51,6 +51,67 @@ def test_error_of_every_method_is_the_frobenius_distance(problem, cap, method, w
         assert report.error <= math.hypot(*eps_k) + problem.slack
 
 
+@st.composite
+def requests(draw):
+    """A matrix of a norm near 1 in the precision of its data or in double, how it is to be factorised, and the host."""
+    problem = draw(problems(scaled=False))
+    single = problem.dtype in ("float32", "complex64")
+    narrow = single and draw(st.booleans())
+    matrix = linalg.times_power_of_two(problem.matrix, -linalg.binary_exponent(problem.norm))
+    if linalg.library(matrix) == "jax" or not narrow:
+        matrix = linalg.widen(matrix)
+    request = Request(draw(st.none() | st.integers(1, 12)), draw(st.just(math.inf) | st.floats(1e-6, 1.0)))
+    return matrix, draw(st.sampled_from(METHODS)), request, single, host(matrix)
+
+
+@given(requests())
+def test_the_tail_is_what_the_basis_misses(case):
+    """At every number of columns that is on offer, not only where the bond is cut."""
+    matrix, method, request, single, z = case
+    found = factor(matrix, method, request, single=single)
+    for r in range(len(found.tail)):
+        u = host(found.basis(r)) if r else np.zeros((z.shape[0], 0))
+        missed = fro(z - u @ (u.conj().T @ z))
+        exact = abs(found.tail[r] - missed) <= slack(linalg.dtype_name(matrix), z.size, fro(z))
+        square = abs(found.tail[r] ** 2 - missed**2) <= slack("float64", z.size, fro(z) ** 2)
+        assert exact or (square and single and found.method == "gram")
+
+
+@pytest.mark.parametrize("kind", ["ones", "rank_one", "rank_deficient", "decaying", "gaussian"])
+@pytest.mark.parametrize("shape", [(128, 300), (300, 128)])
+def test_the_tail_of_a_large_gram_matrix(kind, shape):
+    """Of a constant matrix the rounding of all sums goes the same way."""
+    _, z = large(kind, "float32", "numpy", shape)
+    z = z / 2.0 ** linalg.binary_exponent(fro(z))
+    found = factor(z, "gram", Request(), single=True)
+    u = found.basis(128)
+    rows = u.T @ z
+    for r in (0, 1, 2, 3, 8, 64, 127, 128):
+        missed = math.hypot(fro(z - u @ rows), fro(rows[r:]))
+        assert abs(found.tail[r] ** 2 - missed**2) <= slack("float64", z.size, fro(z) ** 2)
+
+
+@given(requests())
+def test_bases_are_orthonormal_in_double_precision(case):
+    matrix, method, request, single, z = case
+    found = factor(matrix, method, request, single=single)
+    for r in {1, len(found.tail) - 1} & set(range(1, len(found.tail))):
+        basis = found.basis(r)
+        assert linalg.dtype_name(basis) == ("complex128" if np.iscomplexobj(z) else "float64")
+        u = host(basis)
+        assert np.linalg.norm(u.conj().T @ u - np.eye(r)) <= 4 * C * 2.0**-52 * math.sqrt(u.size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_in_single_precision_gives_a_basis_in_double(method):
+    """Large enough for every method to search in the precision of the data."""
+    matrix, z = large("gaussian", "float32", "numpy", (128, 300))
+    found = factor(matrix / np.float32(fro(z)), method, Request(cap=8), single=True)
+    u = found.basis(8)
+    assert u.dtype == np.float64
+    assert np.linalg.norm(u.T @ u - np.eye(8)) <= 4 * C * 2.0**-52 * math.sqrt(u.size)
+
+
 @given(problems(), st.floats(1e-6, 0.9), st.sampled_from(METHODS))
 def test_every_method_meets_a_tolerance(problem, rel_error, method):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, Truncation(rel_error=rel_error), method=method)

@@ -51,6 +51,23 @@ def test_bonds_against_brute_force(spectra, share):
             assert sites.num_parameters(wider) > budget
 
 
+@given(small_spectra(), st.floats(0, 1))
+def test_no_bond_can_be_raised_while_another_gives_way(spectra, share):
+    """Another one is lowered as far as the budget needs, and by no more."""
+    sites = spectra.sites
+    widest = [len(part) for part in spectra]
+    low, high = least(sites), sites.num_parameters(widest)
+    budget = low + round(share * (high - low))
+    bonds = spectra.bonds_for(budget)
+    bound = spectra.what_if(bonds).upper
+    for up, down in itertools.permutations(range(len(bonds)), 2):
+        for lowered in range(bonds[down], 0, -1):
+            trial = [lowered if k == down else bond + (k == up) for k, bond in enumerate(bonds)]
+            if trial[up] <= widest[up] and sites.num_parameters(trial) <= budget:
+                assert spectra.what_if(trial).upper >= bound * (1 - 1e-12)
+                break
+
+
 @given(small_spectra(), st.data())
 def test_a_budget_that_some_bonds_use_up_exactly(spectra, data):
     sites = spectra.sites

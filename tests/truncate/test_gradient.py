@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers.chains import C, fro, host, problems
+from helpers.chains import C, dense, fro, host, problems
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +35,20 @@ def test_it_is_the_matrix_of_the_decomposition(problem, cap):
     if gap > 0.01 * problem.norm:
         allowed = 2 * problem.slack * (1 + problem.norm / gap) ** 2
         assert abs(fro(problem.host - host(value)) - report.error) <= allowed
+
+
+@given(problems(), st.integers(1, 9))
+def test_it_is_the_matrix_of_the_mpo_itself(problem, cap):
+    """Entry by entry, to the same; by whatever method from_matrix takes."""
+    truncation = Truncation(max_bond=cap)
+    mpo, _ = MPO.from_matrix(problem.matrix, problem.sites, truncation)
+    value = truncated(problem.matrix, problem.sites, truncation)
+    caps = truncation.caps(len(problem.sites) - 1)
+    steps = zip(_forward(problem.matrix, problem.sites, caps)[1], _order(problem.sites, caps), strict=True)
+    gap = min((values[rank - 1] - values[rank] for (_, values, _), (_, rank) in steps), default=math.inf)
+    if gap > 0.01 * problem.norm:
+        allowed = 2 * problem.slack * (1 + problem.norm / gap) ** 2
+        assert fro(host(value) - dense(mpo.cores)) <= allowed
 
 
 @pytest.mark.parametrize(("sites", "bonds"), LEGS)

@@ -1,10 +1,12 @@
 """Rounding a chain: exact error, idempotence, scale, and that nothing given is changed."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.chains import EPS, C, dense, fro, host, legs, problems, random_chain, slack
+import torch
+from helpers.chains import EPS, HALF_EPS, C, dense, fro, host, legs, problems, random_chain, slack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from mpo_tn.truncate import sweep
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 CAPS = st.integers(1, 8)
+METHODS = ("auto", "svd", "gram", "krylov", "randomized")
 
 
 @given(problems(), CAPS)
@@ -96,6 +99,58 @@ def test_scaling_by_a_power_of_two_scales_everything_exactly(problem, cap, power
     assert abs(scaled_small_report.error - small_report.error * factor) <= denormal
     difference = host(small.to_matrix()) * factor - host(scaled_small.to_matrix())
     assert np.abs(difference).max() <= denormal
+
+
+def scaled_report(report, factor):
+    """What a report is of a matrix that is ``factor`` times as large."""
+    bonds = tuple(
+        replace(
+            bond, discarded_norm=bond.discarded_norm * factor, tail=None if bond.tail is None else bond.tail * factor
+        )
+        for bond in report.bonds
+    )
+    lengths = {name: getattr(report, name) for name in ("error", "norm", "bound", "lower_bound", "floor")}
+    scaled = {name: None if value is None else value * factor for name, value in lengths.items()}
+    return replace(report, bonds=bonds, **scaled)
+
+
+@given(problems(scaled=False), st.none() | CAPS, st.floats(1e-4, 0.9), st.integers(-40, 40), st.sampled_from(METHODS))
+def test_all_that_is_reported_scales_exactly(problem, cap, rel_error, power, method):
+    """By every method, with caps, tolerances and bounds."""
+    factor = 2.0**power
+    truncation = Truncation(max_bond=cap, rel_error=rel_error)
+    (plain, report), (scaled, again) = (
+        MPO.from_matrix(problem.matrix * f, problem.sites, truncation, spectra=True, method=method)
+        for f in (1.0, factor)
+    )
+    assert scaled_report(report, factor) == again
+    assert scaled.bonds == plain.bonds
+
+
+@pytest.mark.parametrize("method", ["auto", "krylov"])
+@pytest.mark.parametrize("power", [20, -20, 70])
+def test_large_single_precision_matrices_scale_exactly(power, method):
+    """Multiplied in single precision at both norms, which lie within 1e-25 to 1e25."""
+    w = np.random.default_rng(0).standard_normal((256, 512)).astype("float32")
+    sites = Sites((4, 4, 4, 4), (8, 4, 4, 4))
+    (plain, report), (scaled, again) = (
+        MPO.from_matrix(w * np.float32(2.0**p), sites, Truncation(max_bond=40), method=method) for p in (0, power)
+    )
+    assert scaled_report(report, 2.0**power) == again
+    for k, (a, b) in enumerate(zip(plain.cores, scaled.cores, strict=True)):
+        assert np.array_equal(a * np.float32(2.0**power) if k == plain.center else a, b)
+
+
+@pytest.mark.parametrize("power", [-2, 1, 4])
+@pytest.mark.parametrize("dtype", list(HALF_EPS))
+def test_half_precision_scales_exactly(dtype, power):
+    """The norm is shared out among the cores, so it is their product that scales."""
+    w = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 16))).to(getattr(torch, dtype))
+    (plain, report), (scaled, again) = (
+        MPO.from_matrix(w * 2.0**p, Sites.balanced(16, 16, n=3), Truncation(max_bond=3)) for p in (0, power)
+    )
+    assert scaled_report(report, 2.0**power) == again
+    assert np.array_equal(dense(plain.cores) * 2.0**power, dense(scaled.cores))
 
 
 @pytest.mark.parametrize("power", [1, -3, 57, -300])

@@ -52,8 +52,8 @@ def compress(model: nn.Module, config: MPOConfig, *, progress: Progress | None =
         Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.
         Bias, dtype, device, ``requires_grad``, training mode and hooks of each module are kept.
 
-    Guarantee: if anything is wrong the model is left as it was; modules are only swapped once all are decomposed. A
-    transformers model can be saved with ``save_pretrained`` afterwards.
+    Guarantee (compress-all-or-nothing): if anything is wrong the model is left as it was; modules are only swapped once
+    all are decomposed. A transformers model can be saved with ``save_pretrained`` afterwards.
 
     Raises:
         MPOError: a pattern that matches nothing, a weight with NaN or infinite entries or without data, legs that do
@@ -99,7 +99,7 @@ def compress_empty(model: nn.Module, config: MPOConfig) -> dict[str, ModuleSpec]
     Returns:
         The specifications by name of the unit.
 
-    Guarantee: modules, legs, bonds and ties are those that :func:`compress` gives.
+    Guarantee (empty-same-structure): modules, legs, bonds and ties are those that :func:`compress` gives.
 
     Raises:
         MPOError: as :func:`compress`, and for a tolerance: the bonds that meet it depend on the numbers.
