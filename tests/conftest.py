@@ -1,5 +1,8 @@
 """Hypothesis profiles: `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh;
-`few` is for repeating tests in another setting."""
+`few` is for repeating tests in another setting.
+
+No test may rest on bits that a BLAS or LAPACK is free to change: docs/testing.md says when bits may be compared.
+"""
 
 import os
 

@@ -203,6 +203,7 @@ def test_nan_weights_are_named(mpo_tn, tmp_path: Path) -> None:
     assert "NaN" in error
 
 
+@pytest.mark.guarantee("old-or-new")
 def test_a_full_disk_leaves_nothing(dense_folder: Path, tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the kernel refuses the write in the same place."""
     script = (

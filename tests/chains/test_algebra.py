@@ -184,6 +184,7 @@ def test_trace(a):
     assert abs(product - a.inner(a)) <= tolerance(a, gauge(a) ** 2)
 
 
+@pytest.mark.guarantee("distance")
 @given(chains(count=2))
 def test_distance_is_that_of_the_dense_matrices(pair):
     a, b = pair
@@ -194,6 +195,7 @@ def test_distance_is_that_of_the_dense_matrices(pair):
     assert a.distance(b) <= fro(dense(a.cores)) + fro(dense(b.cores)) + allowed
 
 
+@pytest.mark.guarantee("distance")
 @given(chains(count=2), st.data())
 def test_distance_of_chains_with_a_centre_is_right_to_their_norms(pair, data):
     a, b = (chain.canonicalize(data.draw(st.integers(0, len(chain) - 1))) for chain in pair)
@@ -201,6 +203,7 @@ def test_distance_of_chains_with_a_centre_is_right_to_their_norms(pair, data):
     assert abs(a.distance(b) - fro(dense(a.cores) - dense(b.cores))) <= allowed
 
 
+@pytest.mark.guarantee("distance")
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_floor_of_the_distance_is_eps_and_not_its_root(dtype, library):

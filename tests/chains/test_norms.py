@@ -23,6 +23,7 @@ def spectral(w):
     return float(np.linalg.norm(w / largest, ord=2)) * largest if largest > 0 else 0.0
 
 
+@pytest.mark.guarantee("norm-from-above")
 @given(problems(), st.integers(1, 4), st.integers(1, 8), st.integers(0, 9))
 def test_error_of_a_truncation(problem, bond, steps, seed):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, Truncation(max_bond=bond))
@@ -36,6 +37,7 @@ def test_error_of_a_truncation(problem, bond, steps, seed):
     assert 1 <= found.steps <= steps
 
 
+@pytest.mark.guarantee("norm-from-below")
 @given(problems(), st.integers(1, 6), st.integers(1, 12), st.integers(0, 9), st.booleans())
 def test_never_above_the_norm(problem, bond, steps, seed, alone):
     """To the rounding that is promised, with no constant."""
@@ -48,6 +50,7 @@ def test_never_above_the_norm(problem, bond, steps, seed, alone):
     assert found.lower <= found.upper
 
 
+@pytest.mark.guarantee("norm-from-below")
 @given(gauged(dtypes=tuple(EPS)), st.integers(1, 12), st.integers(0, 9))
 def test_never_above_the_norm_without_a_centre(cores, steps, seed):
     found = MPO(tuple(cores)).operator_norm(steps=steps, seed=seed)
@@ -83,6 +86,7 @@ def test_wide_and_tall(shape, dtype):
     assert found.steps <= 4
 
 
+@pytest.mark.guarantee("norm-from-above")
 def test_thirty_steps_are_close_and_certified():
     w = np.random.default_rng(0).standard_normal((256, 256))
     mpo, report = MPO.from_matrix(w, Sites.balanced(256, 256, n=4), Truncation(max_bond=20))
@@ -97,6 +101,7 @@ def test_thirty_steps_are_close_and_certified():
     assert mpo.operator_norm(w, steps=8).upper == math.inf
 
 
+@pytest.mark.guarantee("norm-from-above")
 def test_the_promised_failure_rate():
     """With a rate of 0.9 the bound may fail often; it must not fail more often than that, and it is finite soon."""
     w = np.diag(np.r_[1.0, np.full(199, 0.9)])
@@ -150,6 +155,7 @@ def test_bad_input(call, message):
 CASTS = [("float64", "float32"), ("float64", "float16"), ("float32", "float16"), ("complex128", "complex64")]
 
 
+@pytest.mark.guarantee("cast-error")
 @given(legs(max_size=800), st.integers(1, 5), SEEDS, st.sampled_from(CASTS), st.booleans())
 def test_cast_error_is_the_distance_to_the_cast_chain(sites, bond, seed, dtypes, canonical):
     wide, narrow = dtypes
@@ -166,6 +172,7 @@ def test_cast_error_is_the_distance_to_the_cast_chain(sites, bond, seed, dtypes,
     )
 
 
+@pytest.mark.guarantee("cast-error")
 @given(legs(max_size=800), st.integers(1, 4), SEEDS, st.sampled_from(tuple(EPS)))
 def test_a_cast_that_changes_nothing_costs_nothing(sites, bond, seed, dtype):
     wide = "complex128" if dtype.startswith("complex") else "float64"
@@ -174,6 +181,7 @@ def test_a_cast_that_changes_nothing_costs_nothing(sites, bond, seed, dtype):
     assert chain.cast_error(wide) == 0.0
 
 
+@pytest.mark.guarantee("cast-error")
 def test_cast_error_far_below_the_floor_of_double_precision():
     cores = list(random_chain(Sites((2, 2, 2), (2, 2, 2)), 3, 0, "float32").cores)
     cores = [core.astype("float64") for core in cores]

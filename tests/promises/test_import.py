@@ -40,6 +40,7 @@ def run(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.guarantee("same-bits")
 @pytest.mark.parametrize("library", list(TO_LIBRARY))
 def test_same_bits_in_every_process_and_hash_seed(library):
     start = f"import {library}\nto_library = {TO_LIBRARY[library]}\n"

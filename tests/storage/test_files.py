@@ -31,6 +31,7 @@ def earlier(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.guarantee("old-or-new")
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_block_that_raises_changes_nothing(error: BaseException, there: bool, earlier: Path) -> None:
@@ -43,6 +44,7 @@ def test_a_block_that_raises_changes_nothing(error: BaseException, there: bool, 
     assert contents(earlier.parent) == before
 
 
+@pytest.mark.guarantee("old-or-new")
 @pytest.mark.parametrize("call", [(Path, "mkdir"), (tempfile, "mkdtemp"), (Path, "chmod")])
 def test_what_fails_before_the_swap_changes_nothing(
     call: tuple[Any, str], earlier: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,12 +62,14 @@ def test_what_fails_before_the_swap_changes_nothing(
     assert contents(earlier.parent) == before
 
 
+@pytest.mark.guarantee("old-or-new")
 def test_a_folder_is_replaced_as_a_whole(earlier: Path) -> None:
     with written_beside(earlier) as temporary:
         (temporary / "c").write_text("new")
     assert contents(earlier.parent) == {"out": "/", "out/c": "new"}
 
 
+@pytest.mark.guarantee("file-old-or-new")
 @pytest.mark.parametrize("call", ["chmod", "replace"])
 def test_a_file_that_cannot_be_replaced_stays(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out"
@@ -83,6 +87,7 @@ def test_a_file_that_cannot_be_replaced_stays(call: str, tmp_path: Path, monkeyp
     assert contents(tmp_path) == {"out": "new"}
 
 
+@pytest.mark.guarantee("old-or-new", "file-old-or-new")
 def test_killed_at_any_point_it_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
     command = [sys.executable, "-m", "helpers.kill_files", str(tmp_path)]

@@ -30,6 +30,7 @@ def after(cores: list[Array], k: int, cut: bond_cut.Cut) -> list[Array]:
     return [*cores[:k], cut.left, cut.right, *cores[k + 2 :]]
 
 
+@pytest.mark.guarantee("best-cut")
 @pytest.mark.parametrize("library", LIBRARIES)
 @given(st.data())
 def test_a_cut_is_the_best_approximation(library: str, data: st.DataObject) -> None:
@@ -54,6 +55,7 @@ def test_a_cut_is_the_best_approximation(library: str, data: st.DataObject) -> N
         assert cut.left.is_contiguous()
 
 
+@pytest.mark.guarantee("best-cut")
 @pytest.mark.parametrize("library", LIBRARIES)
 @given(st.data())
 def test_the_spectrum_is_that_of_the_unfolding(library: str, data: st.DataObject) -> None:
@@ -67,6 +69,7 @@ def test_the_spectrum_is_that_of_the_unfolding(library: str, data: st.DataObject
     assert max([0.0, *found[length:], *expected[length:]]) <= allowed
 
 
+@pytest.mark.guarantee("cut-maps")
 @given(gauged(dtypes=WIDE), st.data())
 def test_the_maps_of_a_cut(cores: list[np.ndarray], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, len(cores) - 2))
@@ -103,6 +106,7 @@ def test_a_cut_without_numpy_is_the_same(cores: list[Array], new: int) -> None:
     assert linalg.library(cut.left) == "torch"
 
 
+@pytest.mark.guarantee("best-cut")
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bonds_beyond_the_rank_and_zero_matrices(library: str, dtype: str) -> None:

@@ -37,6 +37,7 @@ def test_it_is_the_matrix_of_the_decomposition(problem, cap):
         assert abs(fro(problem.host - host(value)) - report.error) <= allowed
 
 
+@pytest.mark.guarantee("truncated-matrix")
 @given(problems(), st.integers(1, 9))
 def test_it_is_the_matrix_of_the_mpo_itself(problem, cap):
     """Entry by entry, to the same; by whatever method from_matrix takes."""
@@ -51,6 +52,7 @@ def test_it_is_the_matrix_of_the_mpo_itself(problem, cap):
         assert fro(host(value) - dense(mpo.cores)) <= allowed
 
 
+@pytest.mark.guarantee("truncated-gradient")
 @pytest.mark.parametrize(("sites", "bonds"), LEGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_gradcheck(sites, bonds, dtype):
@@ -59,6 +61,7 @@ def test_gradcheck(sites, bonds, dtype):
     assert torch.autograd.gradcheck(lambda x: truncated(x, sites, Truncation(max_bond=bonds)), (w,))
 
 
+@pytest.mark.guarantee("truncated-gradient")
 @pytest.mark.parametrize("values", [(3, 3, 3, 1, 0.5), (3, 2, 2, 1, 1), (3, 3, 1, 1, 1), (3, 2, 1, 0, 0)])
 @pytest.mark.parametrize("shape", [(5, 5), (5, 8), (8, 5)])
 @pytest.mark.parametrize("complex_", [False, True])
@@ -82,6 +85,7 @@ def _draw(rng, shape, complex_):
     return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0.0)
 
 
+@pytest.mark.guarantee("truncated-gradient")
 @pytest.mark.parametrize("complex_", [False, True])
 @pytest.mark.parametrize(("sites", "bonds"), LEGS)
 def test_jax_and_torch_agree(sites, bonds, complex_):

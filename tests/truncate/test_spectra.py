@@ -136,6 +136,7 @@ def test_rounding_constant_is_the_documented_one():
     assert f"{C:g} * eps(dtype) * sqrt(size) * norm" in (MPO.from_matrix.__doc__ or "")
 
 
+@pytest.mark.guarantee("what-if")
 @given(problems(), BONDS)
 def test_what_if_is_what_svds_of_the_unfoldings_say(problem, bonds):
     bonds = tuple(bonds[: len(problem.sites) - 1])
@@ -151,6 +152,7 @@ def test_what_if_is_what_svds_of_the_unfoldings_say(problem, bonds):
         assert abs(spectra.norm - problem.norm) <= problem.slack
 
 
+@pytest.mark.guarantee("what-if")
 @given(problems(min_sites=2), BONDS)
 def test_what_if_holds_for_the_sweep_that_follows(problem, bonds):
     spectra = unfolding_spectra(problem.matrix, problem.sites)
@@ -161,6 +163,7 @@ def test_what_if_holds_for_the_sweep_that_follows(problem, bonds):
     assert 1.0 <= found.optimality <= math.sqrt(len(problem.sites) - 1) * (1 + 1e-12)
 
 
+@pytest.mark.guarantee("what-if", "inequalities")
 @given(problems(min_sites=2), BONDS, SEEDS)
 def test_the_lower_bound_holds_for_every_chain_with_these_bonds(problem, bonds, seed):
     assume(problem.norm > 0)

@@ -75,6 +75,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.guarantee("table-never-built")
 def test_the_table_is_never_built() -> None:
     layer, _ = compressed(embedding(3001, 32), bond=8)
     entries = layer.spec.out_features * layer.spec.in_features
@@ -90,6 +91,7 @@ def test_the_table_is_never_built() -> None:
     assert control.entries >= entries
 
 
+@pytest.mark.guarantee("table-never-built")
 def test_rows_in_chunks_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = compressed(embedding(101, 12), bond=5)
     ids = torch.arange(101).reshape(1, 101)

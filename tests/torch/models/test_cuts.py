@@ -102,6 +102,7 @@ def test_units_that_are_refused() -> None:
             call(nn.Sequential(third))
 
 
+@pytest.mark.guarantee("cuts-refused", "replace-refused")
 def test_bonds_that_are_refused() -> None:
     layer, _ = compressed(linear(12, 8), sites=3)
     cores, spec = [core.clone() for core in layer.cores], layer.spec
@@ -126,6 +127,7 @@ def test_spectra_without_numpy_are_the_same(cores: list[torch.Tensor]) -> None:
         assert np.abs(again[k] - expected[k]).max() <= slack("float64", 1, scale_at(cores, k))
 
 
+@pytest.mark.guarantee("cuts-add-up")
 @given(gauged(dtypes=("float64",), library="torch"), st.data())
 def test_a_model_cut_at_once_is_off_by_at_most_the_sum_of_the_tails(
     cores: list[torch.Tensor], data: st.DataObject
@@ -173,6 +175,7 @@ def test_half_precision_is_cut_in_double() -> None:
     assert abs(difference - tail) <= slack("bfloat16", 1, float(before.norm()))
 
 
+@pytest.mark.guarantee("reload-bits")
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2"])
 def test_a_squeezed_model_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
     model = small(family)

@@ -21,6 +21,7 @@ from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.truncate.bond_cut import cut_bond
 
 
+@pytest.mark.guarantee("moments-follow")
 @given(gauged(dtypes=("float64",), library="torch"), st.integers(0, 10**6))
 def test_moments_follow_as_the_gradient_does(cores: list[torch.Tensor], seed: int) -> None:
     """For a loss that is linear in W the gradient of W stays what it was, so the gradients of cores map exactly."""
@@ -62,6 +63,7 @@ def test_moments_follow_as_the_gradient_does(cores: list[torch.Tensor], seed: in
             assert float((state["exp_avg"] - gradient).norm()) <= slack("float64", core.numel(), scale * size * 10)
 
 
+@pytest.mark.guarantee("moments-follow")
 def test_state_that_cannot_follow_is_dropped_and_named() -> None:
     for optimizer_class, kept in [
         (torch.optim.Adamax, False), (torch.optim.Rprop, False), (torch.optim.ASGD, False), (torch.optim.NAdam, True),
@@ -89,6 +91,23 @@ def test_state_that_cannot_follow_is_dropped_and_named() -> None:
     assert {tuple(adam.state[layer.cores[2]][key].shape) for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")} == {
         tuple(layer.cores[2].shape)
     }
+
+
+@pytest.mark.guarantee("moments-follow")
+@given(gauged(dtypes=("complex128",), library="torch"), st.data())
+def test_the_state_of_complex_cores_is_dropped(cores: list[torch.Tensor], data: st.DataObject) -> None:
+    """torch keeps squares of real and imaginary parts apart, which no map of a complex core carries on."""
+    layer = unit_of(cores)
+    k = data.draw(st.integers(0, len(cores) - 2))
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(2, layer.in_features, dtype=torch.complex128)).abs().sum().backward()
+    optimizer.step()
+    notes = cut_unit(mpo_units(layer)[""], k, 1, optimizer)
+    assert len(notes) == 2
+    assert all("cannot follow a cut and was dropped" in note for note in notes)
+    assert [core in optimizer.state for core in layer.cores] == [j not in (k, k + 1) for j in range(len(cores))]
+    layer(torch.ones(2, layer.in_features, dtype=torch.complex128)).abs().sum().backward()
+    optimizer.step()
 
 
 class Wrapped:

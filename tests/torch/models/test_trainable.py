@@ -52,6 +52,7 @@ def trains(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.guarantee("last-freeze-holds")
 @pytest.mark.parametrize("family", FAMILIES)
 @given(
     policy=st.sampled_from(POLICIES),
@@ -224,6 +225,7 @@ def test_shared_layers_count_once(share: str) -> None:
     assert sum(p.numel() for p in group["params"]) == cores
 
 
+@pytest.mark.guarantee("freeze-refused")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -281,6 +283,7 @@ def test_the_printed_line_is_that_of_peft(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"
 
 
+@pytest.mark.guarantee("one-group-each")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_groups_hold_what_trains_once(family: str, policy: str) -> None:
