@@ -14,7 +14,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 CI_EXAMPLES = 100
 
-# Without x64 JAX has no double precision; tests/test_jax.py runs without it too.
+# Without x64 JAX has no double precision; tests/promises/test_jax.py runs without it too.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 
 settings.register_profile(

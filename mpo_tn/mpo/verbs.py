@@ -53,7 +53,9 @@ class MPO(Operators, Measures):
 
     @classmethod
     def identity(cls, sites: Sites, *, dtype: Any = None, like: Any = None) -> Self:
-        """The identity matrix, exactly, with bonds of 1.
+        """The identity matrix, with bonds of 1.
+
+        Guarantee (identity): exactly so, in every dtype.
 
         Args:
             sites: legs with ``out_k == in_k``.
@@ -72,7 +74,9 @@ class MPO(Operators, Measures):
     def random(cls, sites: Sites, bonds: int | Sequence[int], *, seed: int, dtype: Any = "float64") -> Self:
         """Gaussian NumPy cores such that the entries of the matrix have mean 0 and variance 1.
 
-        ``bonds`` is one number per bond, or one number that caps the full bonds. The same seed gives the same bits.
+        ``bonds`` is one number per bond, or one number that caps the full bonds.
+
+        Guarantee (seed): the same seed gives the same bits, in every process.
 
         Raises:
             MPOError: bonds that are not positive integers or not one per bond, or a seed that is no whole number.
@@ -184,10 +188,12 @@ class MPO(Operators, Measures):
         return contraction.plan_for_chain(self, batch, memory_limit)
 
     def apply(self, x: Array, *, memory_limit: int | None = None) -> Array:
-        """``self @ x`` for ``x`` of shape (in,) or (in, batch), as one network: the matrix is not built for a vector.
+        """``self @ x`` for ``x`` of shape (in,) or (in, batch), as one network.
 
-        For a batch it is built only if that saves flops or memory and costs more of neither. The result, (out,) or
-        (out, batch), has the cores' own dtype; ``plan(batch=...)`` tells flops and peak bytes.
+        The result, (out,) or (out, batch), has the cores' own dtype; ``plan(batch=...)`` tells flops and peak bytes.
+
+        Guarantee (vector-never-dense): for a vector nothing of the size of the matrix is made of the cores; for a batch
+        only if that saves flops or memory and costs more of neither.
 
         Raises:
             MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met.

@@ -248,6 +248,7 @@ def test_scales_beyond_the_range_do_not_matter_where_they_cancel():
         MPO((*shifted.cores[:2], square.cores[2])).trace()
 
 
+@pytest.mark.guarantee("identity")
 @given(legs(max_size=100), st.sampled_from((None, *EPS)), st.sampled_from(("none", "array", "mpo", "torch")))
 def test_identity_is_exact(sites, dtype, model):
     square = Sites(sites.out, sites.out)
@@ -277,6 +278,7 @@ def test_identity_takes_the_dtypes_of_any_library():
     assert MPO.identity(sites, dtype="bfloat16", like=torch.ones(1)).dtype == torch.bfloat16
 
 
+@pytest.mark.guarantee("seed")
 @given(legs(), st.integers(1, 6), SEEDS, st.sampled_from(tuple(EPS)))
 def test_random_is_deterministic(sites, bond, seed, dtype):
     a, b = (MPO.random(sites, bond, seed=seed, dtype=dtype) for _ in range(2))
@@ -298,6 +300,7 @@ def test_random_entries_have_variance_one(dtype):
     assert abs(np.mean(squares) - 1) < 0.1
 
 
+@pytest.mark.guarantee("seed")
 def test_random_is_the_same_in_every_process_and_so_are_the_plans():
     code = (
         "import hashlib, numpy as np; from mpo_tn import MPO, Sites\n"

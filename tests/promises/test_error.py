@@ -1,4 +1,4 @@
-"""The error of one truncating sweep is exact and near the best; of two sweeps it is a bound. DESIGN 5.1 to 5.3, 5.5."""
+"""The error of one truncating sweep is exact and near the best; of two sweeps it is a bound."""
 
 import math
 

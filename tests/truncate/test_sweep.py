@@ -1,4 +1,4 @@
-"""A tolerance is one total budget, spent bond by bond. DESIGN 5.4."""
+"""A tolerance is one total budget, spent bond by bond."""
 
 import math
 import re
