@@ -9,7 +9,8 @@ from typing import Any
 class MPOError(ValueError):
     """A wrong argument, matrix, model or file.
 
-    The message names the offending value and says what to do instead. Nothing has been changed when it is raised.
+    The message names the offending value and says what to do instead. Nothing has been changed when it is raised,
+    unless the docstring of what raises it says what has.
 
     >>> from mpo_tn import Sites
     >>> Sites(out=(2, 0), in_=(4, 1))

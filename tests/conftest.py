@@ -2,6 +2,8 @@
 
 `ci` (the default) draws the same examples every time; `soak` draws 20 times as many, afresh; `few`, a tenth of them, is
 for `make quick` and for repeating tests in another setting.
+
+No test may rest on bits that a BLAS or LAPACK is free to change: docs/testing.md says when bits may be compared.
 """
 
 import os

@@ -18,8 +18,9 @@ class Measures(Chain):
     def cast_error(self, dtype: Any) -> float:
         """``|self - cast|`` in the Frobenius norm if every core were stored in ``dtype``, a name or a dtype.
 
-        Exact: the difference of the two chains is summed site by site from the differences of their cores and
-        factorised by QR in double precision, so even errors far below ``eps(float64) * norm`` come out right.
+        Guarantee (cast-error): exact, as the difference of the two chains is summed site by site from the differences
+        of their cores and factorised by QR in double precision: even errors far below ``eps(float64) * norm`` come out
+        right.
         :func:`mpo_tn.chains.norms.cast_error_estimate` tells the size beforehand for a canonical MPO,
         ``0.21 * eps * sqrt(n) * norm``. Cost: about ``32 n p d**3`` flops.
 
@@ -46,8 +47,10 @@ class Measures(Chain):
             failure: the probability with which ``upper`` may fail.
             seed: of the starting vector; the same seed gives the same bits.
 
-        Guarantee: ``lower`` is the largest Ritz value and never above the norm, up to rounding,
-        ``eps(float64) * sqrt(size) * (|self| + |minus|)``. With probability ``1 - failure`` over the starting vector,
+        Guarantee (norm-from-below): ``lower`` is the largest Ritz value and never above the norm, up to rounding,
+        ``eps(float64) * sqrt(size) * (|self| + |minus|)``; of a chain without a centre the product of the norms of its
+        cores stands for its norm.
+        Guarantee (norm-from-above): with probability ``1 - failure`` over the starting vector,
         ``lower**2 >= (1 - x) norm**2`` for ``sqrt(x) = ln(1.648 sqrt(in) / failure) / (2 steps - 1)`` (Kuczynski and
         Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992, Theorem 4.2), which gives ``upper``. It is infinite if there
         are too few steps. The bound of Halko, Martinsson and Tropp (SIAM Rev. 53, 2011, Lemma 4.1) from products with
@@ -88,8 +91,9 @@ class Measures(Chain):
     def distance(self, other: Chain) -> float:
         """``|self - other|`` in the Frobenius norm, in double precision, by QR of the difference.
 
-        Its error is of the order of ``eps * (|self| + |other|)`` for canonical MPOs; inner products would leave
-        ``sqrt(eps)``. Cost: about ``6 n p d**3`` flops, d the sum of the two bonds.
+        Guarantee (distance): right to ``4 eps(float64) sqrt(size) (|self| + |other|)``, where the product of the norms
+        of its cores stands for the norm of a chain without a centre; inner products would leave ``sqrt(eps)``.
+        Cost: about ``6 n p d**3`` flops, d the sum of the two bonds.
 
         Raises:
             MPOError: legs, libraries, dtypes or devices that differ, or cores that are not finite.

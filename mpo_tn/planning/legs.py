@@ -12,8 +12,10 @@ _MOST_PADDING = 1 / 16
 def legs_for(out: int, in_: int, sites: int | str | Sites) -> Sites:
     """The legs for a matrix (out, in); they multiply to at least its shape, and to more where padding helps.
 
-    A side is padded when its own factors cannot be spread over the sites, by at most a sixteenth (or to the next even
-    number). :class:`~mpo_tn.Sites` given by the user must multiply exactly.
+    A side is padded when its own factors cannot be spread over the sites. :class:`~mpo_tn.Sites` given by the user must
+    multiply exactly.
+
+    Guarantee (little-padding): a side is padded by at most a sixteenth, or by one.
 
     Raises:
         MPOError: given legs do not multiply to the shape.

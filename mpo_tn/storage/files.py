@@ -43,10 +43,15 @@ def check_target(folder: Path, *, overwrite: bool, marker: str, keep: Path | Non
 def written_beside(folder: Path) -> Generator[Path]:
     """A temporary folder beside ``folder``, renamed to it when the block ends well and deleted when it does not.
 
-    An earlier ``folder`` is removed only after the new one is complete.
+    Guarantee (old-or-new): ``folder`` is the earlier one, untouched, or the new one, complete, and never half of it. If
+    the block raises, or the disk is full, it is the earlier one, and nothing is left beside it (folders above it that
+    had to be made stay).
+    The swap of two folders takes two renames. Between them there is nothing under the name, and the earlier folder lies
+    whole in ``.<name>.old.*/old`` beside it: there it stays if the process is killed at that moment, or if the second
+    rename fails. A process killed elsewhere may leave a hidden folder, too.
 
     Raises:
-        MPOError: the disk is full or may not be written to; nothing is left behind.
+        MPOError: the disk is full or may not be written to.
     """
     temporary: Path | None = None
     try:
@@ -74,12 +79,13 @@ def written_beside(folder: Path) -> Generator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside ``path`` and rename it to it, so that there is either the old or the new, never half of it.
+    """Write a file beside ``path`` and rename it to it. A link is followed. An earlier file is replaced.
 
-    A link is followed. An earlier file is replaced.
+    Guarantee (file-old-or-new): at any moment, also if the process is killed, there is either the old file or the new
+    one, never half of it. If it raises, it is the old one, and nothing is left behind.
 
     Raises:
-        MPOError: the folder does not exist, the disk is full or may not be written to; nothing is left behind.
+        MPOError: the folder does not exist, the disk is full or may not be written to.
     """
     temporary: Path | None = None
     try:

@@ -105,14 +105,18 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
     """A basis for the range of a matrix that is good enough for what was requested.
 
     Args:
-        matrix: shape (m, k), double precision, or single where a product in single precision loses nothing.
+        matrix: shape (m, k), of a norm near 1, as squares have to be in range; double precision, or single where a
+            product in single precision loses nothing.
         method: ``svd`` (QR of the long side, then a small SVD), ``gram`` (eigenvectors of the Gram matrix of the short
             side), ``krylov`` (block Krylov), ``randomized`` (subspace iteration) or ``auto``.
         request: how many columns are wanted.
         single: the data had 32 bits or fewer, so that a Gram matrix in double precision loses nothing.
 
-    Guarantee: ``tail[r]`` is ``|z - u u^H z|`` to rounding for every method; with ``gram`` on 32 bit data to ``1.5e-8``
-    of the norm, which is less than the rounding of the data.
+    Guarantee (measured-tail): ``tail[r]`` is ``|z - u u^H z|`` to ``4 eps sqrt(m k) |z|`` for every method, with the
+    eps of ``matrix``; or, by ``gram`` of 32 bit data in double precision, its square is to
+    ``4 eps(float64) sqrt(m k) |z|**2``, so that of less than about ``1.5e-8`` of the norm nothing is known.
+    Guarantee (orthonormal): ``u`` is in double precision, and orthonormal to ``16 eps(float64) sqrt(m r)``, whatever
+    the precision of ``matrix`` and of the search.
 
     ``auto`` takes the eigenvectors of a Gram matrix in the precision of ``matrix`` where only a cap says how many are
     wanted and more than a tenth of the norm is missed: by Ky Fan's principle a Gram matrix that is off by ``E`` costs

@@ -102,8 +102,11 @@ def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the cha
         new_bond: at least 1 and at most the bond. Beyond the numerical rank the matrix stays the same.
         name: for messages.
 
-    Guarantee: ``|W - W'|`` is the tail of the spectrum of bond k beyond ``new_bond``, to ``c eps norm`` with the eps
-    of the cores' dtype; singular values that are zero do no harm. The maps are exact in double precision.
+    Guarantee (best-cut): ``|W - W'|`` is the tail of the spectrum of bond k beyond ``new_bond``, to
+    ``4 eps(dtype) sqrt(size)`` times the norm of all that is left of the bond and of all that is right of it; singular
+    values that are zero do no harm.
+    Guarantee (cut-maps): the new cores are ``A p`` and ``q B`` to the rounding of these products in double precision,
+    and ``q`` is the identity on the columns ``kept``, exactly.
 
     Raises:
         MPOError: no such bond, a bond out of range, cores with entries that are NaN or infinite.
@@ -120,8 +123,8 @@ def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the cha
     # Below this a singular value is rounding of the product.
     floor = _EPS * bond * float(np.linalg.norm(left)) * float(np.linalg.norm(right))
     rank = min(number, int((values > floor).sum()))
-    rows = u[:, :rank].T @ left
-    projector = (right @ (vh[:rank].T / values[:rank])) @ rows
+    rows = adjoint(u[:, :rank]) @ left
+    projector = (right @ (adjoint(vh[:rank]) / values[:rank])) @ rows
     kept, q = _identity_where_possible(rows / np.sqrt(values[:rank])[:, None], number)
     p = projector[:, list(kept)]
     first, second = wide[k], wide[k + 1]
@@ -140,7 +143,7 @@ def _identity_where_possible(rows: np.ndarray, bond: int) -> tuple[tuple[int, ..
     r, order = pivoted_qr(rows) if rank else (rows, np.arange(width))
     kept = np.sort(order[:bond])
     rest = order[bond:]
-    q = np.zeros((bond, width))
+    q = np.zeros((bond, width), dtype=rows.dtype)
     q[np.arange(bond), kept] = 1.0
     if rank and rest.size:
         q[np.ix_(np.searchsorted(kept, order[:rank]), rest)] = np.linalg.solve(r[:, :rank], r[:, bond:])

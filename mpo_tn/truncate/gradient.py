@@ -41,10 +41,13 @@ def truncated(matrix: Array, sites: Sites, truncation: Truncation) -> Array:
         sites: legs that multiply to the shape.
         truncation: ``max_bond`` alone: bonds have to be fixed for there to be a derivative.
 
-    Guarantee: equal to ``MPO.from_matrix(matrix, sites, truncation)[0].to_matrix()``, to rounding over the gap between
-    the last kept and the first discarded singular value. The gradient is the exact adjoint of the derivative, also
-    where singular values within the kept or within the discarded ones coincide, for which torch's own gradient of an
-    SVD is wrong or NaN. Computed in double precision, on the host.
+    Computed in double precision, on the host.
+
+    Guarantee (truncated-matrix): equal to ``MPO.from_matrix(matrix, sites, truncation)[0].to_matrix()``, to
+    ``8 eps(dtype) sqrt(size) norm (1 + norm / gap)**2`` for the least gap between the last kept and the first discarded
+    singular value of a bond.
+    Guarantee (truncated-gradient): the gradient is the exact adjoint of the derivative, also where singular values
+    within the kept or within the discarded ones coincide, for which torch's own gradient of an SVD is wrong or NaN.
 
     Cost: an SVD of each unfolding that is cut, of the size of the matrix; their factors are kept for the gradient.
 

@@ -46,8 +46,8 @@ def finetune(
         resume: go on from the checkpoint in ``folder``, if there is one.
         progress: told of matrices that are compressed, of steps, and of rounds of squeezing.
 
-    Guarantee: the same arguments, versions, threads and machine kind give the same bits, also if the run was killed at
-    any point and resumed.
+    Guarantee (tuned-same-bits): the same arguments, versions, threads and machine kind give the same bits.
+    Guarantee (resumed-same-bits): they do so if the run was killed at any point and resumed, too.
 
     Raises:
         MPOError: bad input, see :func:`mpo_tn.tuning.run.start`; a checkpoint of another run.

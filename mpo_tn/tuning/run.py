@@ -133,8 +133,11 @@ class Run:
     def step(self) -> float:
         """One step of training on the batch that belongs to it; returns the loss.
 
+        Guarantee (nan-spoils-nothing): if the loss or the gradient is NaN or infinite the parameters are left as they
+        were before the step.
+
         Raises:
-            NotFiniteError: the loss or the gradient is NaN or infinite; the parameters are then left as they were.
+            NotFiniteError: the loss or the gradient is NaN or infinite.
             MPOError: no phase is left.
         """
         settings, record, place = self.settings, self._record, self.done

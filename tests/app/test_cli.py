@@ -19,7 +19,7 @@ from helpers.tiny_models import outputs, tiny
 from mpo_tn import MPOError, __version__
 from mpo_tn.app import cli
 from mpo_tn.planning.cost import Prediction
-from mpo_tn.storage.files import check_target, written_beside
+from mpo_tn.storage.files import written_beside
 from mpo_tn.torch.hf.folder import load_model, save_model
 from mpo_tn.torch.models.summary import MatrixSummary, inspect_model
 
@@ -213,6 +213,7 @@ def test_nan_weights_are_named(mpo_tn, tmp_path: Path) -> None:
     assert "NaN" in error
 
 
+@pytest.mark.guarantee("old-or-new")
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing(dense_folder: Path, tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the kernel refuses the write in the same place."""
@@ -250,12 +251,6 @@ def _run_out_of_space(folder: Path) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_crash_that_is_not_ours_leaves_nothing_either(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), written_beside(tmp_path / "out"):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_missing_packages_are_one_sentence(tmp_path: Path) -> None:
     """A package of the core alone has the command, but not what it needs."""
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')\n")
@@ -265,15 +260,6 @@ def test_missing_packages_are_one_sentence(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "mpo-tn: typer is not installed; this command needs: pip install 'mpo-tn[torch]'\n"
-
-
-def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    check_target(tmp_path / "out", overwrite=False, marker="config.json")
-    with written_beside(tmp_path / "out") as temporary:
-        (temporary / "config.json").write_text("{}")
-    assert (tmp_path / "out" / "config.json").is_file()
-    assert (tmp_path / "out").stat().st_mode & 0o055 == 0o055 & ~_umask()
 
 
 def test_what_is_saved_can_be_read_by_whom_the_umask_allows(dense_folder: Path, tmp_path: Path) -> None:

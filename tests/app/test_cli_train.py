@@ -135,13 +135,16 @@ def test_the_saved_model_is_the_one_that_was_scored(mpo_tn: Any, places: dict[st
         data = load_task("MRPC", places["mrpc"])
         assert isinstance(data, TaskData)
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-        right = 0
+        right = close = 0
         for batch in task_batches(data.dev["dev"], tokenizer, batch_size=7, max_length=24).in_order():
             with torch.no_grad():
-                right += int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
-        assert json.loads((out / "result.json").read_text())["scores"][-1]["accuracy"] == pytest.approx(
-            100 * right / 24
-        )
+                logits = model(**batch.inputs).logits
+            right += int((logits.argmax(-1) == batch.labels).sum())
+            # Other batches, and LoRA's matrices apart or merged, round otherwise: what is too close to call may turn.
+            close += int(((logits[:, 0] - logits[:, 1]).abs() < 1e-4 * logits.norm(dim=1)).sum())
+        accuracy = json.loads((out / "result.json").read_text())["scores"][-1]["accuracy"]
+        assert close <= 2
+        assert accuracy == pytest.approx(100 * right / 24, abs=100 * close / 24)
 
 
 def test_several_seeds(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:

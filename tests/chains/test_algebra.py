@@ -184,6 +184,7 @@ def test_trace(a):
     assert abs(product - a.inner(a)) <= tolerance(a, gauge(a) ** 2)
 
 
+@pytest.mark.guarantee("distance")
 @given(chains(count=2))
 def test_distance_is_that_of_the_dense_matrices(pair):
     a, b = pair
@@ -194,6 +195,15 @@ def test_distance_is_that_of_the_dense_matrices(pair):
     assert a.distance(b) <= fro(dense(a.cores)) + fro(dense(b.cores)) + allowed
 
 
+@pytest.mark.guarantee("distance")
+@given(chains(count=2), st.data())
+def test_distance_of_chains_with_a_centre_is_right_to_their_norms(pair, data):
+    a, b = (chain.canonicalize(data.draw(st.integers(0, len(chain) - 1))) for chain in pair)
+    allowed = slack("float64", math.prod(a.shape), a.norm() + b.norm())
+    assert abs(a.distance(b) - fro(dense(a.cores) - dense(b.cores))) <= allowed
+
+
+@pytest.mark.guarantee("distance")
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_floor_of_the_distance_is_eps_and_not_its_root(dtype, library):
@@ -238,6 +248,7 @@ def test_scales_beyond_the_range_do_not_matter_where_they_cancel():
         MPO((*shifted.cores[:2], square.cores[2])).trace()
 
 
+@pytest.mark.guarantee("identity")
 @given(legs(max_size=100), st.sampled_from((None, *EPS)), st.sampled_from(("none", "array", "mpo", "torch")))
 def test_identity_is_exact(sites, dtype, model):
     square = Sites(sites.out, sites.out)
@@ -267,6 +278,7 @@ def test_identity_takes_the_dtypes_of_any_library():
     assert MPO.identity(sites, dtype="bfloat16", like=torch.ones(1)).dtype == torch.bfloat16
 
 
+@pytest.mark.guarantee("seed")
 @given(legs(), st.integers(1, 6), SEEDS, st.sampled_from(tuple(EPS)))
 def test_random_is_deterministic(sites, bond, seed, dtype):
     a, b = (MPO.random(sites, bond, seed=seed, dtype=dtype) for _ in range(2))
@@ -288,6 +300,7 @@ def test_random_entries_have_variance_one(dtype):
     assert abs(np.mean(squares) - 1) < 0.1
 
 
+@pytest.mark.guarantee("seed")
 @pytest.mark.slow
 def test_random_is_the_same_in_every_process_and_so_are_the_plans():
     code = (

@@ -127,6 +127,7 @@ def largest_of_cores(plan):
     return max(found)
 
 
+@pytest.mark.guarantee("vector-never-dense")
 @given(legs(min_sites=2), st.integers(1, 9), st.sampled_from((2, 3, 100, 10**6)))
 def test_the_matrix_is_not_built_for_a_vector_and_for_a_batch_only_where_it_saves(sites, bond, batch):
     ends = [1, *[bond] * (len(sites) - 1), 1]
@@ -153,6 +154,7 @@ def test_many_columns_and_wide_bonds_go_through_the_matrix():
     assert mpo.plan(batch=1).peak_bytes < 4 * 768 * 3072
 
 
+@pytest.mark.guarantee("vector-never-dense")
 def test_the_dense_matrix_would_not_fit_and_is_not_needed():
     sites = Sites((8,) * 5, (8,) * 5)  # a matrix of 8 GiB
     mpo = MPO.random(sites, 4, seed=0)

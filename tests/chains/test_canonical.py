@@ -33,6 +33,7 @@ def test_from_matrix_is_canonical_at_its_centre(problem, bond):
     assert_canonical(mpo, center)
 
 
+@pytest.mark.guarantee("canonical")
 @given(CHAINS, st.data())
 def test_canonicalize(chain, data):
     center = data.draw(st.integers(0, len(chain) - 1))
@@ -46,6 +47,7 @@ def test_canonicalize(chain, data):
         assert bond <= min(chain.bonds[k], reachable)
 
 
+@pytest.mark.guarantee("canonical")
 @given(CHAINS, st.data())
 def test_canonicalize_again_moves_only_what_lies_between(chain, data):
     first, second = (data.draw(st.integers(0, len(chain) - 1)) for _ in range(2))
@@ -63,6 +65,7 @@ def test_canonicalize_again_moves_only_what_lies_between(chain, data):
     )
 
 
+@pytest.mark.guarantee("canonical")
 @given(CHAINS, st.data())
 def test_partial_interval_is_trusted_and_completed(chain, data):
     center = data.draw(st.integers(0, len(chain) - 1))

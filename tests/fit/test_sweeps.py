@@ -1,5 +1,6 @@
 """Variational fits: the error falls at every step, is the Frobenius distance, and ends no worse than where it began."""
 
+import itertools
 import math
 import re
 
@@ -23,6 +24,7 @@ def same_kind(array, like):
     return to_backend(array, library(like), str(array.dtype))
 
 
+@pytest.mark.guarantee("fit-from-truncation")
 @given(problems(), BONDS, WIDTHS)
 def test_fit_of_a_truncation_is_no_worse_and_its_error_is_the_distance(problem, bond, width):
     start, report = MPO.from_matrix(problem.matrix, problem.sites, Truncation(max_bond=bond))
@@ -44,6 +46,7 @@ def test_fit_of_a_truncation_is_no_worse_and_its_error_is_the_distance(problem, 
     assert fit.sweeps <= 3
 
 
+@pytest.mark.guarantee("fit-never-worse")
 @given(legs(max_size=800), BONDS, BONDS, WIDTHS, SEEDS, st.sampled_from(("float64", "complex128")), st.booleans())
 def test_no_step_increases_the_error(sites, bond, target_bond, width, seed, dtype, as_chain):
     chain = random_chain(sites, target_bond, seed, dtype)
@@ -66,6 +69,24 @@ def test_no_step_increases_the_error(sites, bond, target_bond, width, seed, dtyp
         assert after <= before + tolerance
     assert abs(errors[-1] - report.errors[-1]) <= tolerance
     assert all(b <= a + tolerance for a, b in zip(report.errors, report.errors[1:], strict=False))
+
+
+@pytest.mark.guarantee("fit-never-worse")
+@given(legs(max_size=600), BONDS, WIDTHS, SEEDS, st.sampled_from(("float32", "complex64")))
+def test_no_step_of_single_precision_increases_the_error_either(sites, bond, width, seed, dtype):
+    """Steps are taken in double precision; what two sites drop is below eps of the dtype times the norm."""
+    w = make("gaussian", sites, dtype.startswith("complex"), seed).astype(dtype)
+    start = random_chain(sites, bond, seed + 1, dtype).canonicalize(0)
+    norm = fro(host(w))
+    tolerance = slack("float64", w.size, norm + start.norm()) + (EPS[dtype] * norm if width == 2 else 0.0)
+    errors = [fro(host(w) - dense(start.cores))]
+
+    def watch(_sweep, _site, now):
+        errors.append(fro(host(w) - dense(now.cores)))
+
+    _, report = start.fit(w, sites=width, sweeps=2, tol=0.0, callback=watch)
+    for seen in (errors, report.errors):
+        assert all(after <= before + tolerance for before, after in itertools.pairwise(seen))
 
 
 @given(legs(max_size=600), BONDS, BONDS, WIDTHS, SEEDS, st.sampled_from(tuple(EPS)))
@@ -134,6 +155,7 @@ def test_stationary_points_of_a_low_rank_chain_are_the_truncated_svd(width):
     assert report.error == pytest.approx(math.hypot(*np.linalg.svd(w, compute_uv=False)[3:]), rel=1e-10)
 
 
+@pytest.mark.guarantee("best-core")
 @given(problems(kinds=("gaussian", "decaying", "rank_deficient", "one_entry")), BONDS, SEEDS)
 def test_refit_is_the_least_squares_core(problem, bond, seed):
     dtype, n = problem.dtype, len(problem.sites)

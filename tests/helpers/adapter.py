@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from helpers.chains import slack
+from helpers.gauges import sites_of
 from helpers.tiny_models import tiny
-from mpo_tn.torch import CompressionReport, MPOConfig, MPOLayer, compress
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch import CompressionReport, MPOConfig, MPOLayer, MPOLinear, compress
 
 
 def compressed(module: nn.Module, **config: Any) -> tuple[Any, CompressionReport]:
@@ -31,6 +34,13 @@ def embedding(
 ) -> nn.Embedding:
     torch.manual_seed(seed)
     return nn.Embedding(ids, width, dtype=dtype, **options)
+
+
+def unit_of(cores: Sequence[torch.Tensor]) -> MPOLinear:
+    """A layer without a bias on these cores."""
+    sites = sites_of(cores)
+    spec = ModuleSpec("linear", sites, tuple(core.shape[3] for core in cores[:-1]), *sites.shape)
+    return MPOLinear(spec, [nn.Parameter(core.contiguous()) for core in cores])
 
 
 def reference_matrix(layer: MPOLayer) -> torch.Tensor:

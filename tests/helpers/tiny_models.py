@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import transformers
 
@@ -83,8 +85,19 @@ def token_ids() -> torch.Tensor:
     return ids
 
 
+def settled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, every tensor in memory of its own.
+
+    What is loaded lies where it lay in the file, and a matrix product may round by where its operands lie.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()
+    return model
+
+
 def outputs(model: torch.nn.Module) -> torch.Tensor:
-    """Logits, or hidden states for a model without a head."""
+    """Logits, or hidden states for a model without a head; of equal models the same bits."""
     with torch.no_grad():
-        result = model(token_ids())
+        result = settled(model)(token_ids())
     return result.logits if "logits" in result else result.last_hidden_state

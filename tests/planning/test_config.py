@@ -1,9 +1,8 @@
-"""MPOConfig and ModuleSpec: what they refuse, what an override replaces, and their JSON."""
+"""MPOConfig: what it refuses, what an override replaces, and its JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
-from mpo_tn.planning.legs import legs_for
-from mpo_tn.planning.spec import kept_ratio
-from mpo_tn.torch import ModuleSpec, MPOConfig
+from mpo_tn.planning.config import MPOConfig
 
 PATTERNS = st.one_of(
     st.just("all-linear"), st.just(r".*query"), st.lists(st.text("abc.", min_size=1), max_size=3).map(tuple)
@@ -90,64 +87,8 @@ def test_unknown_keys_are_refused() -> None:
         MPOConfig.from_dict({"rank": 4})
 
 
-@pytest.fixture
-def spec() -> ModuleSpec:
-    sites = legs_for(101, 32, 3)
-    return ModuleSpec("embedding", sites, sites.capped_bonds(4), 101, 32, padding_idx=0, rel_error=0.25, exact=False)
-
-
-def test_a_specification_survives_json(spec: ModuleSpec) -> None:
-    assert ModuleSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-
-
-def test_a_specification_counts_its_cores(spec: ModuleSpec) -> None:
-    numbers = 0
-    for left, out, in_, right in spec.core_shapes:
-        numbers += left * out * in_ * right
-    assert spec.num_parameters == numbers
-    assert spec.kept == numbers / (101 * 32)
-    assert kept_ratio(iter([spec])) == spec.kept
-
-
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4))
-def test_the_kept_ratio_of_several_weighs_them_by_their_size(sizes: list[tuple[int, int, int]]) -> None:
-    specs = [
-        ModuleSpec("linear", legs, legs.capped_bonds(bond), out, in_)
-        for out, in_, bond in sizes
-        for legs in [legs_for(out, in_, 3)]
-    ]
-    total = sum(out * in_ for out, in_, _ in sizes)
-    weighed = sum(spec.kept * (out * in_ / total) for spec, (out, in_, _) in zip(specs, sizes, strict=True))
-    assert kept_ratio(specs) == pytest.approx(weighed)
-
-
 @given(configs())
 def test_for_transformers_it_is_a_dictionary_that_json_can_hold(config: MPOConfig) -> None:
     plain = json.loads(json.dumps(config.to_hf()))
     assert plain.keys() == {"quant_method", "config"}
     assert (plain["quant_method"], MPOConfig.from_dict(plain["config"])) == ("mpo", config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kind": "conv2d"}, "conv2d"),
-        ({"bonds": (4,)}, "bonds"),
-        ({"bonds": (4, 0)}, "bonds"),
-        ({"out_features": 10_000}, "10000"),
-        ({"in_features": 10_000}, "10000"),
-    ],
-)
-def test_a_specification_that_contradicts_itself(spec: ModuleSpec, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(MPOError, match=message):
-        replace(spec, **changes)
-
-
-@pytest.mark.parametrize("key", ["kind", "sites", "bonds", "out_features", "in_features"])
-def test_a_damaged_specification_names_the_key(spec: ModuleSpec, key: str) -> None:
-    values = spec.to_dict()
-    del values[key]
-    with pytest.raises(MPOError, match=key):
-        ModuleSpec.from_dict(values)
-    with pytest.raises(MPOError, match="colour"):
-        ModuleSpec.from_dict({**spec.to_dict(), "colour": 1})

@@ -15,6 +15,7 @@ SIZES = st.integers(1, 5000)
 MOST_PADDING = 1 / 16
 
 
+@pytest.mark.guarantee("little-padding")
 @given(SIZES, SIZES, st.integers(1, 7))
 def test_legs_hold_the_matrix_with_little_padding(out: int, in_: int, n: int) -> None:
     sites = legs_for(out, in_, n)

@@ -17,6 +17,7 @@ def truncation_for(problem: Problem, caps: int | list[int]) -> Truncation:
     return Truncation(max_bond=tuple(caps[: len(problem.sites) - 1]) if isinstance(caps, list) else caps)
 
 
+@pytest.mark.guarantee("exact-error")
 @given(problems(), CAPS, st.booleans())
 def test_error_of_one_sweep_is_the_frobenius_distance(problem, caps, with_spectra):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, truncation_for(problem, caps), spectra=with_spectra)
@@ -30,6 +31,7 @@ def test_error_of_one_sweep_is_the_frobenius_distance(problem, caps, with_spectr
     )
 
 
+@pytest.mark.guarantee("exact-error")
 @given(problems(), CAPS, st.booleans())
 def test_squared_discarded_norms_add_up(problem, caps, with_spectra):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, truncation_for(problem, caps), spectra=with_spectra)
@@ -41,6 +43,7 @@ def test_squared_discarded_norms_add_up(problem, caps, with_spectra):
     assert all(bond.discarded_norm == 0 for bond in report.bonds if bond.kept == bond.available)
 
 
+@pytest.mark.guarantee("near-best", "inequalities")
 @given(problems(min_sites=2), CAPS)
 def test_chain_of_inequalities(problem, caps):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, truncation_for(problem, caps), spectra=True)
@@ -58,6 +61,7 @@ def test_chain_of_inequalities(problem, caps):
     assert abs(report.bound - math.hypot(*eps_k)) <= slack
 
 
+@pytest.mark.guarantee("bounds-in-order")
 @given(problems(), CAPS, st.booleans())
 def test_reported_bounds_enclose_the_error_without_slack(problem, caps, with_spectra):
     _, report = MPO.from_matrix(problem.matrix, problem.sites, truncation_for(problem, caps), spectra=with_spectra)
@@ -76,6 +80,7 @@ def test_bounds_without_spectra(problem, caps):
     assert report.rel_error == (report.error / report.norm if report.norm else 0.0)
 
 
+@pytest.mark.guarantee("near-best")
 @given(legs(min_sites=2), st.integers(1, 4), st.integers(0, 2**32 - 1), st.floats(1e-6, 1.0))
 def test_error_is_quasi_optimal_against_a_planted_chain(sites, bond, seed, strength):
     planted = random_chain(sites, bond, seed)
@@ -99,6 +104,7 @@ def test_two_site_chain_is_the_truncated_svd(problem, bond):
         assert fro(best - dense(mpo.cores)) <= 2 * problem.slack / gap
 
 
+@pytest.mark.guarantee("two-sweeps")
 @given(problems(), CAPS, CAPS)
 def test_two_sweeps_obey_the_triangle_inequality_only(problem, caps, caps_after):
     first, report = MPO.from_matrix(problem.matrix, problem.sites, truncation_for(problem, caps))
@@ -134,6 +140,7 @@ def test_two_truncating_sweeps_are_not_exact():
     assert "NOT met" in str(missed)
 
 
+@pytest.mark.guarantee("full-bonds")
 @given(problems())
 def test_full_bonds_are_exact(problem):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites)

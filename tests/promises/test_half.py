@@ -17,6 +17,7 @@ def half(kind, sites, seed, which, scale=1.0):
     return to_backend(make(kind, sites, False, seed) * scale, library, dtype), dtype
 
 
+@pytest.mark.guarantee("full-bonds")
 @pytest.mark.slow
 @given(legs(), st.integers(0, 2**32 - 1), HALVES, st.sampled_from((1.0, 1e-2, 30.0)))
 def test_full_bonds(sites, seed, which, scale):
@@ -31,6 +32,7 @@ def test_full_bonds(sites, seed, which, scale):
     assert fro(host(w) - dense(mpo.cores)) <= slack(dtype, host(w).size, fro(host(w)))
 
 
+@pytest.mark.guarantee("exact-error")
 @given(legs(min_sites=2), st.integers(0, 2**32 - 1), HALVES, st.integers(1, 4))
 def test_error_of_a_sweep_up_to_storage(sites, seed, which, bond):
     w, dtype = half("decaying", sites, seed, which)

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT, TESTS
 
 DIGEST = """
 import hashlib, numpy as np
@@ -38,6 +40,7 @@ def run(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.guarantee("same-bits")
 @pytest.mark.slow
 @pytest.mark.parametrize("library", list(TO_LIBRARY))
 def test_same_bits_in_every_process_and_hash_seed(library):
@@ -63,6 +66,36 @@ def test_torch_and_jax_are_not_needed_for_numpy_arrays():
         "print('torch' in sys.modules, 'jax' in sys.modules)"
     )
     assert run(code) == "False False"
+
+
+def without_torch(folder: Path) -> dict[str, str]:
+    """An environment in which importing torch fails, in every process that is started in it."""
+    (folder / "torch.py").write_text("raise ImportError('torch is not wanted here')\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def test_planning_is_done_without_torch(tmp_path):
+    code = (
+        "import importlib, pkgutil, mpo_tn.planning as planning\n"
+        "names = [module.name for module in pkgutil.iter_modules(planning.__path__, 'mpo_tn.planning.')]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "print(*names)\n"
+        "try: import torch\n"
+        "except ImportError as error: print(error)"
+    )
+    modules, refusal = run(code, **without_torch(tmp_path)).splitlines()
+    found = {path.stem for path in (ROOT / "mpo_tn" / "planning").glob("*.py")} - {"__init__"}
+    assert {name.rpartition(".")[2] for name in modules.split()} == found
+    assert refusal == "torch is not wanted here"
+
+
+def test_what_is_planned_is_tested_without_torch(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "planning")],
+        env=os.environ | without_torch(tmp_path) | {"HYPOTHESIS_PROFILE": "few"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_public_names():

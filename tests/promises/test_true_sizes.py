@@ -124,6 +124,7 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.guarantee("empty-same-structure")
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_compression_has_the_structure_of_a_real_one(family: str, config: dict[str, Any]) -> None:

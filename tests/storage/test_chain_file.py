@@ -54,6 +54,7 @@ def same_bits(a: MPO, b: MPO) -> bool:
     )
 
 
+@pytest.mark.guarantee("round-trip")
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("library", FRAMEWORKS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,6 +69,7 @@ def test_every_library_reads_what_every_other_wrote(dtype, library, framework, t
     assert str(again.dtype).removeprefix("torch.") == dtype
 
 
+@pytest.mark.guarantee("round-trip")
 @given(legs(), st.integers(1, 6), st.integers(0, 2**32 - 1), st.sampled_from(tuple(EPS)), st.data())
 def test_round_trip(tmp_path_factory, sites, bond, seed, dtype, data):
     path = tmp_path_factory.getbasetemp() / "round_trip.safetensors"
@@ -81,6 +83,7 @@ def test_round_trip(tmp_path_factory, sites, bond, seed, dtype, data):
     assert all(core.flags.writeable and core.flags.c_contiguous for core in again.cores)
 
 
+@pytest.mark.guarantee("round-trip")
 @pytest.mark.parametrize("values", [[np.nan, np.inf], [-0.0, 5e-324]])
 def test_odd_values_are_kept(values, tmp_path):
     chain = MPO((np.array(values).reshape(1, 2, 1, 1),))
@@ -88,6 +91,7 @@ def test_odd_values_are_kept(values, tmp_path):
     assert same_bits(chain, MPO.load(tmp_path / "mpo"))
 
 
+@pytest.mark.guarantee("equal-bytes")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_mpos_give_equal_bytes(dtype, tmp_path):
     contents = {saved(chain_of(dtype, library), tmp_path / library) for library in FRAMEWORKS}
@@ -96,6 +100,7 @@ def test_equal_mpos_give_equal_bytes(dtype, tmp_path):
     assert len(contents) == 1
 
 
+@pytest.mark.guarantee("equal-bytes")
 def test_same_bytes_in_every_process(tmp_path):
     code = (
         "import sys, numpy as np; from mpo_tn import MPO, Sites\n"
@@ -109,6 +114,7 @@ def test_same_bytes_in_every_process(tmp_path):
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
+@pytest.mark.guarantee("round-trip")
 @pytest.mark.parametrize(
     "view",
     [
@@ -262,6 +268,7 @@ def test_sha256_that_is_missing(tmp_path):
     refused(edited(tmp_path / "mpo", lambda _, record: record.pop("sha256") and None), "checksum")
 
 
+@pytest.mark.guarantee("damage-noticed")
 @settings(max_examples=300)
 @given(st.integers(0, len(FIXTURE.read_bytes()) - 1), st.integers(1, 255))
 def test_no_changed_byte_goes_unnoticed(tmp_path_factory, place, change):
@@ -277,6 +284,7 @@ def test_no_changed_byte_goes_unnoticed(tmp_path_factory, place, change):
         assert same_bits(mpo, fixture())
 
 
+@pytest.mark.guarantee("damage-noticed")
 @given(st.integers(0, len(FIXTURE.read_bytes()) - 1), st.binary(max_size=3))
 def test_truncated_or_extended_file(tmp_path_factory, size, more):
     path = tmp_path_factory.getbasetemp() / "cut"
@@ -333,6 +341,7 @@ def test_double_precision_for_jax_without_x64(tmp_path):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("file-whole")
 def test_cores_without_values(tmp_path):
     with pytest.raises(MPOError, match="core 0 is on the meta device"):
         MPO((torch.ones(1, 2, 2, 1, device="meta"),)).save(tmp_path / "mpo")
@@ -341,6 +350,7 @@ def test_cores_without_values(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.guarantee("file-whole")
 @pytest.mark.parametrize("name", ["missing/mpo", "folder", "file/mpo", "circle", "x" * 300, "a\0b"])
 def test_place_that_cannot_be_written(name, tmp_path):
     (tmp_path / "folder").mkdir()
@@ -353,6 +363,7 @@ def test_place_that_cannot_be_written(name, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
+@pytest.mark.guarantee("file-whole", "file-old-or-new")
 def test_full_disk_leaves_the_old_file(tmp_path):
     """A limit on the size of files stops the write in the middle, as a full disk does."""
     path = tmp_path / "mpo"
@@ -369,6 +380,7 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.guarantee("file-whole")
 def test_old_file_is_replaced_and_has_ordinary_permissions(tmp_path):
     path, link = tmp_path / "mpo", tmp_path / "link"
     path.write_bytes(b"old")

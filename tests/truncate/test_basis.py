@@ -31,6 +31,7 @@ def large(kind: str, dtype: str, library: str, shape: tuple[int, int] = (96, 150
     return (torch.from_numpy(w) if library == "torch" else w), host(w)
 
 
+@pytest.mark.guarantee("exact-error", "bounds-in-order")
 @given(problems(), st.integers(1, 8), st.sampled_from(METHODS), st.booleans())
 def test_error_of_every_method_is_the_frobenius_distance(problem, cap, method, with_spectra):
     """To ``4 eps sqrt(size) norm``, with no floor of sqrt(eps): no norm is taken from a difference of squares."""
@@ -51,6 +52,72 @@ def test_error_of_every_method_is_the_frobenius_distance(problem, cap, method, w
         assert report.error <= math.hypot(*eps_k) + problem.slack
 
 
+@st.composite
+def requests(draw):
+    """A matrix of a norm near 1 in the precision of its data or in double, how it is to be factorised, and the host."""
+    problem = draw(problems(scaled=False))
+    single = problem.dtype in ("float32", "complex64")
+    narrow = single and draw(st.booleans())
+    matrix = linalg.times_power_of_two(problem.matrix, -linalg.binary_exponent(problem.norm))
+    if linalg.library(matrix) == "jax" or not narrow:
+        matrix = linalg.widen(matrix)
+    request = Request(draw(st.none() | st.integers(1, 12)), draw(st.just(math.inf) | st.floats(1e-6, 1.0)))
+    return matrix, draw(st.sampled_from(METHODS)), request, single, host(matrix)
+
+
+@pytest.mark.guarantee("measured-tail")
+@given(requests())
+def test_the_tail_is_what_the_basis_misses(case):
+    """At every number of columns that is on offer, not only where the bond is cut."""
+    matrix, method, request, single, z = case
+    found = factor(matrix, method, request, single=single)
+    for r in range(len(found.tail)):
+        u = host(found.basis(r)) if r else np.zeros((z.shape[0], 0))
+        missed = fro(z - u @ (u.conj().T @ z))
+        exact = abs(found.tail[r] - missed) <= slack(linalg.dtype_name(matrix), z.size, fro(z))
+        square = abs(found.tail[r] ** 2 - missed**2) <= slack("float64", z.size, fro(z) ** 2)
+        assert exact or (square and single and found.method == "gram")
+
+
+@pytest.mark.guarantee("measured-tail")
+@pytest.mark.parametrize("kind", ["ones", "rank_one", "rank_deficient", "decaying", "gaussian"])
+@pytest.mark.parametrize("shape", [(128, 300), (300, 128)])
+def test_the_tail_of_a_large_gram_matrix(kind, shape):
+    """Of a constant matrix the rounding of all sums goes the same way."""
+    _, z = large(kind, "float32", "numpy", shape)
+    z = z / 2.0 ** linalg.binary_exponent(fro(z))
+    found = factor(z, "gram", Request(), single=True)
+    u = found.basis(128)
+    rows = u.T @ z
+    for r in (0, 1, 2, 3, 8, 64, 127, 128):
+        missed = math.hypot(fro(z - u @ rows), fro(rows[r:]))
+        assert abs(found.tail[r] ** 2 - missed**2) <= slack("float64", z.size, fro(z) ** 2)
+
+
+@pytest.mark.guarantee("orthonormal")
+@given(requests())
+def test_bases_are_orthonormal_in_double_precision(case):
+    matrix, method, request, single, z = case
+    found = factor(matrix, method, request, single=single)
+    for r in {1, len(found.tail) - 1} & set(range(1, len(found.tail))):
+        basis = found.basis(r)
+        assert linalg.dtype_name(basis) == ("complex128" if np.iscomplexobj(z) else "float64")
+        u = host(basis)
+        assert np.linalg.norm(u.conj().T @ u - np.eye(r)) <= 4 * C * 2.0**-52 * math.sqrt(u.size)
+
+
+@pytest.mark.guarantee("orthonormal")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_in_single_precision_gives_a_basis_in_double(method):
+    """Large enough for every method to search in the precision of the data."""
+    matrix, z = large("gaussian", "float32", "numpy", (128, 300))
+    found = factor(matrix / np.float32(fro(z)), method, Request(cap=8), single=True)
+    u = found.basis(8)
+    assert u.dtype == np.float64
+    assert np.linalg.norm(u.T @ u - np.eye(8)) <= 4 * C * 2.0**-52 * math.sqrt(u.size)
+
+
+@pytest.mark.guarantee("tolerance")
 @given(problems(), st.floats(1e-6, 0.9), st.sampled_from(METHODS))
 def test_every_method_meets_a_tolerance(problem, rel_error, method):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, Truncation(rel_error=rel_error), method=method)
@@ -62,6 +129,7 @@ def test_every_method_meets_a_tolerance(problem, rel_error, method):
     assert abs(report.error - fro(problem.host - dense(mpo.cores))) <= problem.slack
 
 
+@pytest.mark.guarantee("exact-rounding")
 @given(legs(), st.integers(1, 6), st.integers(0, 2**32 - 1), st.sampled_from(tuple(EPS)), st.sampled_from(METHODS))
 def test_error_of_compress_by_every_method(sites, bond, seed, dtype, method):
     chain = random_chain(sites, bond, seed, dtype)
@@ -74,6 +142,7 @@ def test_error_of_compress_by_every_method(sites, bond, seed, dtype, method):
     assert abs(fro(dense(chain.cores) - dense(small.cores)) - report.error) <= tolerance
 
 
+@pytest.mark.guarantee("full-bonds")
 @given(problems(kinds=SPECTRA), st.sampled_from(METHODS))
 def test_full_bonds_lose_nothing_by_any_method(problem, method):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, method=method)
@@ -82,6 +151,7 @@ def test_full_bonds_lose_nothing_by_any_method(problem, method):
     assert fro(problem.host - dense(mpo.cores)) <= problem.slack
 
 
+@pytest.mark.guarantee("exact-error")
 @settings(max_examples=30)
 @given(
     st.sampled_from(SPECTRA),
@@ -133,6 +203,7 @@ def test_small_errors_are_not_lost_in_a_difference_of_squares(method, missed):
     assert missed - rounding <= report.error <= missed + above + rounding
 
 
+@pytest.mark.guarantee("same-bits")
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("method", METHODS)
 def test_same_bits_twice(library, method):
@@ -159,6 +230,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.guarantee("same-bits")
 def test_same_bits_in_a_fresh_process():
     digests = set()
     for seed in ("0", "7"):
@@ -268,6 +340,7 @@ def test_triangle_is_the_one_of_qr(library, dtype, shape):
     assert fro(r.conj().T @ r - plain.conj().T @ plain) <= rounding
 
 
+@pytest.mark.guarantee("exact-error", "full-bonds")
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_large_single_precision_matrices_are_as_exact(library, scale):
@@ -285,6 +358,7 @@ def test_large_single_precision_matrices_are_as_exact(library, scale):
             assert abs(again.error - fro(dense(mpo.cores) - dense(small.cores))) <= tolerance
 
 
+@pytest.mark.guarantee("near-best")
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 @pytest.mark.parametrize("shape", [(256, 300), (300, 256)])

@@ -34,6 +34,7 @@ def least(sites):
     return sum(sites.sizes)
 
 
+@pytest.mark.guarantee("budget-kept")
 @given(small_spectra(), st.floats(0, 1))
 def test_bonds_against_brute_force(spectra, share):
     sites = spectra.sites
@@ -51,6 +52,25 @@ def test_bonds_against_brute_force(spectra, share):
             assert sites.num_parameters(wider) > budget
 
 
+@pytest.mark.guarantee("no-better-exchange")
+@given(small_spectra(), st.floats(0, 1))
+def test_no_bond_can_be_raised_while_another_gives_way(spectra, share):
+    """Another one is lowered as far as the budget needs, and by no more."""
+    sites = spectra.sites
+    widest = [len(part) for part in spectra]
+    low, high = least(sites), sites.num_parameters(widest)
+    budget = low + round(share * (high - low))
+    bonds = spectra.bonds_for(budget)
+    bound = spectra.what_if(bonds).upper
+    for up, down in itertools.permutations(range(len(bonds)), 2):
+        for lowered in range(bonds[down], 0, -1):
+            trial = [lowered if k == down else bond + (k == up) for k, bond in enumerate(bonds)]
+            if trial[up] <= widest[up] and sites.num_parameters(trial) <= budget:
+                assert spectra.what_if(trial).upper >= bound * (1 - 1e-12)
+                break
+
+
+@pytest.mark.guarantee("no-better-exchange")
 @given(small_spectra(), st.data())
 def test_a_budget_that_some_bonds_use_up_exactly(spectra, data):
     sites = spectra.sites
@@ -62,6 +82,7 @@ def test_a_budget_that_some_bonds_use_up_exactly(spectra, data):
         assert bond == widest[k] or sites.num_parameters(wider) > budget
 
 
+@pytest.mark.guarantee("budget-kept")
 @given(small_spectra(), st.floats(0, 1), st.integers(1, 4))
 def test_caps_hold_too(spectra, share, cap):
     sites = spectra.sites
@@ -84,6 +105,7 @@ def test_no_worse_than_one_cap_for_all(decay, keep):
     assert (bonds == sites.full_bonds) == (keep == 2.0)
 
 
+@pytest.mark.guarantee("budget-kept")
 @given(problems(), st.floats(0, 1.2), st.booleans())
 def test_from_matrix_and_compress_stay_within_the_budget(problem, share, with_spectra):
     sites = problem.sites

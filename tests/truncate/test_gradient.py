@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers.chains import C, fro, host, problems
+from helpers.chains import C, dense, fro, host, problems
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +37,22 @@ def test_it_is_the_matrix_of_the_decomposition(problem, cap):
         assert abs(fro(problem.host - host(value)) - report.error) <= allowed
 
 
+@pytest.mark.guarantee("truncated-matrix")
+@given(problems(), st.integers(1, 9))
+def test_it_is_the_matrix_of_the_mpo_itself(problem, cap):
+    """Entry by entry, to the same; by whatever method from_matrix takes."""
+    truncation = Truncation(max_bond=cap)
+    mpo, _ = MPO.from_matrix(problem.matrix, problem.sites, truncation)
+    value = truncated(problem.matrix, problem.sites, truncation)
+    caps = truncation.caps(len(problem.sites) - 1)
+    steps = zip(_forward(problem.matrix, problem.sites, caps)[1], _order(problem.sites, caps), strict=True)
+    gap = min((values[rank - 1] - values[rank] for (_, values, _), (_, rank) in steps), default=math.inf)
+    if gap > 0.01 * problem.norm:
+        allowed = 2 * problem.slack * (1 + problem.norm / gap) ** 2
+        assert fro(host(value) - dense(mpo.cores)) <= allowed
+
+
+@pytest.mark.guarantee("truncated-gradient")
 @pytest.mark.slow
 @pytest.mark.parametrize(("sites", "bonds"), LEGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -46,6 +62,7 @@ def test_gradcheck(sites, bonds, dtype):
     assert torch.autograd.gradcheck(lambda x: truncated(x, sites, Truncation(max_bond=bonds)), (w,))
 
 
+@pytest.mark.guarantee("truncated-gradient")
 @pytest.mark.parametrize("values", [(3, 3, 3, 1, 0.5), (3, 2, 2, 1, 1), (3, 3, 1, 1, 1), (3, 2, 1, 0, 0)])
 @pytest.mark.parametrize("shape", [(5, 5), (5, 8), (8, 5)])
 @pytest.mark.parametrize("complex_", [False, True])
@@ -69,6 +86,7 @@ def _draw(rng, shape, complex_):
     return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0.0)
 
 
+@pytest.mark.guarantee("truncated-gradient")
 @pytest.mark.parametrize("complex_", [False, True])
 @pytest.mark.parametrize(("sites", "bonds"), LEGS)
 def test_jax_and_torch_agree(sites, bonds, complex_):

@@ -16,6 +16,7 @@ BUDGET_ROUNDING = 1e-12
 REL_ERRORS = st.floats(1e-6, 0.9)
 
 
+@pytest.mark.guarantee("tolerance")
 @given(problems(), REL_ERRORS)
 def test_relative_budget_is_met(problem, rel_error):
     mpo, report = MPO.from_matrix(problem.matrix, problem.sites, Truncation(rel_error=rel_error, strict=True))
@@ -25,6 +26,7 @@ def test_relative_budget_is_met(problem, rel_error):
     assert min(mpo.bonds, default=1) >= 1
 
 
+@pytest.mark.guarantee("tolerance")
 @given(problems(), REL_ERRORS)
 def test_absolute_budget_is_met(problem, rel_error):
     allowed = rel_error * problem.norm or 1.0
@@ -72,6 +74,7 @@ def test_two_site_bond_is_the_least_that_meets_the_budget(problem, rel_error):
     assert bond == 1 or fro(s[bond - 1 :]) > allowed - problem.slack
 
 
+@pytest.mark.guarantee("tolerance")
 @given(problems(min_sites=2), st.integers(1, 3), REL_ERRORS)
 def test_a_cap_that_stops_the_budget_is_reported(problem, cap, rel_error):
     asked = Truncation(max_bond=cap, rel_error=rel_error)
@@ -96,6 +99,7 @@ def test_missed_tolerance_of_compress():
         mpo.compress(Truncation(max_bond=2, rel_error=0.01, strict=True))
 
 
+@pytest.mark.guarantee("tolerance")
 @pytest.mark.parametrize("truncation", [Truncation(rel_error=0.5), Truncation(abs_error=0.5), Truncation(max_bond=1)])
 @pytest.mark.parametrize("scale", [0.0, 1e-3])
 def test_bonds_are_never_below_one(truncation, scale):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.paths import ROOT, TESTS
 from helpers.task_folders import write_all
 from hypothesis import given
 from hypothesis import strategies as st
@@ -294,6 +298,7 @@ def test_it_learns(places: dict[str, Path], name: str) -> None:
     assert result.headline > result.baseline["accuracy"] + 10
 
 
+@pytest.mark.guarantee("tuned-same-bits")
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_the_same_seed_gives_the_same_bits(places: dict[str, Path], mrpc: Any, name: str) -> None:
     (a, first), (b, second), (_, other) = (
@@ -323,10 +328,24 @@ def test_a_regression_and_a_language_model(places: dict[str, Path]) -> None:
 def test_a_score_depends_on_no_batch(places: dict[str, Path], mrpc: Any) -> None:
     """Padding is masked and dropout is off: other batches, the same predictions, and the mode comes back."""
     runs = [start(places["encoder"], mrpc, method("lfa"), replace(QUICK, batch_size=size)) for size in (1, 24)]
+    alone, together = (logits_of(run) for run in runs)
+    # Other shapes round otherwise, but by far less than it takes to turn a prediction.
+    rounding = 1e-4 * alone.norm(dim=1)
+    assert ((alone - together).norm(dim=1) <= rounding).all()
+    assert ((alone[:, 0] - alone[:, 1]).abs() > rounding).all()
     for run in runs:
         run.model.train()
     assert runs[0].evaluate() == runs[1].evaluate()
     assert all(run.model.training for run in runs)
+
+
+def logits_of(run: Run) -> torch.Tensor:
+    """Of every example of the dev set, in its order."""
+    rows: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for batch in run.dev["dev"].in_order():
+            rows |= dict(zip(batch.examples, run.model.eval()(**batch.inputs).logits, strict=True))
+    return torch.stack([rows[example] for example in sorted(rows)])
 
 
 def test_bf16_is_near(places: dict[str, Path], mrpc: Any) -> None:
@@ -365,6 +384,7 @@ KILLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.guarantee("resumed-same-bits")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "calls"), KILLS)
 def test_killed_and_resumed_is_bit_equal(
@@ -392,6 +412,17 @@ def test_killed_and_resumed_is_bit_equal(
         assert result.squeezing["bonds"] == expected.squeezing["bonds"] != result.squeezing["start_bonds"]
 
 
+@pytest.mark.guarantee("resumed-same-bits")
+def test_killed_while_a_checkpoint_is_replaced_it_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """A process of its own, that is killed at every step on the way."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
+    command = [sys.executable, "-m", "helpers.kill_finetune", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert int(done.stdout.split()[-2]) >= 8
+
+
+@pytest.mark.guarantee("resumed-same-bits")
 def test_rounds_that_are_done_are_not_done_again(
     places: dict[str, Path], mrpc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +502,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, place: int, *, gradient: bool = Fals
     monkeypatch.setattr(module, "_loss", loss)
 
 
+@pytest.mark.guarantee("nan-spoils-nothing")
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_loss_that_is_no_number_stops_before_it_spoils_the_model(
     places: dict[str, Path], mrpc: Any, monkeypatch: pytest.MonkeyPatch, gradient: bool

@@ -115,7 +115,11 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
 
 
 class MPOHfQuantizer(HfQuantizer):
-    """Builds MPO modules before loading; compresses after loading when the files are dense."""
+    """Builds MPO modules before loading; compresses after loading when the files are dense.
+
+    Guarantee (reload-bits): what ``save_pretrained`` wrote comes back bit for bit, with every tie and shared module.
+    Guarantee (no-random-cores): a folder from which a core is missing is refused.
+    """
 
     quantization_config: Any  # an MPOQuantizationConfig
 
@@ -161,8 +165,9 @@ class MPOHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """The state dict and one empty tensor under the name of a dense weight.
 
-        A transformers without this package ignores the unknown quantizer with a warning and would go on with random
-        weights. The empty tensor has the wrong shape for the dense model, so that load fails instead.
+        Guarantee (loud-without-us): a transformers without this package ignores the unknown quantizer with a warning
+        and would go on with random weights. The empty tensor has the wrong shape for the dense model, so that load
+        fails instead.
 
         Raises:
             MPOError: the model has no MPO modules any more.

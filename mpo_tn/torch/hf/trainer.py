@@ -23,9 +23,11 @@ class SqueezeCallback(TrainerCallback):
     """Squeeze the bonds of the model that a Trainer trains. See :func:`mpo_tn.torch.squeeze`.
 
     Every ``every_steps`` optimiser steps the model is evaluated. The first value is the reference. While the gap to it
-    is at most ``delta``, the bonds of least score are cut and training goes on; once it is more, the model and the
-    optimiser go back to where the gap was last within ``delta``, and training stops. No cut is made that there is no
-    evaluation after; steps that are left once cutting has ended tune the model as it is.
+    is at most ``delta``, the bonds of least score are cut and training goes on. Steps that are left once cutting has
+    ended tune the model as it is.
+
+    Guarantee (trainer-goes-back): once the gap is more than ``delta``, the model and the optimiser go back to where it
+    was last within, bit for bit, and training stops. No cut is left that there was no evaluation after.
 
     Args:
         delta: how much worse than the reference is still good, in the units of the metric.

@@ -16,7 +16,9 @@ _GATHERED_ENTRIES = 2**24
 
 
 class MPOEmbedding(MPOLayer):
-    """A table (ids, width) held as an MPO; only the rows asked for are contracted, never the table.
+    """A table (ids, width) held as an MPO.
+
+    Guarantee (table-never-built): only the rows asked for are contracted, forward and backward.
 
     An id is read as the mixed-radix number of its out legs; each digit picks one slice of one core, and the slices of
     the unique ids are multiplied together::

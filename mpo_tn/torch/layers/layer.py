@@ -68,8 +68,10 @@ class MPOLayer(nn.Module):
         Modules that share the cores have to be given the same, so that their specs follow. What is passed as it is,
         the parameter itself, is not touched. The error of a spec with new bonds is unknown.
 
+        Guarantee (replace-refused): if a shape does not fit nothing has been changed.
+
         Raises:
-            MPOError: shapes that do not fit the legs and bonds; nothing has been changed.
+            MPOError: shapes that do not fit the legs and bonds.
         """
         bonds = tuple(bonds)
         error = (self.spec.rel_error, self.spec.exact) if bonds == self.spec.bonds else (None, False)

@@ -27,10 +27,11 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
     Returns:
         The names of the modules whose mode was set, each by its first occurrence.
 
-    A kept matrix is dropped by ``train()``, ``eval()``, ``load_state_dict``, ``to()`` and a change of mode, and is not
-    used once a core has changed (an optimiser's step, a new ``.data``, other tensors in ``functional_call``). What it
-    cannot see is writing through ``core.data.copy_()``: set the mode again after that. With gradients on, modules whose
-    cores require them compute as in ``"rebuild"``, and so does everything that torch compiles or exports.
+    Guarantee (never-stale): a kept matrix is dropped by ``train()``, ``eval()``, ``load_state_dict``, ``to()`` and a
+    change of mode, and is not used once a core has changed (an optimiser's step, a new ``.data``, other tensors in
+    ``functional_call``). What it cannot see is writing through ``core.data.copy_()``: set the mode again after that.
+    With gradients on, modules whose cores require them compute as in ``"rebuild"``, and so does everything that torch
+    compiles or exports.
 
     The mode is not saved with the model. Embeddings have one too, but gather the rows asked for in every mode.
 

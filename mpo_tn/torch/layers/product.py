@@ -232,8 +232,9 @@ def mpo_linear(
         size: (out, in), the matrix cropped.
         cores: first to last.
 
-    Guarantee: what is kept for backward is ``x`` and the cores. Cores that do not require a gradient get none and cost
-    nothing there. Can be differentiated twice.
+    Guarantee (x-and-cores): what is kept for backward is ``x`` and the cores.
+    Guarantee (frozen-for-nothing): cores that do not require a gradient get none, and no product is made for it.
+    Guarantee (second-derivatives): it can be differentiated twice.
     """
     device = x.device
     rounded = autocast_dtype(device)

@@ -69,9 +69,10 @@ def squeeze(
         progress: called after each round, with how many are done, how many there may be, and what the last one did.
         on_round: called after each round with what was logged of it.
 
-    Guarantee: the model, the optimiser and the scheduler end in the state after the last round whose gap was within
-    ``delta``, also if anything raises. Killed at any point and called again with the same arguments and ``folder``, the
-    run ends in the same bonds and bits.
+    Guarantee (last-good-state): the model, the optimiser and the scheduler end in the state after the last round whose
+    gap was within ``delta``, also if anything raises.
+    Guarantee (killed-same-bits): killed at any point and called again with the same arguments and ``folder``, the run
+    ends in the same bonds and bits.
 
     Returns:
         Every round, the bonds, and why it stopped.

@@ -98,7 +98,7 @@ def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, Modu
     Returns:
         The specifications by name of the unit.
 
-    Guarantee (empty-is-the-same): modules, legs, bonds and ties are those that :func:`compress` gives.
+    Guarantee (empty-same-structure): modules, legs, bonds and ties are those that :func:`compress` gives.
 
     Raises:
         MPOError: as :func:`compress`, and for a tolerance: the bonds that meet it depend on the numbers.

@@ -74,13 +74,16 @@ def cut_model(
         bonds: unit name to its new bonds, none above what it has; units that are not named stay as they are.
         optimizer: whose state is to follow.
 
-    The bonds of a unit are cut one after another with fresh factors, so the error is at most the sum of the tails.
+    Guarantee (cuts-add-up): the bonds of a unit are cut one after another with fresh factors, so the error is at most
+    the sum of the tails.
+    Guarantee (cuts-refused): if the bonds do not fit, or name no unit, nothing has been changed.
 
     Returns:
         Notes on optimiser state that could not follow.
 
     Raises:
-        MPOError: an unknown unit, or bonds that do not fit; nothing has been changed.
+        MPOError: an unknown unit, bonds that do not fit; cores with entries that are NaN or infinite, when the units
+            before them have been cut.
     """
     units = cuttable_units(model)
     for name, wanted in bonds.items():

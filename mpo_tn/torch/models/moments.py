@@ -63,10 +63,11 @@ def map_moments(
 ) -> list[str]:
     """Carry the state of ``parameter`` through ``g -> sum_i matrix[i, j] g[.., i, ..]``, as its gradient goes.
 
-    First moments (``exp_avg``, ``momentum_buffer``, ``grad_avg``) follow exactly, up to rounding. Second moments follow
-    with squared entries, which would be exact for gradients of independent entries and is an approximation otherwise;
-    they stay non-negative. Numbers (``step``) are kept. State of another kind cannot follow: then all of the
-    parameter's state is dropped, so that the optimiser starts it afresh, and a note says so.
+    Guarantee (moments-follow): first moments (``exp_avg``, ``momentum_buffer``, ``grad_avg``) are those that the new
+    cores would have had, up to rounding. Second moments follow with squared entries, which would be exact for gradients
+    of independent entries and is an approximation otherwise; they stay non-negative. Numbers (``step``) are kept. State
+    of another kind cannot follow, nor can that of complex cores: then all of the parameter's state is dropped, so that
+    the optimiser starts it afresh, and a note says so.
 
     Args:
         optimizer: whose ``state`` holds the parameter, or not.
@@ -83,7 +84,7 @@ def map_moments(
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == (1,):  # step, however it is kept
             continue
-        if value.shape != parameter.shape or key not in _LINEAR | _SQUARED:
+        if value.shape != parameter.shape or key not in _LINEAR | _SQUARED or value.is_complex():
             del inner.state[parameter]
             return [f"{type(inner).__name__} state {key!r} of {name} cannot follow a cut and was dropped"]
         weights = matrix if key in _LINEAR else matrix**2

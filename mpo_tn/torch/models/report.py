@@ -14,8 +14,10 @@ from mpo_tn.truncation import Report
 class LayerReport:
     """What one unit became. ``names`` are all the modules that use it; the first names the unit.
 
-    ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not counted; ``report`` is
-    the core's report on the padded matrix.
+    ``report`` is the core's report on the padded matrix.
+
+    Guarantee (used-part): ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not
+    counted, to ``4 eps(dtype) sqrt(size) norm``.
     """
 
     names: tuple[str, ...]

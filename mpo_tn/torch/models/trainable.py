@@ -87,8 +87,10 @@ def freeze(
     Returns:
         How many parameters train, and of which groups.
 
-    Guarantee: only ``requires_grad`` changes, and that of every parameter is set: the last call holds, whatever was set
-    before. If anything is wrong nothing changes. Build the optimiser afterwards, see :func:`parameter_groups`.
+    Guarantee (last-freeze-holds): only ``requires_grad`` changes, and that of every parameter is set: the last call
+    holds, whatever was set before.
+    Guarantee (freeze-refused): if anything is wrong nothing changes.
+    Build the optimiser afterwards, see :func:`parameter_groups`.
 
     Raises:
         MPOError: an unknown policy or group, a pattern that matches nothing, overrides that contradict each other on
@@ -264,8 +266,10 @@ def parameter_groups(
             over the cores (the gauge), which means nothing.
 
     Returns:
-        Dictionaries with ``name`` (``"tensors"``, ``"decay"`` or ``"no_decay"``), ``params``, ``lr``, ``weight_decay``.
-        Every trainable parameter is in exactly one, in order of first occurrence; empty groups are left out.
+        Dictionaries with ``name`` (``"tensors"``, ``"decay"`` or ``"no_decay"``), ``params``, ``lr``, ``weight_decay``;
+        empty groups are left out.
+
+    Guarantee (one-group-each): every trainable parameter is in exactly one, in order of first occurrence.
 
     Raises:
         MPOError: nothing is trainable, or a rate or decay is negative or not finite.

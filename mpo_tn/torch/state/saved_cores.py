@@ -43,8 +43,9 @@ def save_cores(
     Returns:
         The names of what was written, shared tensors under the first of their names.
 
-    Guarantee: the folder is there as a whole or not at all. A digest of every frozen parameter that is not written goes
-    along; a parameter that is neither frozen nor written (``which="auxiliary"``) may be anything on the base.
+    Guarantee (cores-whole): the folder is there as a whole or not at all; if it raises, an earlier one is untouched.
+    Guarantee (base-known): a digest of every frozen parameter that is not written goes along, so that a base where one
+    has other bits is refused. What is neither frozen nor written (``which="auxiliary"``) may be anything on the base.
 
     Cost: one pass over the bytes of the model, one to two seconds for a GB.
 
@@ -106,8 +107,9 @@ def load_cores(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
     Returns:
         The names of what was put back.
 
-    Guarantee: afterwards the written tensors are what they were, bit for bit; ``requires_grad`` is left as it is. If
-    anything differs, the model is untouched.
+    Guarantee (cores-bits): afterwards the written tensors are what they were, bit for bit; ``requires_grad`` is left as
+    it is.
+    Guarantee (cores-refused): if anything differs, or is damaged, the model is untouched.
 
     Cost: one pass over the bytes of the model, one to two seconds for a GB.
 

@@ -84,7 +84,7 @@ def restore(
     """Bring a training to a state: bit for bit, bonds included. Returns the ``extra`` that was saved with it.
 
     Raises:
-        MPOError: as for :func:`load_state`; nothing has been changed.
+        MPOError: as for :func:`load_state`, with the same guarantee.
     """
     values, tensors = state.values, state.tensors
     saved = _checked_model(values, tensors, model)
@@ -125,7 +125,7 @@ def save_state(
     extra: Mapping[str, Any] | None = None,
     which: str = "trainable",
 ) -> None:
-    """Write the state of a training to ``folder``, whole or not at all; an earlier one there is replaced.
+    """Write the state of a training to ``folder``; an earlier one there is replaced.
 
     Args:
         folder: to make.
@@ -139,6 +139,8 @@ def save_state(
     The states of the random generators of Python, NumPy and torch (CPU, and every CUDA device) are part of it.
     Gradients are not: save between steps.
 
+    Guarantee (state-whole): the folder is there as a whole or not at all; if it raises, an earlier one is untouched.
+
     Raises:
         MPOError: something that JSON and safetensors cannot hold, a disk that is full or may not be written to.
     """
@@ -150,12 +152,14 @@ def load_state(
 ) -> dict[str, Any]:
     """Read a folder of :func:`save_state` into a training that was built in the same way; returns its ``extra``.
 
-    Guarantee: every tensor, number and random generator has the bits it had, and every unit the bonds. What is
-    ``None`` is not read.
+    Guarantee (state-bits): every tensor, number and random generator has the bits it had, and every unit the bonds.
+    What is ``None`` is not read.
+    Guarantee (state-refused): a folder that is missing or of another version, whose tensors are not what was written,
+    or that was saved from another model, optimiser or scheduler changes nothing. ``state.json`` itself is not checked
+    by a digest: what somebody else writes there is believed, and what somebody leaves out is missed halfway.
 
     Raises:
-        MPOError: the folder is missing, damaged or of another version, or was saved from another model, optimiser or
-            scheduler; nothing has been changed.
+        MPOError: one of these; ``state.json`` is no JSON.
     """
     return restore(read_state(Path(folder)), model, optimizer, scheduler)
 

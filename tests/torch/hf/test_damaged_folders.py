@@ -17,6 +17,7 @@ from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, compress
 
 
+@pytest.mark.guarantee("no-random-cores")
 def test_ties_that_the_flag_denies(tmp_path: Path) -> None:
     """Dense transformers then starts the head from random numbers and warns; cores have no such start."""
     model = tiny("bert", tied=False)
@@ -28,6 +29,7 @@ def test_ties_that_the_flag_denies(tmp_path: Path) -> None:
         transformers.BertForMaskedLM.from_pretrained(tmp_path / "denied", tie_word_embeddings=False)
 
 
+@pytest.mark.guarantee("no-random-cores")
 def test_incomplete_and_contradicting_folders(tmp_path: Path) -> None:
     model, load = small(), transformers.BertForMaskedLM.from_pretrained
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
@@ -67,6 +69,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
         transformers.BertForMaskedLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.guarantee("no-random-cores")
 def test_a_dense_model_saved_with_the_configuration_of_a_compressed_one(tmp_path: Path) -> None:
     transformers.BertForMaskedLM(small().config).save_pretrained(tmp_path)
     with pytest.raises(MPOError, match="configuration shared with a compressed model"):

@@ -32,6 +32,7 @@ def reloaded(model: transformers.PreTrainedModel, folder: Path, **kwargs: object
     return loaded
 
 
+@pytest.mark.guarantee("reload-bits")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("with_embedding", [True, False])
@@ -61,6 +62,7 @@ def test_reload_gives_the_same_bits(family: str, tied: bool, with_embedding: boo
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
+@pytest.mark.guarantee("reload-bits")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shards(family: str, tmp_path: Path) -> None:
     model = tiny(family)
@@ -146,6 +148,7 @@ def test_a_dense_model_can_still_be_saved_beside(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.guarantee("loud-without-us")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loading_without_this_package_fails_loudly(family: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mpo_tn.torch import MPOConfig, bond_spectra, compress
 from mpo_tn.torch.hf.trainer import SqueezeCallback
 from mpo_tn.torch.loops.evaluation import evaluated
 from mpo_tn.torch.models.units import all_bonds, mpo_units
+from mpo_tn.torch.state.training_state import capture
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +94,7 @@ def test_other_evaluations_decide_nothing_and_no_cut_is_left_untuned(tmp_path: P
     assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry] == [2, 3, 4, 6, 8, 9, 10, 11]
 
 
+@pytest.mark.guarantee("trainer-goes-back")
 @pytest.mark.parametrize("metric", [True, False])
 def test_it_goes_back_when_the_gap_is_too_large(metric: bool, tmp_path: Path) -> None:
     values = iter([0.9, 0.8, 0.85, 0.2])
@@ -123,6 +125,30 @@ def test_it_goes_back_when_the_gap_is_too_large(metric: bool, tmp_path: Path) ->
         assert torch.equal(value, kept[2][name])
 
 
+@pytest.mark.guarantee("trainer-goes-back")
+def test_the_optimiser_goes_back_with_the_model(tmp_path: Path) -> None:
+    """Bit for bit to the evaluation before the last cut, and what training changed since is gone."""
+    values, seen = iter([0.9, 0.9, 0.2]), []
+
+    def optimizer_of(run: Any) -> Any:
+        return getattr(run.optimizer, "optimizer", run.optimizer)
+
+    def evaluate(_: nn.Module) -> float:
+        seen.append(capture(run.model, optimizer_of(run)))
+        return next(values)
+
+    callback = SqueezeCallback(delta=0.2, evaluate=evaluate, every_steps=2)
+    run = trainer(callback, tmp_path, max_steps=20)
+    run.train()
+    after, last = capture(run.model, optimizer_of(run)), seen[1]
+    own = [name for name in last.tensors if name.startswith(("model/", "optimizer/"))]
+    assert any(name.startswith("optimizer/") for name in own)
+    assert [name for name in after.tensors if name.startswith(("model/", "optimizer/"))] == own
+    assert all(torch.equal(after.tensors[name], last.tensors[name]) for name in own)
+    assert after.values["optimizer"] == last.values["optimizer"]
+    assert after.values["units"] == last.values["units"] != seen[2].values["units"]
+
+
 def test_a_given_reference_is_reached_before_anything_is_cut(tmp_path: Path) -> None:
     values = iter([0.1, 0.4, 0.9, 0.95, 0.9, 0.9])
     callback = SqueezeCallback(
@@ -147,6 +173,7 @@ def test_it_stops_cutting_where_enough_is_cut(tmp_path: Path) -> None:
         run.train()
 
 
+@pytest.mark.guarantee("trainer-goes-back")
 def test_a_cut_that_no_evaluation_judged_is_taken_back(tmp_path: Path) -> None:
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

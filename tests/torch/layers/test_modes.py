@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.modes import LARGER, MODES, SMALL, agrees, layer_of, spec_of, specs
+from helpers.modes import MODES, agrees, layer_of
+from helpers.specs import LARGER, SMALL, spec_of, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -166,6 +167,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.guarantee("never-stale")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_kept_matrix_is_not_used_after_a_change(change: Callable[[Any], Any]) -> None:
     layer = cached()
@@ -190,6 +192,7 @@ DROPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.guarantee("never-stale")
 @pytest.mark.parametrize("drop", DROPS.values(), ids=DROPS.keys())
 def test_a_kept_matrix_is_freed(drop: Callable[[Any], Any]) -> None:
     layer = cached()
@@ -229,6 +232,7 @@ def test_cores_made_in_inference_mode_are_not_watched() -> None:
     assert kept(layer) is None
 
 
+@pytest.mark.guarantee("never-stale")
 def test_cached_under_autocast_and_functional_call() -> None:
     layer = layer_of(LARGER, "cached", dtype=torch.float32)
     x = X.float()

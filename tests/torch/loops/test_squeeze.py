@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,10 @@ import torch
 from helpers.adapter import Snapshot, small
 from helpers.paths import TESTS
 from helpers.squeeze_task import Task, without_seconds
-from helpers.tiny_models import token_ids
+from helpers.tiny_models import settled, token_ids
 from torch import nn
 
 from mpo_tn import MPOError
-from mpo_tn.planning.ranking import choose_cuts
 from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch import (
     MPOLayer,
@@ -30,9 +30,12 @@ from mpo_tn.torch import (
 )
 from mpo_tn.torch.layers import layer as layers
 from mpo_tn.torch.loops import policy
+from mpo_tn.torch.loops.run_folder import RunFolder
 from mpo_tn.torch.models.units import all_bonds, mpo_units
+from mpo_tn.torch.state.training_state import TrainingState, capture
 
 
+@pytest.mark.guarantee("last-good-state")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_it_stops_at_the_gap_and_goes_back(frozen: bool) -> None:
     task = Task(frozen=frozen)
@@ -170,6 +173,7 @@ def test_what_evaluate_and_train_step_see() -> None:
     assert "->" in calls[1][2]
 
 
+@pytest.mark.guarantee("last-good-state")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "text", None])
 def test_a_loss_that_is_no_number_leaves_the_last_good_state(bad: Any, tmp_path: Path) -> None:
     task = Task()
@@ -210,6 +214,83 @@ def test_an_interrupt_leaves_the_last_good_state() -> None:
     reference = Task()
     assert task.bonds() == reference.run(max_steps=1).bonds
     assert all(module.training for module in task.model)
+
+
+class StoppedError(Exception):
+    """What some function of a caller raises."""
+
+
+class Randomly(Task):
+    """With a scheduler, and steps that draw from the generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, total_iters=20)
+        random.seed(0)
+
+    def train_step(self, step: int) -> torch.Tensor:
+        loss = super().train_step(step) * (1 + 0.1 * random.random() + 0.1 * torch.rand(()))
+        self.scheduler.step()
+        return loss
+
+    def everything(self) -> TrainingState:
+        return capture(self.model, self.optimizer, self.scheduler)
+
+
+def raising(function: Any, at: int) -> Any:
+    """The same function, which raises when it is called for the time number ``at``."""
+    calls = iter(range(10**6))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            raise StoppedError
+        return function(*args, **kwargs)
+
+    return call
+
+
+# How many rounds are good when call 0, 1, ... of a function raises; a round has three steps, and three rounds are good.
+GOOD = {
+    "train_step": [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],
+    "evaluate": [0, 0, 1, 2, 3],
+    "on_round": [1, 2, 3, 3],
+    "progress": [1, 2, 3, 3],
+    "write": [0, 1, 2, 3, 3, 3],
+}
+
+
+@pytest.mark.guarantee("last-good-state")
+@pytest.mark.parametrize(("who", "at"), [(who, at) for who, good in GOOD.items() for at in range(len(good))])
+def test_whatever_raises_the_last_good_state_is_left(
+    who: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model, the optimiser, the scheduler and the generators, bit for bit."""
+    values = [0.0, 0.1, 0.1, 0.1, 9.0]  # the reference, three rounds within delta, one beyond
+    reference = Randomly()
+    states = [reference.everything()]
+    given = iter(values)
+    result = reference.run(
+        evaluate=lambda _: next(given), scheduler=reference.scheduler, delta=1.0,
+        on_round=lambda part: states.append(reference.everything()),
+    )  # fmt: skip
+    assert (result.stopped, result.best_round, len(states)) == ("gap", 3, 5)
+
+    task = Randomly()
+    given = iter(values)
+    functions: dict[str, Any] = {
+        "train_step": task.train_step, "evaluate": lambda _: next(given), "on_round": lambda _: None,
+        "progress": lambda *_: None,
+    }  # fmt: skip
+    if who == "write":
+        monkeypatch.setattr(RunFolder, "write", raising(RunFolder.write, at))
+    else:
+        functions[who] = raising(functions[who], at)
+    with pytest.raises(StoppedError):
+        task.run(scheduler=task.scheduler, delta=1.0, folder=tmp_path / "run", **functions)
+    expected, found = states[GOOD[who][at]], task.everything()
+    assert found.values == expected.values
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(value, found.tensors[name]) for name, value in expected.tensors.items())
 
 
 def test_an_evaluation_that_turns_nan_is_a_gap() -> None:
@@ -321,6 +402,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         Task().run(folder=tmp_path / "file")
 
 
+@pytest.mark.guarantee("killed-same-bits")
 @pytest.mark.slow
 def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     script = TESTS / "helpers" / "kill_squeeze.py"
@@ -357,15 +439,4 @@ def test_a_transformer_with_shared_layers(family: str, tmp_path: Path) -> None:
     loaded = type(model).from_pretrained(tmp_path / "model")
     assert all_bonds(mpo_units(loaded)) == result.bonds
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
-
-
-def test_choosing_sees_the_bonds_that_earlier_choices_leave() -> None:
-    task = Task()
-    units = mpo_units(task.model)
-    specs = {name: unit.spec for name, unit in units.items()}
-    chosen = choose_cuts(specs, bond_spectra(task.model), 10**6, score="error_per_parameter")
-    assert {(cut.unit, cut.bond): cut.after for cut in chosen} == {
-        (name, k): 1 for name, unit in units.items() for k in range(len(unit.spec.bonds))
-    }
-    assert choose_cuts(specs, bond_spectra(task.model), 5, keep=2.0) == []
+        assert torch.equal(settled(loaded)(ids).logits, settled(model.eval())(ids).logits)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch import nn
 
 from mpo_tn import MPOError, Sites
 from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLayer, MPOLinear, compress
+from mpo_tn.torch.models.compress import compress_empty
 
 SIZES = st.one_of(st.integers(1, 60), st.sampled_from([2, 7, 23, 31, 53, 59, 97, 101]))
 
@@ -28,6 +31,7 @@ def check_error(layer: MPOLayer, dense: torch.Tensor, reported: float, norm: flo
     assert abs(difference - reported) <= rounding, f"{difference} is reported as {reported}"
 
 
+@pytest.mark.guarantee("used-part")
 @given(SIZES, SIZES, st.integers(1, 5), st.sampled_from([0.2, 0.5, 0.8]), st.booleans())
 def test_the_error_is_that_of_the_used_part(out: int, in_: int, n: int, part: float, table: bool) -> None:
     dense = embedding(out, in_) if table else linear(in_, out)
@@ -44,6 +48,7 @@ def test_the_error_is_that_of_the_used_part(out: int, in_: int, n: int, part: fl
     assert report.matrix_after == sum(core.numel() for core in layer.cores)
 
 
+@pytest.mark.guarantee("used-part")
 @pytest.mark.parametrize(("out", "in_"), [(101, 97), (101, 32), (32, 101)])
 def test_the_error_with_padded_rows_and_columns(out: int, in_: int) -> None:
     for bond in range(1, 8):  # full bonds are 8 or more
@@ -121,6 +126,7 @@ def _to_meta(model: nn.Sequential) -> dict[str, Any]:
     return {"bond": 2}
 
 
+@pytest.mark.guarantee("compress-all-or-nothing")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -143,6 +149,7 @@ def test_nothing_changes_when_the_last_layer_fails(
     before.assert_same(model)
 
 
+@pytest.mark.guarantee("compress-all-or-nothing")
 def test_nothing_changes_in_a_pretrained_model_that_fails() -> None:
     model = tiny("bert")
     with torch.no_grad():
@@ -155,6 +162,31 @@ def test_nothing_changes_in_a_pretrained_model_that_fails() -> None:
     assert getattr(model, "hf_quantizer", None) is None
 
 
+@pytest.mark.guarantee("empty-same-structure")
+@given(SIZES, SIZES, st.one_of(st.integers(1, 5), st.just("low-rank")), st.booleans(), st.data())
+def test_an_empty_compression_has_the_same_structure(
+    out: int, in_: int, sites: int | str, table: bool, data: st.DataObject
+) -> None:
+    size = data.draw(
+        st.sampled_from([{}, {"bond": data.draw(st.integers(1, 12))}, {"keep": data.draw(st.floats(0.4, 1.5))}])
+    )
+    config = MPOConfig(target_modules=r".*", sites=sites, **size)
+    real, empty = (nn.Sequential(embedding(out, in_) if table else linear(in_, out)) for _ in range(2))
+    try:
+        report = compress(real, config)
+    except MPOError as error:
+        with pytest.raises(MPOError, match=re.escape(str(error))):
+            compress_empty(empty, config)
+        return
+    specs = compress_empty(empty, config)
+    assert {name: replace(spec, exact=True, rel_error=None) for name, spec in specs.items()} == {
+        layer.name: replace(layer.spec, exact=True, rel_error=None) for layer in report.layers
+    }
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (real, empty)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.guarantee("compress-all-or-nothing")
 def test_compressing_twice_is_refused() -> None:
     model = three_layers()
     compress(model, MPOConfig(target_modules=["0"], sites=2))

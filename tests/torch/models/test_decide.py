@@ -92,7 +92,7 @@ def test_with_a_tolerance_the_plan_is_the_most_that_can_come(out: int, in_: int,
     ))  # fmt: skip
 
 
-@pytest.mark.guarantee("empty-is-the-same")
+@pytest.mark.guarantee("empty-same-structure")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_needs_no_weights(family: str) -> None:
     model = tiny(family)

@@ -52,6 +52,7 @@ def trains(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.guarantee("last-freeze-holds")
 @pytest.mark.parametrize("family", FAMILIES)
 @given(
     policy=st.sampled_from(POLICIES),
@@ -102,23 +103,6 @@ def test_gradients_and_optimiser_state_are_exactly_the_trainable_share(family: s
     assert held == 2 * report.trainable
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-
-
-def test_a_central_tensor_is_the_largest_core() -> None:
-    def center(out: tuple[int, ...], in_: tuple[int, ...], bonds: tuple[int, ...]) -> int:
-        return ModuleSpec("linear", Sites(out, in_), bonds, math.prod(out), math.prod(in_)).center
-
-    assert center((2, 3, 2), (2, 3, 2), (4, 4)) == 1
-    assert center((8, 1, 1), (8, 1, 1), (2, 2)) == 0
-    assert center((2, 2, 9), (2, 2, 9), (2, 2)) == 2
-    assert center((4, 2, 4), (1, 2, 1), (2, 1)) == 1  # 8, 8, 4: the middle one is among the largest
-    assert center((4, 1, 4), (2, 1, 2), (1, 1)) == 0  # 8, 1, 8: it is not
-    assert center((6, 1), (1, 6), (3,)) == 0
-    assert center((2, 2, 2, 2), (2, 2, 2, 2), (4, 4, 4)) == 1  # 16, 64, 64, 16
-    assert center((5,), (7,), ()) == 0
-    for shape in ((768, 3072), (768, 768), (30000, 128), (30522, 384), (384, 1536)):
-        sites = Sites.balanced(*shape)
-        assert center(sites.out, sites.in_, sites.full_bonds) == sites.center == 2
 
 
 def test_heads_biases_and_norms_of_a_classifier() -> None:
@@ -241,6 +225,7 @@ def test_shared_layers_count_once(share: str) -> None:
     assert sum(p.numel() for p in group["params"]) == cores
 
 
+@pytest.mark.guarantee("freeze-refused")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -298,6 +283,7 @@ def test_the_printed_line_is_that_of_peft(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"
 
 
+@pytest.mark.guarantee("one-group-each")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_groups_hold_what_trains_once(family: str, policy: str) -> None:

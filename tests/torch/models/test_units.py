@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mpo_tn import MPOError
-from mpo_tn.planning.patterns import matches
 from mpo_tn.torch import (
     MPOConfig,
     MPOEmbedding,
@@ -85,8 +84,6 @@ def test_a_broken_expression_is_named(block: nn.Module, pattern: str) -> None:
     with pytest.raises(MPOError) as caught:
         find_units(block, [f"re:{pattern.removeprefix('re:')}"])
     assert pattern.removeprefix("re:") in str(caught.value)
-    with pytest.raises(MPOError):
-        matches("a", pattern)
 
 
 def test_no_match_hints_at_what_there_is(block: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.guarantee("cores-bits")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", ["auxiliary", "central", "cores"])
 def test_what_was_trained_comes_back_bit_for_bit(family: str, policy: str, tmp_path: Path) -> None:
@@ -59,6 +61,7 @@ def test_what_was_trained_comes_back_bit_for_bit(family: str, policy: str, tmp_p
     assert all(identities[name] is p for name, p in fresh.named_parameters(remove_duplicate=False))
 
 
+@pytest.mark.guarantee("base-known")
 @pytest.mark.parametrize("which", ["auxiliary", "cores"])
 def test_cores_alone(which: str, tmp_path: Path) -> None:
     base = small()
@@ -145,6 +148,7 @@ def _untied(model: Any) -> None:
     decoder.cores[0] = nn.Parameter(decoder.cores[0].detach().clone())
 
 
+@pytest.mark.guarantee("cores-refused")
 @pytest.mark.parametrize(
     ("base", "message"),
     [
@@ -173,6 +177,25 @@ def _changed(change: Callable[[Any], None]) -> Any:
     return model
 
 
+@pytest.mark.guarantee("base-known")
+def test_one_bit_of_any_frozen_parameter_is_another_base(tmp_path: Path) -> None:
+    base = small()
+    save_cores(tuned(base), tmp_path / "cores")
+    freeze(base)
+    frozen = {name: parameter for name, parameter in base.named_parameters() if not parameter.requires_grad}
+    described = json.loads((tmp_path / "cores" / "cores.json").read_text())["frozen"]
+    assert frozen
+    assert described.keys() == frozen.keys()
+    for name, parameter in frozen.items():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(torch.int32).reshape(-1)[-1] ^= 1
+        refused(base, tmp_path / "cores", f"{re.escape(name)} is frozen and has other numbers")
+        with torch.no_grad():
+            parameter.copy_(kept)
+    load_cores(base, tmp_path / "cores")
+
+
 def test_a_base_with_further_mpo_modules(tmp_path: Path) -> None:
     save_cores(tuned(small(target_modules=r".*(query|key)")), tmp_path / "cores")
     refused(small(), tmp_path / "cores", r"word_embeddings was not an MPO module; .*and 9 more")
@@ -188,6 +211,7 @@ def test_a_squeezed_model_needs_its_own_base(tmp_path: Path) -> None:
     assert same(loaded, squeezed)
 
 
+@pytest.mark.guarantee("cores-bits")
 def test_running_statistics_come_along(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 12))
@@ -203,6 +227,7 @@ def test_running_statistics_come_along(tmp_path: Path) -> None:
     load_cores(base, tmp_path / "auxiliary")
 
 
+@pytest.mark.guarantee("cores-bits")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     base = small().to(dtype)
@@ -226,6 +251,7 @@ def test_views_and_transposed_parameters_are_saved(tmp_path: Path) -> None:
     assert same(base, model)
 
 
+@pytest.mark.guarantee("cores-whole")
 def test_nothing_to_save(tmp_path: Path) -> None:
     model = small()
     freeze(model, "none", also=())
@@ -257,6 +283,7 @@ def test_what_is_there_is_replaced_on_request_only(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.guarantee("cores-whole")
 def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     save_cores(model, tmp_path / "cores")
@@ -272,6 +299,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["cores"]
 
 
+@pytest.mark.guarantee("cores-refused")
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     model = small()
     good, folder = tmp_path / "good", tmp_path / "bad"

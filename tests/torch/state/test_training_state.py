@@ -103,6 +103,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
             assert value == second[key], key
 
 
+@pytest.mark.guarantee("state-bits")
 @pytest.mark.parametrize(
     ("optimizer", "scheduler"),
     [("adamw", name) for name in SCHEDULERS] + [(name, "none") for name in OPTIMIZERS if name != "adamw"],
@@ -133,6 +134,7 @@ def test_a_training_goes_on_with_the_same_bits(optimizer: str, scheduler: str, t
     assert_same(first.bits(), saved)
 
 
+@pytest.mark.guarantee("state-bits")
 def test_before_the_first_step_and_without_an_optimiser(tmp_path: Path) -> None:
     first, second = Training(), Training()
     save_state(tmp_path / "state", **first.parts())
@@ -144,6 +146,25 @@ def test_before_the_first_step_and_without_an_optimiser(tmp_path: Path) -> None:
     assert load_state(tmp_path / "state", model=second.model) == {}
     with pytest.raises(MPOError, match="saved with no optimiser and is read into AdamW"):
         load_state(tmp_path / "state", **second.parts())
+
+
+@pytest.mark.guarantee("state-bits")
+def test_what_is_none_is_not_read(tmp_path: Path) -> None:
+    """An optimiser and a scheduler that are not handed over stay as they are, whatever the folder holds of them."""
+    first, second = Training(), Training()
+    first.steps(3)
+    save_state(tmp_path / "state", **first.parts())
+    second.steps(1)
+    optimizer = encode(second.optimizer.state_dict(), "o", before := {})
+    scheduler = second.scheduler.state_dict()
+    load_state(tmp_path / "state", model=second.model)
+    after: dict[str, torch.Tensor] = {}
+    assert encode(second.optimizer.state_dict(), "o", after) == optimizer
+    assert_same(after, before)
+    assert second.scheduler.state_dict() == scheduler
+    assert_same(dict(second.model.state_dict()), dict(first.model.state_dict()))
+    load_state(tmp_path / "state", model=second.model, optimizer=second.optimizer)
+    assert second.scheduler.state_dict() == scheduler
 
 
 def test_going_back_over_a_cut_brings_the_error_of_the_compression_back() -> None:
@@ -194,6 +215,7 @@ def refused(folder: Path, training: Training, match: str) -> None:
     assert_same(training.bits(), before)
 
 
+@pytest.mark.guarantee("state-refused")
 def test_a_state_of_something_else_changes_nothing(tmp_path: Path) -> None:
     first = Training()
     first.steps(1)
@@ -218,6 +240,7 @@ def test_a_state_of_something_else_changes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "foreign").exists()
 
 
+@pytest.mark.guarantee("state-refused")
 def test_damaged_folders_change_nothing(tmp_path: Path) -> None:
     training = Training()
     refused(tmp_path / "none", training, "is not the folder of a state.*missing")
@@ -255,6 +278,7 @@ def test_a_model_without_values_is_neither_saved_nor_read_into(module: str, tmp_
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.guarantee("state-whole")
 def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     save_state(tmp_path / "state", **training.parts())

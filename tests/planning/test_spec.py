@@ -1,0 +1,89 @@
+"""ModuleSpec: its JSON, its counts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpo_tn import MPOError, Sites
+from mpo_tn.planning.legs import legs_for
+from mpo_tn.planning.spec import ModuleSpec, kept_ratio
+
+
+@pytest.fixture
+def spec() -> ModuleSpec:
+    sites = legs_for(101, 32, 3)
+    return ModuleSpec("embedding", sites, sites.capped_bonds(4), 101, 32, padding_idx=0, rel_error=0.25, exact=False)
+
+
+def test_a_specification_survives_json(spec: ModuleSpec) -> None:
+    assert ModuleSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_specification_counts_its_cores(spec: ModuleSpec) -> None:
+    numbers = 0
+    for left, out, in_, right in spec.core_shapes:
+        numbers += left * out * in_ * right
+    assert spec.num_parameters == numbers
+    assert spec.kept == numbers / (101 * 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "conv2d"}, "conv2d"),
+        ({"bonds": (4,)}, "bonds"),
+        ({"bonds": (4, 0)}, "bonds"),
+        ({"out_features": 10_000}, "10000"),
+        ({"in_features": 10_000}, "10000"),
+    ],
+)
+def test_a_specification_that_contradicts_itself(spec: ModuleSpec, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MPOError, match=message):
+        replace(spec, **changes)
+
+
+@pytest.mark.parametrize("key", ["kind", "sites", "bonds", "out_features", "in_features"])
+def test_a_damaged_specification_names_the_key(spec: ModuleSpec, key: str) -> None:
+    values = spec.to_dict()
+    del values[key]
+    with pytest.raises(MPOError, match=key):
+        ModuleSpec.from_dict(values)
+    with pytest.raises(MPOError, match="colour"):
+        ModuleSpec.from_dict({**spec.to_dict(), "colour": 1})
+
+
+def test_a_central_tensor_is_the_largest_core() -> None:
+    def center(out: tuple[int, ...], in_: tuple[int, ...], bonds: tuple[int, ...]) -> int:
+        return ModuleSpec("linear", Sites(out, in_), bonds, math.prod(out), math.prod(in_)).center
+
+    assert center((2, 3, 2), (2, 3, 2), (4, 4)) == 1
+    assert center((8, 1, 1), (8, 1, 1), (2, 2)) == 0
+    assert center((2, 2, 9), (2, 2, 9), (2, 2)) == 2
+    assert center((4, 2, 4), (1, 2, 1), (2, 1)) == 1  # 8, 8, 4: the middle one is among the largest
+    assert center((4, 1, 4), (2, 1, 2), (1, 1)) == 0  # 8, 1, 8: it is not
+    assert center((6, 1), (1, 6), (3,)) == 0
+    assert center((2, 2, 2, 2), (2, 2, 2, 2), (4, 4, 4)) == 1  # 16, 64, 64, 16
+    assert center((5,), (7,), ()) == 0
+    for shape in ((768, 3072), (768, 768), (30000, 128), (30522, 384), (384, 1536)):
+        sites = Sites.balanced(*shape)
+        assert center(sites.out, sites.in_, sites.full_bonds) == sites.center == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4))
+def test_the_kept_ratio_of_several_weighs_them_by_their_size(sizes: list[tuple[int, int, int]]) -> None:
+    specs = [
+        ModuleSpec("linear", legs, legs.capped_bonds(bond), out, in_)
+        for out, in_, bond in sizes
+        for legs in [legs_for(out, in_, 3)]
+    ]
+    total = sum(out * in_ for out, in_, _ in sizes)
+    weighed = sum(spec.kept * (out * in_ / total) for spec, (out, in_, _) in zip(specs, sizes, strict=True))
+    assert kept_ratio(iter(specs)) == pytest.approx(weighed)
+    assert kept_ratio(specs[:1]) == specs[0].kept
