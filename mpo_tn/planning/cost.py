@@ -219,10 +219,13 @@ def choices(
     checked_mode(mode)
     if mode == "cached":
         return Choices((0,), (dense_route(out_features, in_features),))
-    rebuild, chains = rebuild_route(shapes, out_features, in_features), chain_routes(shapes)
+    rebuild = rebuild_route(shapes, out_features, in_features)
     if mode == "rebuild":
         return Choices((0,), (rebuild,))
-    candidates = [(c, _most_tokens(c, out_features, in_features) if mode == "auto" else math.inf) for c in chains]
+    candidates = [
+        (route, _most_tokens(route, out_features, in_features) if mode == "auto" else math.inf)
+        for route in chain_routes(shapes)
+    ]
     if mode == "auto":
         candidates.append((rebuild, math.inf))
     # Every route is a straight line over the tokens: between two crossings the order does not change.

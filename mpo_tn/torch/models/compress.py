@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.linalg import frobenius_norm, widen
+from mpo_tn.linalg import check_loaded, frobenius_norm, widen
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan, UnitPlan
@@ -145,8 +145,7 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig)
 
 
 def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[nn.Parameter]]:
-    if unit.weight.device.type == "meta":
-        raise MPOError("its weight is on the meta device and has no data: load the weights first")
+    check_loaded(unit.weight, "its weight")
     sites, bonds = planned.spec.sites, planned.spec.bonds
     matrix = unit.padded(sites)
     truncation = Truncation(max_bond=bonds, rel_error=planned.tolerance)

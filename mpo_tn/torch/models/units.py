@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.patterns import HEADS, matches
 from mpo_tn.planning.plan import LeftDense
 from mpo_tn.planning.spec import ModuleSpec
@@ -341,8 +342,7 @@ def cuttable_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOU
 
 
 def _check_core(core: torch.Tensor, name: str) -> None:
-    if core.device.type == "meta":
-        raise MPOError(f"{name} is on the meta device (offloaded or not loaded) and has no values: load it whole")
+    check_loaded(core, name)
     if hasattr(core, "placements") or core.ndim != 4:
         raise MPOError(
             f"{name} is sharded over processes, and a cut needs it whole: squeeze in one process, or without FSDP"

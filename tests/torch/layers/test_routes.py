@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.modes import COMPUTING, LARGER, SMALL, agrees, layer_of, spec_of, specs
+from helpers.modes import COMPUTING, agrees, layer_of
+from helpers.specs import LARGER, SMALL, spec_of, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

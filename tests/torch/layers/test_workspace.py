@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.modes import LARGER, agrees, layer_of
+from helpers.modes import agrees, layer_of
+from helpers.specs import LARGER
 
 from mpo_tn.torch import free_workspace
 from mpo_tn.torch.layers import product
