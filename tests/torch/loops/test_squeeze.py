@@ -282,7 +282,7 @@ def test_whatever_raises_the_last_good_state_is_left(
         "progress": lambda *_: None,
     }  # fmt: skip
     if who == "write":
-        monkeypatch.setattr(RunFolder, "write", raising(RunFolder.write, at))
+        monkeypatch.setattr(RunFolder, "save", raising(RunFolder.save, at))
     else:
         functions[who] = raising(functions[who], at)
     with pytest.raises(StoppedError):
