@@ -16,12 +16,19 @@ def sites_of(cores: Sequence[Array]) -> Sites:
     return Sites(tuple(int(core.shape[1]) for core in cores), tuple(int(core.shape[2]) for core in cores))
 
 
+def sides(cores: Sequence[Array], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Everything left of bond k, (rows, bond), and everything right of it, (bond, columns)."""
+    wide = [host(core) for core in cores]
+    d = wide[k].shape[3]
+    eye = np.eye(d)
+    left = dense([*wide[: k + 1], eye.reshape(d, d, 1, 1)])  # the bond as the last leg of the rows
+    right = dense([eye.reshape(1, d, 1, d), *wide[k + 1 :]])  # and as the first one
+    return left.reshape(-1, d, left.shape[1]).transpose(0, 2, 1).reshape(-1, d), right.reshape(d, -1)
+
+
 def scale_at(cores: Sequence[Array], k: int) -> float:
     """The norm of everything left of bond k times that of everything right of it."""
-    wide = [host(core) for core in cores]
-    eye = np.eye(wide[k].shape[3])
-    left = dense([*wide[: k + 1], eye.reshape(*eye.shape, 1, 1)])
-    right = dense([eye.reshape(1, 1, *eye.shape), *wide[k + 1 :]])
+    left, right = sides(cores, k)
     return fro(left) * fro(right)
 
 
