@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.patterns import matches
 from mpo_tn.planning.spec import sites_from_json, sites_to_json
 from mpo_tn.sites import Sites
@@ -29,7 +30,7 @@ class MPOConfig:
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.
         keep: parameters of the cores as a fraction of the dense weight, bias apart; the largest single cap on the bonds
             that fits is used.
-        bond: a cap on every bond.
+        bond: a cap on every bond, or one for each.
         tolerance: the relative Frobenius error allowed per matrix.
         overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``; the first match wins. A
             replaced size drops the general one; ``{"keep": None}`` makes the match exact.
@@ -48,7 +49,7 @@ class MPOConfig:
     exclude_modules: str | Sequence[str] = ()
     sites: int | str | Sites = 5
     keep: float | None = None
-    bond: int | None = None
+    bond: int | tuple[int, ...] | None = None
     tolerance: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
@@ -58,16 +59,30 @@ class MPOConfig:
             raise MPOError(f"{' and '.join(given)} are given together: use exactly one of them, or none for exact")
         if self.keep is not None and not (_is_number(self.keep) and 0 < self.keep <= 2):
             raise MPOError(f"keep={self.keep!r} is not a fraction of the dense parameters: use for instance keep=0.6")
-        if self.sites != "low-rank" and not isinstance(self.sites, Sites) and not _is_count(self.sites):
-            raise MPOError(f'sites={self.sites!r} must be a positive number of sites, "low-rank" or Sites(...)')
-        self.truncation()  # refuses a bad bond or tolerance
+        for name in ("target_modules", "exclude_modules"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, str) and not all(isinstance(pattern, str) for pattern in patterns):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MPOError(f"{name}={patterns!r} are not all strings: give names, suffixes or re:PATTERN")
+        # Plain Python values, whatever they came as: JSON then gives back what it was given.
+        truncation = self.truncation()  # refuses a bad bond or tolerance
+        plain: dict[str, Any] = {
+            "keep": None if self.keep is None else float(self.keep),
+            "bond": truncation.max_bond,
+            "tolerance": truncation.rel_error,
+            "sites": _plain_sites(self.sites),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        overrides: dict[str, Mapping[str, Any]] = {}
         for pattern, override in self.overrides.items():
             unknown = sorted(set(override) - set(_OVERRIDABLE))
             if unknown:
                 raise MPOError(
                     f"overrides[{pattern!r}] sets {', '.join(unknown)}: only {', '.join(_OVERRIDABLE)} can be"
                 )
-            self._overridden(override)
+            own = self._overridden(override)
+            overrides[pattern] = {key: getattr(own, key) for key in override}
+        object.__setattr__(self, "overrides", overrides)
 
     def for_module(self, name: str) -> MPOConfig:
         """The configuration of one module, with the first matching override applied."""
@@ -92,10 +107,11 @@ class MPOConfig:
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["sites"] = sites_to_json(self.sites)
+        values["bond"] = _to_json(self.bond)
         for name in ("target_modules", "exclude_modules"):
             values[name] = values[name] if isinstance(values[name], str) else list(values[name])
         values["overrides"] = {
-            pattern: {key: sites_to_json(value) for key, value in override.items()}
+            pattern: {key: _to_json(value) for key, value in override.items()}
             for pattern, override in self.overrides.items()
         }
         return values
@@ -136,8 +152,17 @@ class MPOConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _plain_sites(sites: object) -> int | str | Sites:
+    number = whole_number(sites)
+    if number is not None and number >= 1:
+        return number
+    if isinstance(sites, Sites) or sites == "low-rank":
+        return sites  # type: ignore[return-value]
+    raise MPOError(f'sites={sites!r} must be a positive number of sites, "low-rank" or Sites(...)')
+
+
+def _to_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else sites_to_json(value)

@@ -9,171 +9,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.spec import ModuleSpec, sites_from_json, sites_to_json
+from mpo_tn.planning.entries import LeftDense, UnitPlan, check_keys
 from mpo_tn.storage.files import write_whole
-from mpo_tn.truncation import Truncation
 
 PLAN_VERSION = 1
 _FORMAT = "mpo_tn.plan"
-
-ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
-"""Bytes a number, by storage."""
-
-
-@dataclass(frozen=True)
-class UnitPlan:
-    """What one matrix becomes. ``names`` are all the modules that use it; the first names the unit.
-
-    Args:
-        names: see above.
-        spec: kind, sizes, legs, and bonds; the bonds are the widest that come out, narrower where a ``tolerance`` is
-            met by less. What the modules have besides the matrix (a bias, ties) is read from them.
-        storage: the dtype of the cores, that of the weight.
-        tolerance: the relative Frobenius error up to which bonds may be cut further, if there is one.
-        bias: numbers that the modules hold beside the matrix.
-
-    Raises:
-        MPOError: an unknown storage, a tolerance out of range, or bonds that are no whole numbers from 1 to the full
-            bonds.
-    """
-
-    names: tuple[str, ...]
-    spec: ModuleSpec
-    storage: str
-    tolerance: float | None = None
-    bias: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.names or not all(isinstance(name, str) and name for name in self.names):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise MPOError(f"names={self.names!r} are not the names of the modules that use a matrix")
-        if self.storage not in ITEMSIZES:
-            raise MPOError(f"storage={self.storage!r} is not one of {', '.join(ITEMSIZES)}")
-        Truncation(rel_error=self.tolerance)  # refuses a tolerance out of range
-        _check_count("bias", self.bias)
-        for k, (bond, full) in enumerate(zip(self.spec.bonds, self.spec.sites.full_bonds, strict=True)):
-            if whole_number(bond) is None or not 1 <= bond <= full:
-                raise MPOError(
-                    f"bond {k} is {bond!r}, and with legs out={self.spec.sites.out}, in_={self.spec.sites.in_} it can "
-                    f"be from 1 to {full}"
-                )
-
-    @property
-    def name(self) -> str:
-        """The name of the first occurrence."""
-        return self.names[0]
-
-    @property
-    def dense_parameters(self) -> int:
-        """How many numbers the matrix has, bias apart."""
-        return self.spec.out_features * self.spec.in_features
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the cores will hold; with a tolerance at most."""
-        return self.spec.num_parameters
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes a number."""
-        return ITEMSIZES[self.storage]
-
-    @property
-    def bytes(self) -> int:
-        """How many bytes the cores will take; with a tolerance at most."""
-        return self.parameters * self.itemsize
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {
-            "names": list(self.names),
-            "kind": self.spec.kind,
-            "out_features": self.spec.out_features,
-            "in_features": self.spec.in_features,
-            "sites": sites_to_json(self.spec.sites),
-            "bonds": list(self.spec.bonds),
-            "storage": self.storage,
-            "tolerance": self.tolerance,
-            "bias": self.bias,
-            "parameters": self.parameters,
-            "bytes": self.bytes,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UnitPlan:
-        """The inverse of :meth:`to_dict`. The counts may be left out; if they stand there they have to be right.
-
-        Raises:
-            MPOError: something is missing, unknown, or does not add up; it names the unit.
-        """
-        name = next(iter(values.get("names") or ()), "a unit without names")
-        keys = {"names", "kind", "out_features", "in_features", "sites", "bonds", "storage"}
-        _check_keys(f"unit {name}", values, keys, keys | {"tolerance", "bias", "parameters", "bytes"})
-        try:
-            spec = ModuleSpec(
-                values["kind"],
-                sites_from_json(values["sites"]),
-                tuple(values["bonds"]),
-                values["out_features"],
-                values["in_features"],
-            )
-            unit = cls(tuple(values["names"]), spec, values["storage"], values.get("tolerance"), values.get("bias", 0))
-        except MPOError as error:
-            raise MPOError(f"{name}: {error}") from error
-        for key, what in (("parameters", "numbers"), ("bytes", "bytes")):
-            stated, counted = values.get(key), getattr(unit, key)
-            if stated is not None and stated != counted:
-                raise MPOError(
-                    f'{name}: "{key}" is {stated}, and with these legs, bonds and storage the cores hold {counted} '
-                    f"{what}: correct it, or leave it out"
-                )
-        return unit
-
-
-@dataclass(frozen=True)
-class LeftDense:
-    """A module whose own parameters stay as they are, and why.
-
-    ``parameters`` counts those that no module before it holds; ``matched`` says that the configuration asked for it,
-    and ``reason`` then why it cannot be.
-    """
-
-    name: str
-    parameters: int
-    bytes: int
-    reason: str
-    matched: bool = False
-
-    def __post_init__(self) -> None:
-        _check_count("parameters", self.parameters)
-        _check_count("bytes", self.bytes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {
-            "name": self.name,
-            "parameters": self.parameters,
-            "bytes": self.bytes,
-            "reason": self.reason,
-            "matched": self.matched,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LeftDense:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            MPOError: something is missing or unknown.
-        """
-        keys = {"name", "parameters", "bytes", "reason"}
-        _check_keys(f"left {values.get('name', 'without a name')}", values, keys, keys | {"matched"})
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -270,7 +117,7 @@ class Plan:
 
     @property
     def _bytes_beside(self) -> int:
-        return sum(unit.bias * unit.itemsize for unit in self.units) + sum(part.bytes for part in self.left)
+        return sum(unit.bias_bytes or 0 for unit in self.units) + sum(part.bytes for part in self.left)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -299,10 +146,12 @@ class Plan:
                 "upgrade mpo-tn, or make the plan anew"
             )
         keys = {"format", "version", "model", "config", "units", "left"}
-        _check_keys("the plan", values, keys, keys)
+        check_keys("the plan", values, keys, keys)
+        if not isinstance(values["model"], str):
+            raise MPOError(f"model={values['model']!r} is not the name of a class")
         try:
             return cls(
-                str(values["model"]),
+                values["model"],
                 MPOConfig.from_dict(values["config"]),
                 tuple(UnitPlan.from_dict(unit) for unit in values["units"]),
                 tuple(LeftDense.from_dict(part) for part in values["left"]),
@@ -329,14 +178,16 @@ class Plan:
             MPOError: no such file, no JSON, and as for :meth:`from_dict`; the message names the file.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
             if not isinstance(values, dict):
                 raise MPOError("it is no JSON object, so it is no plan")
             return cls.from_dict(values)
         except OSError as error:
             raise MPOError(f"{path} could not be read ({error.strerror}): name a file that mpo-tn plan wrote") from None
-        except ValueError as error:  # no JSON, not UTF-8, or one of ours
+        except MPOError as error:
             raise MPOError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise MPOError(f"{path}: it is no JSON ({error}): name a file that mpo-tn plan wrote") from error
 
     def rows(self) -> list[PlanRow]:
         """The units in lines, those that differ only in the numbers in their names taken together."""
@@ -371,18 +222,13 @@ class PlanRow:
     units: tuple[UnitPlan, ...]
 
 
-def _check_keys(what: str, values: Mapping[str, Any], needed: Iterable[str], known: Iterable[str]) -> None:
-    missing, unknown = sorted(set(needed) - set(values)), sorted(set(values) - set(known))
-    if missing or unknown:
-        lacks = f"lacks {', '.join(missing)}" if missing else ""
-        has = f"has {', '.join(unknown)}, which this version does not know" if unknown else ""
-        raise MPOError(f"{what} {lacks}{' and ' if lacks and has else ''}{has}")
-
-
-def _check_count(what: str, value: object) -> None:
-    number = whole_number(value)
-    if number is None or number < 0:
-        raise MPOError(f"{what}={value!r} must be a whole number of at least 0")
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise MPOError(f'"{key}" stands twice in one object: leave one of the two')
+        found[key] = value
+    return found
 
 
 def _without_numbers(name: str) -> str:

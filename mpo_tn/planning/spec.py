@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.sites import Sites
 
 
@@ -45,6 +45,9 @@ class ModuleSpec:
         if self.kind not in ("linear", "conv1d", "embedding"):
             raise MPOError(f"kind={self.kind!r} is not linear, conv1d or embedding")
         rows, columns = self.sites.shape
+        for name in ("out_features", "in_features"):
+            if whole_number(getattr(self, name)) is None:
+                raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number")
         if len(self.bonds) != len(self.sites) - 1 or min(self.bonds, default=1) < 1:
             raise MPOError(f"bonds={self.bonds} do not fit {len(self.sites)} sites")
         if self.out_features > rows or self.in_features > columns:

@@ -7,7 +7,8 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.plan import LeftDense, Plan, UnitPlan
+from mpo_tn.planning.entries import LeftDense, UnitPlan
+from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.ranking import RankedCut, Ranking
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.embedding import MPOEmbedding

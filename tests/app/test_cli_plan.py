@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from helpers.program import run
 from helpers.tiny_models import tiny
 
 from mpo_tn.app import cli
-from mpo_tn.torch import Plan, plan
-from mpo_tn.torch.hf.folder import load_model
+from mpo_tn.torch import MPOConfig, Plan, plan
+from mpo_tn.torch.hf.folder import empty_model, load_model
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +119,26 @@ def test_mistakes_are_one_sentence(mpo_tn, dense_folder: Path, tmp_path: Path) -
         assert (code, printed) == (2, "")
         assert words in " ".join(said.split()), said
         assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("bert", torch.float16), ("t5", torch.float16), ("t5", torch.bfloat16)])
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_dtypes_are_those_in_which_the_folder_is_loaded(
+    family: str, dtype: torch.dtype, stated: bool, tmp_path: Path
+) -> None:
+    # T5 keeps some of its weights in float32 whatever is asked for.
+    build = t5 if family == "t5" else lambda: tiny(family)
+    build().to(dtype).save_pretrained(tmp_path / "dense")
+    if not stated:
+        file = tmp_path / "dense" / "config.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        assert values.pop("dtype") == str(dtype).removeprefix("torch.")
+        file.write_text(json.dumps(values), encoding="utf-8")
+    config = MPOConfig(sites=3, bond=2)
+    assert plan(empty_model(tmp_path / "dense"), config) == plan(load_model(tmp_path / "dense"), config)
+
+
+def t5() -> transformers.T5ForConditionalGeneration:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )

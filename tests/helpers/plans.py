@@ -4,7 +4,7 @@ import math
 
 from mpo_tn import Sites
 from mpo_tn.chains.contraction import ContractionPlan
-from mpo_tn.planning.plan import UnitPlan
+from mpo_tn.planning.entries import UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
 
 

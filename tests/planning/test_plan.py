@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.plan import PLAN_VERSION, LeftDense, Plan, UnitPlan
+from mpo_tn.planning.entries import LeftDense, UnitPlan
+from mpo_tn.planning.plan import PLAN_VERSION, Plan
 from mpo_tn.planning.structure import structure
 
 SIZES = st.integers(1, 3000)
@@ -138,7 +139,14 @@ def unit_change(**changes: Any) -> Any:
         (lambda v: v["left"][0].update(name="b"), "names b twice"),
         (lambda v: v["left"][0].update(parameters=-1), "parameters=-1 must be a whole number"),
         (lambda v: v.update(units={"a": 1}), "damaged|names"),
-        (lambda v: v.update(units=[3]), "damaged"),
+        (lambda v: v.update(units=[3]), "a unit is 3 and no object"),
+        (lambda v: v.update(units=None), "damaged"),
+        (lambda v: v.update(left=["n"]), "an entry of left is 'n' and no object"),
+        (lambda v: v.update(model=3), "model=3 is not the name of a class"),
+        (lambda v: v["left"][0].update(name=[1]), r"left, \[1\]: name=\[1\] must be a string"),
+        (lambda v: v["left"][0].update(matched="no"), "left, 'n': matched='no' must be a boolean"),
+        (lambda v: v["left"][0].update(bytes=1.5), "left, n: bytes=1.5 must be a whole number"),
+        (lambda v: v["config"].update(target_modules=[3]), "target_modules=.3,. are not all strings"),
         (unit_change(bonds=[4, 999]), r"b: bond 1 is 999, and with legs .* from 1 to 4"),
         (unit_change(bonds=[4, 0]), r"b: bonds=\(4, 0\) do not fit|b: bond 1 is 0"),
         (unit_change(bonds=[4, 2.5]), r"b: bond 1 is 2\.5"),
@@ -150,7 +158,21 @@ def unit_change(**changes: Any) -> Any:
         (unit_change(out_features=9), "b: legs multiply to 8 x 8, less than 9 x 8"),
         (unit_change(kind="conv3d"), "b: kind='conv3d'"),
         (unit_change(storage="int3"), "b: storage='int3' is not one of float16"),
-        (unit_change(tolerance=-0.5), "b: rel_error=-0.5 must be a positive"),
+        (unit_change(tolerance=-0.5), "b: tolerance=-0.5 must be a number above 0"),
+        (unit_change(tolerance=float("nan")), "b: tolerance=nan must be a number above 0"),
+        (unit_change(tolerance=True), "b: tolerance=True must be a number above 0"),
+        (unit_change(names="a"), "names='a': give a list"),
+        (unit_change(names=[0]), r"0: names=\(0,\) are not the names"),
+        (unit_change(out_features="8"), "b: out_features='8' must be a whole number"),
+        (unit_change(bonds=None), "b: something in its entry is of the wrong kind"),
+        (unit_change(bonds=[True, 4]), "b: bond 0 is True"),
+        (unit_change(sites={"out": [2, 2, 2]}), "b: something in its entry is of the wrong kind|b: .*in"),
+        (
+            unit_change(sites={"out": [2, 2, 5], "in": [2, 2, 2]}),
+            "b: legs multiply to 20 x 8 for a matrix of 8 x 8: more than half",
+        ),
+        (unit_change(bias_bytes=-4), "b: bias_bytes=-4 must be a whole number"),
+        (lambda v: v["units"][1].pop("bias"), "unit b lacks bias"),
         (unit_change(bias=-1), "b: bias=-1"),
         (unit_change(rank=3), "unit b has rank, which this version does not know"),
         (lambda v: v["units"][1].pop("bonds"), "unit b lacks bonds"),

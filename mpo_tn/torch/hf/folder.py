@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.tensors import as_os_error
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def load_model(source: str | Path) -> Any:
@@ -48,8 +50,25 @@ def empty_model(source: str | Path) -> Any:
             raise MPOError(f"{source} is compressed or quantized already: name the dense model")
         cls = _class_of(config)
         build = cls.from_config if cls is transformers.AutoModel else cls._from_config
+        dtype = config.dtype or _stored_dtype(source)
         with torch.device("meta"):
-            return build(config, dtype=config.dtype)
+            model = build(config, dtype=dtype)
+        for pattern, other in model._get_dtype_plan(dtype).items():
+            for name, parameter in model.named_parameters():
+                if re.search(pattern.replace("*", ".*"), name):
+                    parameter.data = parameter.data.to(other)
+        return model
+
+
+def _stored_dtype(source: str | Path) -> torch.dtype:
+    """The dtype in which a folder without one in its configuration is loaded: the first that can be computed in."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                found = _FLOATING.get(file.get_slice(key).get_dtype())
+                if found is not None:
+                    return found
+    return torch.float32
 
 
 def _read(source: str | Path, cls: Any = None, **options: Any) -> tuple[Any, list[str]]:

@@ -148,7 +148,7 @@ class MPOHfQuantizer(HfQuantizer):
             for alias in [alias for alias, module in owners.items() if module is old]:
                 model.set_submodule(alias, built[name])
                 _nothing_to_initialise(model, alias)
-        _retie(model)
+        _retie(model, _tied_cores(model))
         sentinel = sentinel_key(self.quantization_config.modules)
         # The key may carry the prefix of another head or none.
         ignored = {f"(^|\\.){key}$" for key in _spellings(model, sentinel)}
@@ -233,16 +233,17 @@ use_host(TransformersHost())
 
 
 def attach(model: Any, config: MPOConfig) -> None:
-    """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads."""
+    """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads; all of it or nothing."""
     hf_config = MPOQuantizationConfig(config, mpo_specs(model))
     hf_config.follow(model)
+    quantizer, tied = MPOHfQuantizer(hf_config, pre_quantized=True), _tied_cores(model)
     # In place: the model around a compressed base model has the same object, and saves with it.
     model.config.quantization_config = hf_config
-    model.hf_quantizer = MPOHfQuantizer(hf_config, pre_quantized=True)
+    model.hf_quantizer = quantizer
     # Cores are ordinary parameters: half() and float() may cast them, which they refuse to quantized models.
     model.is_quantized = False
     model.quantization_method = hf_config.quant_method
-    _retie(model)
+    _retie(model, tied)
 
 
 def _local_names(model: Any, modules: dict[str, ModuleSpec]) -> dict[str, ModuleSpec]:
@@ -324,8 +325,8 @@ def _nothing_to_initialise(model: Any, name: str) -> None:
         parent._is_hf_initialized = True
 
 
-def _retie(model: Any) -> None:
-    """Rewrite the map of tied weights from dense names to the names of cores."""
+def _tied_cores(model: Any) -> dict[str, str]:
+    """The map of tied weights, with the names of cores in place of dense names."""
     tied: dict[str, str] = {}
     for target, source in model.all_tied_weights_keys.items():
         mpo_target, mpo_source = (_mpo_parent(model, key) for key in (target, source))
@@ -334,6 +335,11 @@ def _retie(model: Any) -> None:
         elif mpo_target is not None and mpo_source is not None:
             for k in range(len(mpo_source.cores)):
                 tied[f"{target.removesuffix('.weight')}.cores.{k}"] = f"{source.removesuffix('.weight')}.cores.{k}"
+    return tied
+
+
+def _retie(model: Any, tied: dict[str, str]) -> None:
+    """Have transformers tie cores as it tied dense weights. See :func:`_tied_cores`."""
     for submodule in model.modules():
         if isinstance(submodule, PreTrainedModel) and submodule is not model and submodule._tied_weights_keys:
             submodule._tied_weights_keys = {}
@@ -344,5 +350,8 @@ def _retie(model: Any) -> None:
 def _mpo_parent(model: nn.Module, key: str) -> MPOLayer | None:
     """The MPO module whose dense weight ``key`` used to name."""
     parent, _, leaf = key.rpartition(".")
+    # A head that was taken off is still in the map.
+    if leaf != "weight" or not _has_module(model, parent):
+        return None
     module = model.get_submodule(parent)
-    return module if leaf == "weight" and isinstance(module, MPOLayer) else None
+    return module if isinstance(module, MPOLayer) else None

@@ -13,7 +13,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded, frobenius_norm, widen
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.plan import Plan, UnitPlan
+from mpo_tn.planning.entries import UnitPlan
+from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress
 from mpo_tn.sites import Sites

@@ -10,7 +10,8 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.plan import LeftDense, Plan, UnitPlan
+from mpo_tn.planning.entries import LeftDense, UnitPlan
+from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.planning.structure import structure
 from mpo_tn.torch.layers.layer import MPOLayer
@@ -58,7 +59,7 @@ def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
             spec = structure(unit.kinds[0], out, in_, own)
             if spectra and own.tolerance is not None:
                 spec = _within(unit, spec, own.tolerance)
-            units.append(UnitPlan(unit.all_names, spec, unit.storage, own.tolerance, found.beside[unit.name]))
+            units.append(UnitPlan(unit.all_names, spec, unit.storage, own.tolerance, *found.beside[unit.name]))
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
     return Plan(type(model).__name__, config, tuple(units), found.left)
@@ -71,8 +72,10 @@ def units_of_plan(model: nn.Module, decided: Plan) -> list[tuple[UnitPlan, Dense
         MPOError: the plan is of another model, or asks for what cannot be; the message names the module.
     """
     refuse_compressed(model)
-    found = survey_named(model, {unit.name for unit in decided.units})
-    here = {unit.name: unit for unit in found.units}
+    if not decided.units:
+        raise MPOError('the plan compresses nothing: move what is to be an MPO from "left" to "units"')
+    found = survey_named(model, {name for unit in decided.units for name in unit.names})
+    here = {name: unit for unit in found.units for name in unit.all_names}
     stays = {part.name: part for part in found.left}
     pairs: list[tuple[UnitPlan, DenseUnit]] = []
     for planned in decided.units:
@@ -84,10 +87,9 @@ def units_of_plan(model: nn.Module, decided: Plan) -> list[tuple[UnitPlan, Dense
             raise _other_model(model, decided, f"this one has no {planned.name}")
         out, in_ = (int(size) for size in unit.matrix().shape)
         for what, there, own in (
-            ("is used by", planned.names, unit.all_names),
+            ("is used by", sorted(planned.names), sorted(unit.all_names)),
             ("is of kind", planned.spec.kind, unit.kinds[0]),
             ("has the shape", (planned.spec.out_features, planned.spec.in_features), (out, in_)),
-            ("has so many numbers beside it:", planned.bias, found.beside[planned.name]),
         ):
             if there != own:
                 raise _other_model(model, decided, f"{planned.name} {what} {own} here and {there} in the plan")
@@ -95,6 +97,14 @@ def units_of_plan(model: nn.Module, decided: Plan) -> list[tuple[UnitPlan, Dense
             raise MPOError(
                 f"the plan stores {planned.name} as {planned.storage}, and its weight is {unit.storage}: cores are "
                 "stored in the dtype of the weight, so cast the model first, or make the plan anew"
+            )
+        if (planned.bias, planned.bias_bytes) != found.beside[unit.name]:
+            numbers, room = found.beside[unit.name]
+            raise _other_model(
+                model,
+                decided,
+                f"{planned.name} has {numbers} numbers in {room} bytes beside it here, and {planned.bias} in "
+                f"{planned.bias_bytes} in the plan",
             )
         pairs.append((planned, unit))
     _check_left(model, decided, stays)
@@ -108,9 +118,14 @@ def _check_left(model: nn.Module, decided: Plan, stays: Mapping[str, LeftDense])
     for name, part in listed.items():
         if name not in names:
             raise _other_model(model, decided, f"this one has no {name}")
-        own = stays[name].parameters if name in stays else 0
-        if part.parameters != own:
-            raise _other_model(model, decided, f"{name} has {own} parameters here and {part.parameters} in the plan")
+        own = (stays[name].parameters, stays[name].bytes) if name in stays else (0, 0)
+        if (part.parameters, part.bytes) != own:
+            raise _other_model(
+                model,
+                decided,
+                f"{name or 'the model itself'} has {own[0]} parameters in {own[1]} bytes here, and {part.parameters} "
+                f"in {part.bytes} in the plan",
+            )
     for name, part in stays.items():
         if name not in listed:
             raise _other_model(

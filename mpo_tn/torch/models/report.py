@@ -67,7 +67,7 @@ class CompressionReport:
     @property
     def kept(self) -> float:
         """The kept ratio of the compressed matrices."""
-        return self.matrix_after / self.matrix_before
+        return self.matrix_after / self.matrix_before if self.matrix_before else 1.0
 
     @property
     def kept_model(self) -> float:

@@ -15,11 +15,12 @@ from functools import cache
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded
+from mpo_tn.planning.entries import ITEMSIZES, LeftDense
 from mpo_tn.planning.patterns import HEADS, matches
-from mpo_tn.planning.plan import LeftDense
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.layer import MPOLayer
@@ -85,13 +86,13 @@ def find_units(
 class Survey:
     """What of a model can be compressed, as :func:`survey` finds it.
 
-    ``left`` are the modules that stay as they are; ``beside`` counts the numbers that the modules of a unit hold beside
-    its matrix.
+    ``left`` are the modules that stay as they are; ``beside`` says how many numbers, and bytes, the modules of a unit
+    hold beside its matrix.
     """
 
     units: tuple[DenseUnit, ...]
     left: tuple[LeftDense, ...]
-    beside: dict[str, int]
+    beside: dict[str, tuple[int, int]]
 
 
 def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> Survey:
@@ -172,14 +173,17 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str
                 why.pop(owner, None)
     unit_of = {module: unit for unit in units for module in unit.modules}
     counted = {unit.weight for unit in units}
-    beside = {unit.name: 0 for unit in units}
+    beside = {unit.name: (0, 0) for unit in units}
     left: list[LeftDense] = []
     for module, module_names in names.items():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter not in counted]
         counted.update(own)
+        # A lazy module has no sizes until it has seen an input.
+        own = [parameter for parameter in own if not is_lazy(parameter)]
         size, bytes_ = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
         if module in unit_of:
-            beside[unit_of[module].name] += size
+            numbers, room = beside[unit_of[module].name]
+            beside[unit_of[module].name] = numbers + size, room + bytes_
         elif module in matched or any(True for _ in module.parameters(recurse=False)):
             left.append(LeftDense(module_names[0], size, bytes_, why[module], module in matched))
     return Survey(tuple(units), tuple(left), beside)
@@ -203,8 +207,15 @@ def _cannot_be_mpo(module: nn.Module) -> str | None:
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None:
         return "its weight is computed from something else (a parametrization)"
+    if is_lazy(weight):
+        return "its weight has no size before a first input"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
+    if str(weight.dtype).removeprefix("torch.") not in ITEMSIZES:
+        return f"its weight is {weight.dtype}, in which nothing can be computed"
+    beside = _beside_weight_and_bias(module)
+    if beside:
+        return f"it holds {', '.join(beside)} beside weight and bias, and an MPO module would lose that"
     if weight.numel() == 0:
         return f"its weight has no entries: {tuple(weight.shape)}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -212,6 +223,17 @@ def _cannot_be_mpo(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
         return "sparse and frequency-scaled gradients need the table"
     return None
+
+
+def _beside_weight_and_bias(module: nn.Module) -> list[str]:
+    """What an MPO module would not hold: adapters, masks, scales, a bias that is computed."""
+    held = {
+        *(name for name, _ in module.named_parameters(recurse=False)),
+        *(name for name, _ in module.named_buffers(recurse=False)),
+        *(name for name, _ in module.named_children()),
+    }
+    computed = getattr(module, "bias", None) is not None and "bias" not in held
+    return sorted(held - {"weight", "bias"}) + (["a bias that is computed"] if computed else [])
 
 
 def _read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
@@ -249,7 +271,10 @@ def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
 def head_modules(model: nn.Module) -> set[nn.Module]:
     """The task heads by name, and the output embeddings, tied or not."""
     heads = {m for name, m in model.named_modules(remove_duplicate=False) if HEADS & set(name.split("."))}
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except AttributeError:  # a model of transformers whose head was taken off
+        output = None
     return heads | {output} if isinstance(output, nn.Module) else heads
 
 
@@ -257,7 +282,12 @@ def nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dict
     """What to tell who asked for modules of which none can be an MPO."""
     if skipped:
         name, reason = next(iter(skipped.items()))
-        return f"target_modules={target!r} matches {len(skipped)} modules but none can be an MPO; {name}: {reason}"
+        which = f"{name or 'the model'}: {reason}"
+        return f"target_modules={target!r} matches {len(skipped)} modules but none can be an MPO; {which}"
+    if kind_of(model):
+        return (
+            f"the model is itself a {type(model).__name__}, in whose place nothing can be put: wrap it in a Sequential"
+        )
     linear = [name for name, module in model.named_modules() if kind_of(module)]
     hint = f"the model has for instance {', '.join(linear[:3])}" if linear else "the model has no linear layer at all"
     return f"target_modules={target!r} matches no module: {hint}"
@@ -368,7 +398,7 @@ def _mpo_modules(model: nn.Module) -> dict[MPOLayer, list[str]]:
 
 def count_parameters(model: nn.Module) -> int:
     """Of the whole model, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
 def all_bonds(units: Mapping[str, MPOUnit]) -> dict[str, tuple[int, ...]]:

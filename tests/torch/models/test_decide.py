@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.adapter import Snapshot
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpo_tn import MPOError, Sites
-from mpo_tn.torch import MPOConfig, MPOLayer, Plan, compress, plan
+from mpo_tn.torch import LeftDense, MPOConfig, MPOLayer, Plan, compress, plan
 from mpo_tn.torch.models.compress import compress_empty
 from mpo_tn.torch.models.host import use_host
 
@@ -178,10 +179,16 @@ def shared() -> nn.Module:
         (nn.Sequential(nn.Linear(8, 8), nn.ReLU()), "this one has no 2"),
         (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 9), nn.LayerNorm(9)), r"2 has the shape \(9, 8\) here"),
         (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Embedding(8, 8), nn.LayerNorm(8)), "2 is of kind embedding here"),
-        (nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8)), "beside it: 0 here"),
-        (shared(), r"0 is used by \('0', '2'\) here and \('0',\) in the plan"),
+        (
+            nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8)),
+            "0 has 0 numbers in 0 bytes beside it here, and 8 in 32 in the plan",
+        ),
+        (shared(), r"0 is used by \['0', '2'\] here and \['0'\] in the plan"),
         (nn.Sequential(*small(), nn.Linear(8, 8)), "it says nothing of 4 with its 72 parameters"),
-        (nn.Sequential(*small()[:3], nn.LayerNorm(9)), "3 has 18 parameters here and 16 in the plan"),
+        (
+            nn.Sequential(*small()[:3], nn.LayerNorm(9)),
+            "3 has 18 parameters in 72 bytes here, and 16 in 64 in the plan",
+        ),
         (small()[:3], "this one has no 3"),
         (small().double(), "stores 0 as float32, and its weight is float64"),
         (
@@ -251,3 +258,62 @@ def test_whatever_raises_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="no room"):
         compress(cramped, MPOConfig(sites=3))
     before.assert_same(cramped)
+
+
+def test_names_may_stand_in_any_order() -> None:
+    model = shared()
+    decided = plan(model, MPOConfig(sites=3, bond=2))
+    turned = tuple(replace(unit, names=unit.names[::-1]) for unit in decided.units)
+    assert [unit.names for unit in turned] != [unit.names for unit in decided.units]
+    report = compress(model, replace(decided, units=turned))
+    assert [layer.names for layer in report.layers] == [unit.names for unit in decided.units]
+
+
+def test_a_plan_that_compresses_nothing_is_refused() -> None:
+    model = small()
+    decided = plan(model, MPOConfig(sites=3, bond=2))
+    left = [
+        LeftDense(unit.name, unit.dense_parameters + unit.bias, 4 * (unit.dense_parameters + unit.bias), "by hand")
+        for unit in decided.units
+    ]
+    before = Snapshot(model)
+    with pytest.raises(MPOError, match='compresses nothing: move what is to be an MPO from "left" to "units"'):
+        compress(model, replace(decided, units=(), left=(*decided.left, *left)))
+    before.assert_same(model)
+
+
+def test_the_bytes_are_those_of_every_dtype_by_itself() -> None:
+    model = small()
+    model[0].weight.data = model[0].weight.data.half()
+    decided = plan(model, MPOConfig(sites=3, bond=2))
+    assert [(unit.storage, unit.bias, unit.bias_bytes) for unit in decided.units] == [
+        ("float16", 8, 32),
+        ("float32", 8, 32),
+    ]
+    assert decided.bytes_before == bytes_of(model)
+    compress(model, decided)
+    assert decided.bytes_after == bytes_of(model)
+
+
+def test_a_lazy_module_has_nothing_to_count() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    decided = plan(model, MPOConfig(sites=2, bond=2))
+    assert [(part.name, part.parameters) for part in decided.left] == [("1", 0)]
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["query"]])
+def test_a_model_whose_head_was_taken_off(target: Any, tmp_path: Path) -> None:
+    model = tiny("bert")
+    del model.cls
+    compress(model, MPOConfig(target_modules=target, sites=3, bond=4))
+    assert any(isinstance(module, MPOLayer) for module in model.modules())
+    assert type(model.config.quantization_config).__name__ == "MPOQuantizationConfig"
+
+
+def test_bonds_one_by_one_survive_a_file(tmp_path: Path) -> None:
+    config = MPOConfig(sites=3, bond=np.int64(4), overrides={"0": {"bond": [3, 2]}, "2": {"bond": np.int64(2)}})
+    decided = plan(small(), config)
+    decided.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == decided
+    assert plan(small(), again.config) == decided

@@ -12,7 +12,7 @@ import torch
 from helpers.adapter import compressed, linear, small
 from helpers.tiny_models import FAMILIES, VOCAB, tiny, token_ids
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from mpo_tn import MPOError
 from mpo_tn.torch import (
@@ -124,10 +124,43 @@ def _empty() -> nn.Module:
     return layer
 
 
+def _with(name: str, held: object) -> nn.Module:
+    layer = nn.Linear(4, 4)
+    if isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter):
+        layer.register_buffer(name, held)
+    else:
+        setattr(layer, name, held)
+    return layer
+
+
+def _float8() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+def _pruned_bias() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(4, 4), "bias", 1)
+
+
+def _computed_bias() -> nn.Module:
+    layer = nn.Linear(4, 4, bias=False)
+    object.__setattr__(layer, "__dict__", {**layer.__dict__, "bias": torch.ones(4)})
+    del layer._parameters["bias"]
+    return layer
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
         (lambda: nn.LayerNorm(4), "LayerNorm"),
+        (lambda: _with("adapter", nn.LayerNorm(4)), "holds adapter beside weight and bias"),
+        (lambda: _with("scale", nn.Parameter(torch.ones(4))), "holds scale beside weight and bias"),
+        (lambda: _with("mask", torch.ones(4)), "holds mask beside weight and bias"),
+        (_pruned_bias, "holds bias_mask, bias_orig, a bias that is computed beside"),
+        (_computed_bias, "a bias that is computed"),
+        (_float8, "its weight is torch.float8_e4m3fn, in which nothing can be computed"),
+        (lambda: nn.LazyLinear(4), "LazyLinear"),
         (lambda: nn.Sequential(), "Sequential"),
         (lambda: Doubled(4, 4), "Doubled"),
         (_parametrized, "parametriz|Parametrized"),
@@ -270,8 +303,9 @@ def test_parts_with_one_weight_in_two_layouts_are_skipped() -> None:
 
 
 def test_the_model_itself_is_not_a_target() -> None:
-    with pytest.raises(MPOError):
-        compress(nn.Linear(4, 4), MPOConfig(target_modules=r".*", sites=2))
+    for target in (r".*", "all-linear"):
+        with pytest.raises(MPOError, match="the model"):
+            compress(nn.Linear(4, 4), MPOConfig(target_modules=target, sites=2))
 
 
 def test_every_family_still_runs() -> None:
