@@ -110,7 +110,9 @@ def _bring_back(checkpoint: Path) -> None:
         if all((path / "old" / name).is_file() for name in ("state.json", "tensors.safetensors"))
     ]
     if whole:
-        max(whole, key=lambda path: (path / "state.json").stat().st_mtime_ns).rename(checkpoint)
+        newest = max(whole, key=lambda path: (path / "state.json").stat().st_mtime_ns)
+        newest.rename(checkpoint)
+        shutil.rmtree(newest.parent)
 
 
 def _check_settings(checkpoint: Path, run: Run) -> None:

@@ -613,6 +613,7 @@ def test_a_checkpoint_that_was_being_replaced_counts(places: dict[str, Path], mr
     result, _ = finetune(source, mrpc, method("lfa"), quick, folder=folder, resume=True)
     assert result.notes["resumed at step"] == 2
     assert result.best == expected.best
+    assert not (folder / ".checkpoint.old.a").exists()
     (folder / "checkpoint").rename(folder / ".checkpoint.x")
     check_folder(folder, source, resume=False, overwrite=True)
     assert not folder.exists()
