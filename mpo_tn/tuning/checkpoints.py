@@ -63,12 +63,15 @@ class Keeper:
         self.saved_at = run.done
 
     def read(self) -> None:
-        """Bring the run to its checkpoint, if there is one.
+        """Bring the run to its checkpoint, if there is one, or one that was being replaced when the process was killed.
 
         Raises:
             MPOError: it is of another run, or of a newer version.
         """
-        if self.checkpoint is None or not self.checkpoint.is_dir():
+        if self.checkpoint is None:
+            return
+        _bring_back(self.checkpoint)
+        if not self.checkpoint.is_dir():
             return
         self.resumed = True
         run = self.run
@@ -97,6 +100,21 @@ class Keeper:
         )
 
 
+def _bring_back(checkpoint: Path) -> None:
+    """Of a checkpoint that was set aside, and the next one not yet in its place: the earlier one takes it again."""
+    if checkpoint.exists():
+        return
+    whole = [
+        path / "old"
+        for path in checkpoint.parent.glob(f".{checkpoint.name}.old.*")
+        if all((path / "old" / name).is_file() for name in ("state.json", "tensors.safetensors"))
+    ]
+    if whole:
+        newest = max(whole, key=lambda path: (path / "state.json").stat().st_mtime_ns)
+        newest.rename(checkpoint)
+        shutil.rmtree(newest.parent)
+
+
 def _check_settings(checkpoint: Path, run: Run) -> None:
     """A checkpoint of other settings is of another run."""
     file = checkpoint / "state.json"
@@ -105,7 +123,7 @@ def _check_settings(checkpoint: Path, run: Run) -> None:
         saved = completed(json.loads(extra["settings"]), checked_version(extra, file))
     except MPOError:
         raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # load says what is wrong with it
     here = json.loads(json.dumps(settings_of(run)))
     for key in sorted({*saved, *here}):
@@ -155,7 +173,7 @@ def check_folder(folder: Path, source: str | Path, *, resume: bool, overwrite: b
 
 
 def _is_run(folder: Path) -> bool:
-    inside = {path.name for path in folder.iterdir()}
-    return bool(inside & {"checkpoint", "squeezing"}) and all(
-        name in ("checkpoint", "squeezing") or name.startswith((".checkpoint", ".squeezing")) for name in inside
-    )
+    """Whether there is nothing in it but what a run writes, hidden folders that a killed process leaves among it."""
+    names = [path.name for path in folder.iterdir()]
+    begins = (".checkpoint", ".squeezing") if {"checkpoint", "squeezing"} & {*names} else (".checkpoint.",)
+    return bool(names) and all(name in ("checkpoint", "squeezing") or name.startswith(begins) for name in names)

@@ -597,6 +597,31 @@ def test_an_unfinished_run_is_neither_lost_nor_mistaken(places: dict[str, Path],
     assert (other / "thesis.txt").exists()
 
 
+def test_a_checkpoint_that_was_being_replaced_counts(places: dict[str, Path], mrpc: Any, tmp_path: Path) -> None:
+    """What a kill between the two renames leaves: the earlier checkpoint, whole, beside its name."""
+    folder, source = tmp_path / "out", places["encoder"]
+    quick = replace(QUICK, max_steps=2)
+    expected, _ = finetune(source, mrpc, method("lfa"), quick, folder=folder)
+    for name in ("a", "b"):
+        (folder / f".checkpoint.old.{name}").mkdir()
+    (folder / "checkpoint").rename(folder / ".checkpoint.old.a" / "old")
+    (folder / ".checkpoint.old.b" / "old").mkdir()  # half deleted, and of no use
+    (folder / ".checkpoint.old.b" / "old" / "state.json").write_text("{}")
+    with pytest.raises(MPOError, match="holds an unfinished run: pass --resume"):
+        check_folder(folder, source, resume=False, overwrite=False)
+    check_folder(folder, source, resume=True, overwrite=False)
+    result, _ = finetune(source, mrpc, method("lfa"), quick, folder=folder, resume=True)
+    assert result.notes["resumed at step"] == 2
+    assert result.best == expected.best
+    assert not (folder / ".checkpoint.old.a").exists()
+    (folder / "checkpoint").rename(folder / ".checkpoint.x")
+    check_folder(folder, source, resume=False, overwrite=True)
+    assert not folder.exists()
+    (folder / ".cache").mkdir(parents=True)
+    with pytest.raises(MPOError, match="not empty"):
+        check_folder(folder, source, resume=True, overwrite=False)
+
+
 def test_methods_are_all_listed() -> None:
     assert set(METHODS) == {"full", "lfa", "last-layers", "lora", "low-rank", "one-shot", "squeeze"}
 

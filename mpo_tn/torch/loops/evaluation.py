@@ -33,5 +33,7 @@ def as_number(value: Any, source: str) -> float:
     """What a caller's function returned, as a float."""
     try:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except OverflowError:
+        raise MPOError(f"{source} returned a number that is too large for a float: return a float") from None
     except (TypeError, ValueError, RuntimeError):
         raise MPOError(f"{source} returned {value!r}, which is no number: return a float") from None

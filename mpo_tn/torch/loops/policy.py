@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -28,13 +30,13 @@ class Policy:
     minimum_bond: int
 
     def __post_init__(self) -> None:
-        if not self.delta >= 0:
-            raise MPOError(f"delta={self.delta!r} must be at least 0, in the units of what evaluate returns")
+        if not (_is_number(self.delta) and self.delta >= 0):
+            raise MPOError(f"delta={self.delta!r} must be at least 0, a number in the units of what evaluate returns")
         for name in ("max_steps", "cuts_per_round", "tune_steps", "minimum_bond"):
             number, least = whole_number(getattr(self, name)), int(name != "tune_steps")
             if number is None or number < least:
                 raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number of at least {least}")
-        if self.keep is not None and not 0 < self.keep <= 2:
+        if self.keep is not None and not (_is_number(self.keep) and 0 < self.keep <= 2):
             raise MPOError(f"keep={self.keep!r} is not a kept ratio: use for instance keep=0.6, or None for no limit")
         checked_score(self.score)
 
@@ -45,8 +47,14 @@ class Policy:
         return {**{field.name: getattr(self, field.name) for field in fields(self)}, "score": name}
 
     def gap(self, value: float, reference: float) -> float:
-        """By how much ``value`` is worse."""
+        """By how much ``value`` is worse: infinity for an infinite one whatever its sign, NaN for NaN."""
+        if not math.isfinite(value):
+            return abs(value)
         return reference - value if self.higher_is_better else value - reference
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def cut_once(

@@ -7,16 +7,20 @@ log is replaced in one step, then what nothing names any more is deleted.
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound, bonds_after
+from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound, bonds_after
 from mpo_tn.torch.loops.squeezer import Squeezer
-from mpo_tn.torch.state.training_state import read_state, restore, write_state
+from mpo_tn.torch.state.damage import MISFITS, read_json
+from mpo_tn.torch.state.training_state import read_state, restore, saved_bonds, write_state
 
 LOG_VERSION = 2
 
@@ -52,11 +56,11 @@ class RunFolder:
         way_out = "name another folder, or pass resume=False to start afresh"
         file = self.path / _LOG
         try:
-            log = json.loads(file.read_text(encoding="utf-8"))
-            version, settings, name = log["format_version"], log["settings"], log["state"]
+            log = read_json(file)
+            version, settings, name = log["format_version"], dict(log["settings"].items()), log["state"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *MISFITS) as error:
             raise MPOError(f"{file} is not the log of a squeezing run, or it is damaged: {way_out}") from error
         if version != LOG_VERSION:
             raise MPOError(f"{file} has format {version!r} and this version reads {LOG_VERSION}: {way_out}")
@@ -64,8 +68,15 @@ class RunFolder:
             mine, theirs = self.settings.get(key), settings.get(key)
             if mine != theirs:
                 raise MPOError(f"{file} is of a run with {key}={theirs!r}, and this one has {mine!r}: {way_out}")
+        # What has another name is deleted, so it has to be one of ours.
+        if not isinstance(name, str) or re.fullmatch(r"state-\d{6,}", name) is None:
+            raise MPOError(f"{file} is damaged, it names the state {name!r}: {way_out}")
         if not (self.path / name).is_dir():
             raise MPOError(f"{file} names the state {name}, which is missing: {way_out}")
+        try:
+            _Past.of(log)
+        except MISFITS as error:
+            raise MPOError(f"{file} is damaged ({type(error).__name__}: {error}): {way_out}") from error
         return log
 
     @property
@@ -81,17 +92,9 @@ class RunFolder:
         """
         log = self.log
         assert log is not None
-        try:
-            start = {name: tuple(bonds) for name, bonds in log["start_bonds"].items()}
-            rounds = [SqueezeRound.from_dict(part) for part in log["rounds"]]
-            digest, reference = str(log["start_digest"]), float(log["reference"])
-            known = [bonds_after(start, rounds[:number]) for number in range(len(rounds) + 1)]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise MPOError(
-                f"the log in {self.path} is damaged ({error!r}): pass resume=False to start afresh"
-            ) from error
-        bonds = squeezer.bonds
-        if bonds not in known:
+        past = _Past.of(log)
+        start, bonds = past.start_bonds, squeezer.bonds
+        if bonds not in [bonds_after(start, past.rounds[:number]) for number in range(len(past.rounds) + 1)]:
             raise MPOError(
                 f"{self.path} is of a run of another model: it started from the bonds {start}, and this model has "
                 f"{bonds}; name another folder, or pass resume=False to start afresh"
@@ -99,10 +102,12 @@ class RunFolder:
         given = squeezer.good if bonds == start else None
         good = read_state(self.path / log["state"])
         try:
-            squeezer.resume(good, start, rounds, reference)
+            if saved_bonds(good) != bonds_after(start, past.rounds[: past.best_round]):
+                raise MPOError(f"the log is damaged: its cuts do not lead to the bonds of {log['state']}")
+            squeezer.resume(good, start, past.rounds, past.reference)
         except MPOError as error:
             raise MPOError(f"{self.path} cannot be resumed: {error}, or pass resume=False to start afresh") from error
-        if given is not None and given.model_digest() != digest:
+        if given is not None and given.model_digest() != past.start_digest:
             restore(given, squeezer.model, squeezer.optimizer, squeezer.scheduler)
             raise MPOError(
                 f"{self.path} is of a run of another model: its tensors had other values at the start; give the model "
@@ -115,7 +120,7 @@ class RunFolder:
         Raises:
             MPOError: the disk is full or may not be written to; the earlier log and state are still there.
         """
-        name = f"state-{squeezer.best_round:06d}"
+        name = _state_name(squeezer.best_round)
         if self.log is None or self.log["state"] != name:
             write_state(squeezer.good, self.path / name)
         content: dict[str, Any] = {
@@ -139,3 +144,73 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.path.glob(f".{_LOG}.*"):
             path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What a log says of the run so far."""
+
+    start_bonds: Bonds
+    rounds: tuple[SqueezeRound, ...]
+    start_digest: str
+    reference: float
+
+    @property
+    def best_round(self) -> int:
+        return sum(entry.accepted for entry in self.rounds)
+
+    @classmethod
+    def of(cls, log: Mapping[str, Any]) -> _Past:
+        """The same as values, each of its kind and all of one run; else one of ``MISFITS`` is raised."""
+        bonds = {name: tuple(entry) for name, entry in log["start_bonds"].items()}
+        rounds = tuple(SqueezeRound.from_dict(entry) for entry in log["rounds"])
+        digest, reference = log["start_digest"], log["reference"]
+        _expect(all(_counts(bond, 1) for entry in bonds.values() for bond in entry), "start_bonds")
+        _expect(isinstance(digest, str), "start_digest")
+        _expect(_is_number(reference) and math.isfinite(reference), "reference")
+        _expect(isinstance(log.get("result", {}), dict), "result")
+        now = {name: list(entry) for name, entry in bonds.items()}
+        for number, entry in enumerate(rounds, start=1):
+            _check_round(entry, number, last=number == len(rounds), bonds=now)
+        past = cls(bonds, rounds, digest, reference)
+        _expect(log["state"] == _state_name(past.best_round), "state, which is not that of the last accepted round,")
+        return past
+
+
+def _state_name(best_round: int) -> str:
+    """The folder of the state after a round."""
+    return f"state-{best_round:06d}"
+
+
+def _check_round(entry: Any, number: int, *, last: bool, bonds: dict[str, list[int]]) -> None:
+    """Refuse what no round can have been; the cuts of it are carried out on ``bonds``."""
+    where = f"of round {number}"
+    _expect(_counts(entry.number, 1) and entry.number == number, f"number {where}")
+    _expect(isinstance(entry.accepted, bool) and (entry.accepted or last), f"accepted {where}")
+    for name in ("value", "gap", "kept", "seconds"):
+        _expect(_is_number(getattr(entry, name)), f"{name} {where}")
+    _expect(not entry.accepted or math.isfinite(entry.value), f"value {where}")
+    _expect(entry.loss is None or _is_number(entry.loss), f"loss {where}")
+    _expect(_counts(entry.parameters, 0), f"parameters {where}")
+    _expect(_counts(entry.position, 0), f"position {where}")
+    _expect(isinstance(entry.random, str), f"random {where}")
+    _expect(all(isinstance(note, str) for note in entry.notes), f"notes {where}")
+    for cut in entry.cuts:
+        _expect(_counts(cut.bond, 0) and _counts(cut.before, 2) and _counts(cut.after, 1), f"cuts {where}")
+        _expect(_is_number(cut.score), f"score of a cut {where}")
+        _expect(bonds[cut.unit][cut.bond] == cut.before > cut.after, f"cuts {where}")
+        bonds[cut.unit][cut.bond] = cut.after
+
+
+def _expect(so: bool, what: str) -> None:
+    if not so:
+        raise ValueError(f"{what} is not what a run writes")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _counts(value: Any, least: int) -> bool:
+    number = whole_number(value)
+    return number is not None and number >= least

@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.ranking import RankedCut
 from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch.loops.policy import Policy, cut_once
 from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound
 from mpo_tn.torch.models.moments import OptimizerLike, check_optimizer
 from mpo_tn.torch.models.units import all_bonds, count_parameters, cuttable_units
-from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore
+from mpo_tn.torch.state.damage import damaged, shown
+from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore, saved_extra
 
 
 class Squeezer:
@@ -125,7 +126,7 @@ class Squeezer:
     def judge(self, value: float, *, position: int, loss: float | None = None) -> SqueezeRound | None:
         """Hold the value of the model as it is against the reference; within ``delta`` its state is the one to keep.
 
-        A model that is not stays as it is until :meth:`go_back`.
+        A value that is not finite is never within it. A model that is not stays as it is until :meth:`go_back`.
 
         Args:
             value: of the model; the first one is the reference, if none was given.
@@ -141,7 +142,7 @@ class Squeezer:
         if self.reference is None:
             self.reference = _finite(value)
         gap = self.policy.gap(value, self.reference)
-        self.accepted = gap <= self.policy.delta
+        self.accepted = math.isfinite(value) and gap <= self.policy.delta
         part = None
         if self._cuts:
             part = SqueezeRound(
@@ -179,8 +180,10 @@ class Squeezer:
             reference: what its gaps were counted from.
 
         Raises:
-            MPOError: the state is of another model, optimiser or scheduler; nothing has been changed.
+            MPOError: the state is damaged, or of another model, optimiser or scheduler, or the reference is not finite;
+                nothing has been changed.
         """
+        _finite(reference)
         self._bring(good)
         self._good, self.start_bonds, self.rounds, self.reference = good, start_bonds, list(rounds), reference
 
@@ -206,7 +209,11 @@ class Squeezer:
         return all(bond <= self.policy.minimum_bond for bonds in self.bonds.values() for bond in bonds)
 
     def _bring(self, state: TrainingState) -> None:
-        self.position = restore(state, self.model, self.optimizer, self.scheduler)["position"]
+        position = saved_extra(state).get("position")
+        if (whole := whole_number(position)) is None or whole < 0:
+            raise damaged(f"the position in it is {shown(position)}")
+        restore(state, self.model, self.optimizer, self.scheduler)
+        self.position = whole
         self._cuts, self._notes, self._astray = (), (), False
 
 

@@ -6,23 +6,33 @@ A folder holds ``tensors.safetensors`` and ``state.json``, and is there whole or
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import check_loaded
 from mpo_tn.storage.files import written_beside
 from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
-from mpo_tn.torch.models.units import cuttable_units
+from mpo_tn.torch.models.units import MPOUnit, cuttable_units
+from mpo_tn.torch.state.damage import (
+    MISFITS,
+    check_alike,
+    damaged,
+    decoded,
+    optional_part,
+    part,
+    read_json,
+    shown,
+    strings,
+)
+from mpo_tn.torch.state.generators import checked_random, random_state, restore_random
 from mpo_tn.torch.state.host_values import host_copy, tensors_digest
 from mpo_tn.torch.state.nested_values import decode, encode
 
@@ -68,7 +78,7 @@ def capture(
             name: {"bonds": list(u.spec.bonds), "rel_error": u.spec.rel_error, "exact": u.spec.exact}
             for name, u in cuttable_units(model, required=False).items()
         },
-        "random": _random_state(tensors),
+        "random": random_state(tensors),
         "optimizer": None if optimizer is None else _optimizer_state(optimizer, model, tensors),
         "scheduler": None
         if scheduler is None
@@ -88,21 +98,22 @@ def restore(
     """
     values, tensors = state.values, state.tensors
     saved = _checked_model(values, tensors, model)
+    units = cuttable_units(model, required=False)
+    parts = _checked_units(values, tensors, units, saved)
     inner = None if optimizer is None else unwrapped(optimizer)
     if inner is not None:
-        _check_optimizer(values["optimizer"], inner, model)
-    if scheduler is not None and (values["scheduler"] or {}).get("kind") != type(scheduler).__name__:
-        kind = (values["scheduler"] or {"kind": "no scheduler"})["kind"]
-        raise MPOError(f"the state was saved with {kind} and is read into {type(scheduler).__name__}: use the same")
+        _check_optimizer(values, inner, model, tensors)
+    generators, extra = checked_random(values.get("random"), tensors), saved_extra(state)
+    if scheduler is not None:  # first of all, as there is no other way to see whether it takes its state
+        _restore_scheduler(values, scheduler, tensors)
 
-    units = cuttable_units(model, required=False)
     for name, unit in units.items():
-        part = values["units"][name]
-        if tuple(part["bonds"]) != unit.spec.bonds:
+        bonds, rel_error, exact = parts[name]
+        if bonds != unit.spec.bonds:
             cores = [tensors[f"model/{name}.cores.{k}"] for k in range(len(unit.cores))]
-            unit.replace(cores, part["bonds"])
+            unit.replace(cores, bonds)
         for module in unit.modules:
-            module.spec = replace(module.spec, rel_error=part["rel_error"], exact=part["exact"])
+            module.spec = replace(module.spec, rel_error=rel_error, exact=exact)
     with torch.no_grad():
         for name, value in saved.items():
             value.copy_(tensors[f"model/{name}"])
@@ -110,10 +121,27 @@ def restore(
         parameter.grad = None
     if inner is not None:
         _restore_optimizer(values["optimizer"], inner, tensors)
-    if scheduler is not None:
-        scheduler.load_state_dict(decode(values["scheduler"]["state"], tensors))
-    _restore_random(values["random"], tensors)
-    return decode(values["extra"], tensors)
+    restore_random(generators)
+    return extra
+
+
+def saved_extra(state: TrainingState) -> dict[str, Any]:
+    """What the caller had saved with a state.
+
+    Raises:
+        MPOError: it is damaged.
+    """
+    return decoded(state.values.get("extra"), state.tensors, "extra")
+
+
+def saved_bonds(state: TrainingState) -> dict[str, tuple[int, ...]]:
+    """The bonds of every unit in a state.
+
+    Raises:
+        MPOError: it is damaged.
+    """
+    units: dict[str, Any] = part(state.values, "units", dict)
+    return {name: tuple(part(part(units, name, dict, "units/"), "bonds", list, f"units/{name}/")) for name in units}
 
 
 def save_state(
@@ -155,11 +183,12 @@ def load_state(
     Guarantee (state-bits): every tensor, number and random generator has the bits it had, and every unit the bonds.
     What is ``None`` is not read.
     Guarantee (state-refused): a folder that is missing or of another version, whose tensors are not what was written,
-    or that was saved from another model, optimiser or scheduler changes nothing. ``state.json`` itself is not checked
-    by a digest: what somebody else writes there is believed, and what somebody leaves out is missed halfway.
+    that was saved from another model, optimiser or scheduler, or whose ``state.json`` is damaged changes nothing. What
+    is missing there, or of another kind than what was written, is damage, and is found before anything is changed.
+    There is no digest of ``state.json`` itself: another number where there was a number is believed.
 
     Raises:
-        MPOError: one of these; ``state.json`` is no JSON.
+        MPOError: one of these.
     """
     return restore(read_state(Path(folder)), model, optimizer, scheduler)
 
@@ -177,9 +206,9 @@ def write_state(state: TrainingState, folder: Path) -> None:
 def read_state(folder: Path) -> TrainingState:
     """Read a captured state. See :func:`load_state`."""
     with as_damaged(folder, "name the folder of another state, or start afresh"):
-        values = json.loads(_present(folder / _VALUES).read_text(encoding="utf-8"))
+        values = read_json(_present(folder / _VALUES))
         version = values["format_version"]
-        if version != FORMAT_VERSION:
+        if whole_number(version) != FORMAT_VERSION:
             raise MPOError(f"{folder} has format {version!r}, and this version reads {FORMAT_VERSION}: upgrade mpo-tn")
         file = _present(folder / _TENSORS)
         if values["tensors"] != file_digest(file):
@@ -229,26 +258,61 @@ def _checked_model(
     values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, torch.Tensor]:
     """What of the model the state holds."""
-    structure, here = values["model"], _structure(model)
+    structure, here = part(values, "model", dict), _structure(model)
+    which, names, digest = part(values, "which", str), strings(values, "saved"), part(values, "left_out", str)
+    if which not in ("trainable", "all"):
+        raise damaged(f"which is {shown(which)}")
     for name in [*structure, *here]:
         if structure.get(name) != here.get(name):
             raise MPOError(
                 f"the state is of another model: {name} is {structure.get(name, 'missing')} there and "
                 f"{here.get(name, 'missing')} here; build the model in the same way, with the same MPOConfig"
             )
-    saved, left_out = _entries(model, values["which"])
-    if list(saved) != values["saved"]:
-        different = sorted(set(saved) ^ set(values["saved"]))[0]
-        raise MPOError(f"the state was saved with other parameters frozen, for instance {different}: freeze the same")
-    if tensors_digest(left_out.values()) != values["left_out"]:
+    saved, left_out = _entries(model, which)
+    if different := sorted(set(saved) ^ set(names)):
+        raise MPOError(
+            f"the state was saved with other parameters frozen, for instance {different[0]}: freeze the same"
+        )
+    if tensors_digest(left_out.values()) != digest:
         raise MPOError(
             f"the state is of another model: the {len(left_out)} frozen tensors that it does not hold have other "
             "values; start from the same pre-trained model"
         )
     missing = [name for name in saved if f"model/{name}" not in tensors]
     if missing:
-        raise MPOError(f"the state is damaged: it has no {missing[0]}")
+        raise damaged(f"it has no {missing[0]}")
     return saved
+
+
+def _checked_units(
+    values: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    units: Mapping[str, MPOUnit],
+    saved: Mapping[str, torch.Tensor],
+) -> dict[str, tuple[tuple[int, ...], float | None, bool]]:
+    """Bonds, error and exactness of every unit; they fit the saved cores, and every saved tensor fits its place."""
+    parts: dict[str, Any] = part(values, "units", dict)
+    if parts.keys() != units.keys():
+        raise damaged(f"units has {shown(sorted(parts))}, and the model {shown(sorted(units))}")
+    checked: dict[str, tuple[tuple[int, ...], float | None, bool]] = {}
+    shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    for name, unit in units.items():
+        where = f"units/{name}/"
+        entry: dict[str, Any] = part(parts, name, dict, "units/")
+        bonds = [whole_number(bond) or 0 for bond in part(entry, "bonds", list, where)]
+        if len(bonds) != len(unit.spec.bonds) or min(bonds, default=1) < 1:
+            raise damaged(f"{where}bonds is {shown(entry['bonds'])}")
+        error: Any = part(entry, "rel_error", object, where)
+        if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
+            raise damaged(f"{where}rel_error is {shown(error)}")
+        checked[name] = tuple(bonds), error, part(entry, "exact", bool, where)
+        for k, shape in enumerate(replace(unit.spec, bonds=tuple(bonds)).core_shapes):
+            shapes[f"{name}.cores.{k}"] = shape
+    for name, shape in shapes.items():
+        tensor = tensors[f"model/{name}"]
+        if tuple(tensor.shape) != shape or tensor.dtype != saved[name].dtype:
+            raise damaged(f"{name} is {tensor.dtype} {list(tensor.shape)} where {list(shape)} is due")
+    return checked
 
 
 def _optimizer_state(optimizer: OptimizerLike, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -276,65 +340,77 @@ def _optimizer_state(optimizer: OptimizerLike, model: nn.Module, tensors: dict[s
     return {"kind": type(inner).__name__, "groups": groups, "states": states}
 
 
-def _check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def _check_optimizer(
+    values: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
     kind = type(optimizer).__name__
-    if saved is None or saved["kind"] != kind:
-        raise MPOError(
-            f"the state was saved with {saved['kind'] if saved else 'no optimiser'} and is read into {kind}: use the "
-            "same optimiser"
-        )
+    saved: dict[str, Any] = optional_part(values, "optimizer") or {}
+    there = part(saved, "kind", str, "optimizer/") if values["optimizer"] is not None else "no optimiser"
+    if there != kind:
+        raise MPOError(f"the state was saved with {there} and is read into {kind}: use the same optimiser")
+    groups: list[Any] = part(saved, "groups", list, "optimizer/")
+    if not all(isinstance(group, dict) for group in groups):
+        raise damaged(f"optimizer/groups is {shown(groups)}")
+    held = [strings(group, "parameters", "optimizer/groups/") for group in groups]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     here = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
-    if here != [group["parameters"] for group in saved["groups"]]:
+    if here != held:
         raise MPOError(
-            f"the state was saved with {sum(len(g['parameters']) for g in saved['groups'])} parameters in "
-            f"{len(saved['groups'])} groups and {kind} has {sum(map(len, here))} in {len(here)}, or others: make the "
-            "same groups in the same order"
+            f"the state was saved with {sum(map(len, held))} parameters in {len(held)} groups and {kind} has "
+            f"{sum(map(len, here))} in {len(here)}, or others: make the same groups in the same order"
         )
+    # Decoded as a trial with nothing in the tensors: a second copy of all moments may not fit on the device.
+    empty = {key: torch.empty(0) for key in tensors}
+    for number, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        where = f"group {number} of the optimiser"
+        options = decoded(group.get("options"), empty, where)
+        due = [key for key, value in optimizer.defaults.items() if isinstance(value, (float, tuple, torch.Tensor))]
+        if missing := [key for key in due if key not in options]:
+            raise damaged(f"{where} has no {missing[0]}")
+        if "params" in options:
+            raise damaged(f"{where} has params among its options")
+        check_alike(options, own, where)
+    states: dict[str, Any] = part(saved, "states", dict, "optimizer/")
+    for name, state in states.items():
+        decoded(state, empty, f"the optimiser's state of {name}")
+
+
+def _restore_scheduler(values: Mapping[str, Any], scheduler: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Bring a scheduler to its saved state, or leave it as it is and raise."""
+    kind = type(scheduler).__name__
+    saved: dict[str, Any] = optional_part(values, "scheduler") or {}
+    there = part(saved, "kind", str, "scheduler/") if values["scheduler"] is not None else "no scheduler"
+    if there != kind:
+        raise MPOError(f"the state was saved with {there} and is read into {kind}: use the same")
+    state, before = decoded(saved.get("state"), tensors, "scheduler/state"), scheduler.state_dict()
+    # What begins with an underscore may differ between versions of torch.
+    if missing := [key for key in before if not str(key).startswith("_") and key not in state]:
+        raise damaged(f"scheduler/state has no {missing[0]}")
+    check_alike(state, before, "scheduler/state")
+    try:
+        scheduler.load_state_dict(state)
+    except MISFITS as error:
+        scheduler.load_state_dict(before)
+        raise damaged(f"{kind} does not take its state ({type(error).__name__}: {error})") from error
 
 
 def _restore_optimizer(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    for group, part in zip(optimizer.param_groups, saved["groups"], strict=True):
+    for group, entry in zip(optimizer.param_groups, saved["groups"], strict=True):
         device = group["params"][0].device if group["params"] else None
-        group.update(decode(part["options"], tensors, device))
-        for parameter, name in zip(group["params"], part["parameters"], strict=True):
+        group.update(decode(entry["options"], tensors, device))
+        for parameter, name in zip(group["params"], entry["parameters"], strict=True):
             optimizer.state.pop(parameter, None)
             if name in saved["states"]:
                 optimizer.state[parameter] = decode(saved["states"][name], tensors, parameter.device)
 
 
-def _random_state(tensors: dict[str, torch.Tensor]) -> Any:
-    legacy: Any = np.random.get_state()  # noqa: NPY002  # whoever draws from the old global generator needs it
-    parts: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": tuple(
-            torch.from_numpy(part.astype(np.int64)) if isinstance(part, np.ndarray) else part for part in legacy
-        ),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    version, numbers, gauss = parts["python"]
-    parts["python"] = (version, torch.tensor(numbers), gauss)
-    return encode(parts, "random", tensors)
-
-
 def random_digest() -> str:
     """A digest of the states of all random generators."""
     tensors: dict[str, torch.Tensor] = {}
-    values = json.dumps(_random_state(tensors))
+    values = json.dumps(random_state(tensors))
     return bytes_digest([values.encode(), tensors_digest(tensors.values()).encode()])
-
-
-def _restore_random(saved: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    parts = decode(saved, tensors)
-    version, numbers, gauss = parts["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
-    legacy: Any = tuple(
-        part.numpy().astype(np.uint32) if isinstance(part, torch.Tensor) else part for part in parts["numpy"]
-    )
-    np.random.set_state(legacy)  # noqa: NPY002
-    torch.set_rng_state(parts["torch"])
-    if parts["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(parts["cuda"][: torch.cuda.device_count()])

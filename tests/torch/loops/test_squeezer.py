@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.squeeze_task import Task, everything, without_seconds
@@ -20,6 +21,7 @@ from mpo_tn.torch.loops.evaluation import evaluated, set_training, training_flag
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.squeezer import Squeezer
 from mpo_tn.torch.models.units import mpo_units
+from mpo_tn.torch.state.training_state import TrainingState
 
 DEFAULTS: dict[str, Any] = {
     "delta": 1.0, "higher_is_better": False, "max_steps": 100, "cuts_per_round": 1, "tune_steps": 1, "score": "error",
@@ -296,3 +298,46 @@ def test_it_resumes_from_what_it_was() -> None:
         resumed.judge(evaluated(fresh.model, fresh.evaluate), position=resumed.position + 2)
     result = resumed.finish()
     assert (result.bonds, result.value, result.stopped) == (expected.bonds, expected.value, "max_steps")
+
+
+@pytest.mark.parametrize("position", [None, "3", -1, 1.5, True])
+def test_a_state_without_a_position_changes_nothing(position: Any) -> None:
+    task = Task()
+    squeezer = engine(task)
+    squeezer.judge(0.0, position=0)
+    good = squeezer.good
+    extra = {} if position is None else {"position": position}
+    bad = TrainingState(good.tensors, {**good.values, "extra": extra})
+    task.train_step(0)
+    before = everything(task.model, task.optimizer)
+    with pytest.raises(MPOError, match="damaged: the position"):
+        squeezer.resume(bad, squeezer.start_bonds, (), 0.0)
+    with pytest.raises(MPOError, match="the reference is nan"):
+        squeezer.resume(good, squeezer.start_bonds, (), math.nan)
+    assert everything(task.model, task.optimizer) == before
+
+
+@pytest.mark.parametrize("higher", [True, False])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("delta", [1.0, math.inf])
+def test_a_value_that_is_not_finite_is_a_gap(value: float, higher: bool, delta: float) -> None:
+    squeezer = engine(Task(), delta=delta, higher_is_better=higher)
+    squeezer.judge(0.0, position=0)
+    squeezer.cut()
+    part = squeezer.judge(value, position=1)
+    assert part is not None
+    assert (part.accepted, squeezer.reason_to_stop()) == (False, "gap")
+    assert not part.gap <= 1e300
+
+
+@pytest.mark.parametrize("name", ["keep", "delta"])
+@pytest.mark.parametrize("bad", ["x", True, [1], math.nan, -1])
+def test_a_policy_of_what_is_no_number(name: str, bad: Any) -> None:
+    with pytest.raises(MPOError, match=f"{name}="):
+        policy(**{name: bad})
+    assert (policy(keep=np.float32(0.5)).keep, policy(delta=0).delta) == (0.5, 0)
+
+
+def test_a_number_too_large_for_a_float() -> None:
+    with pytest.raises(MPOError, match="evaluate returned a number that is too large"):
+        evaluated(Task().model, lambda _: 10**400)

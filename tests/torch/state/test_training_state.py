@@ -347,3 +347,91 @@ def test_tensors_and_counters_survive_json() -> None:
     assert tensors["x/a/0"].any()
     with pytest.raises(MPOError, match="x/a/0 is a set"):
         encode({"a": [{1}]}, "x", {})
+
+
+WRONG: list[Any] = [None, [], {}, 3, "x", True, [None], {"$": "tuple"}, {"$": "tensor", "key": "no", "host": True}]
+MISSING = object()
+
+
+def changed(values: Any, path: tuple[Any, ...], to: Any) -> Any:
+    """The same JSON with another value at a place, or with nothing there."""
+    copy = json.loads(json.dumps(values))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    if to is MISSING:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    return copy
+
+
+PLACES: list[tuple[Any, ...]] = [
+    ("which",), ("model",), ("saved",), ("left_out",), ("units",), ("random",), ("extra",), ("optimizer",),
+    ("scheduler",), ("tensors",), ("format_version",), ("units", "layers.0"), ("units", "layers.0", "bonds"),
+    ("units", "layers.0", "exact"), ("random", "python"), ("random", "numpy"), ("random", "torch"),
+    ("optimizer", "kind"), ("optimizer", "groups"), ("optimizer", "states"), ("optimizer", "groups", 0),
+    ("optimizer", "groups", 0, "parameters"), ("optimizer", "groups", 0, "options"),
+    ("optimizer", "groups", 1, "options", "betas"), ("optimizer", "states", "head.bias"),
+    ("scheduler", "kind"), ("scheduler", "state"), ("scheduler", "state", "base_lrs"),
+]  # fmt: skip
+# Where one of the wrong values is one that is written, or where the state is of nothing else than what it says.
+RIGHT: dict[tuple[Any, ...], list[Any]] = {
+    ("extra",): [{}], ("scheduler", "state", "base_lrs"): [[], [None]], ("optimizer", "states"): [{}],
+    ("optimizer", "states", "head.bias"): [MISSING, {}], ("units", "layers.0", "exact"): [True],
+}  # fmt: skip
+
+
+@pytest.mark.guarantee("state-refused")
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: "/".join(map(str, path)))
+def test_whatever_is_missing_or_of_another_kind_changes_nothing(path: tuple[Any, ...], tmp_path: Path) -> None:
+    training = Training()
+    training.steps(2)
+    save_state(tmp_path / "state", **training.parts(), extra={"position": 2})
+    file = tmp_path / "state" / "state.json"
+    good = json.loads(file.read_text())
+    other = Training()
+    other.steps(1)
+    for wrong in [MISSING, *WRONG]:
+        if not any(wrong is right or wrong == right for right in RIGHT.get(path, [])):
+            file.write_text(json.dumps(changed(good, path, wrong)))
+            refused(tmp_path / "state", other, "damaged|saved with|has format|of another model|frozen|same groups")
+    file.write_text(json.dumps(good))
+    assert load_state(tmp_path / "state", **other.parts()) == {"position": 2}
+
+
+@pytest.mark.guarantee("state-refused")
+def test_bonds_that_the_cores_do_not_have_and_other_damage(tmp_path: Path) -> None:
+    training = Training()
+    save_state(tmp_path / "state", **training.parts())
+    file = tmp_path / "state" / "state.json"
+    good = json.loads(file.read_text())
+    for path, value in [
+        (("units", "layers.0", "bonds"), [1, 1]),
+        (("units", "layers.0", "bonds"), [0, 1]),
+        (("units", "layers.4", "bonds"), good["units"]["layers.4"]["bonds"] + [1]),
+        (("units", "layers.4", "rel_error"), "x"),
+        (("random", "numpy", "of", 2), 10**6),
+        (("random", "python", "of", 0), 99),
+        (("optimizer", "groups", 1, "options", "lr"), "x"),
+        (("optimizer", "groups", 1, "options", "lr"), MISSING),
+        (("optimizer", "groups", 1, "options", "params"), []),
+        (("scheduler", "state", "last_epoch"), MISSING),
+        (("which",), "most"),
+    ]:
+        file.write_text(json.dumps(changed(good, path, value)))
+        refused(tmp_path / "state", training, "damaged.*nothing has been changed")
+    file.write_text("[" * 200_000)
+    refused(tmp_path / "state", training, "damaged.*nested too deeply")
+
+
+def test_a_scheduler_that_does_not_take_its_state_changes_nothing(tmp_path: Path) -> None:
+    training = Training("adamw", "sequence")
+    save_state(tmp_path / "state", **training.parts())
+    file = tmp_path / "state" / "state.json"
+    good = json.loads(file.read_text())
+    file.write_text(json.dumps(changed(good, ("scheduler", "state", "_schedulers"), MISSING)))
+    training.steps(1)
+    before = training.scheduler.state_dict()
+    refused(tmp_path / "state", training, "SequentialLR does not take its state")
+    assert training.scheduler.state_dict() == before
