@@ -44,7 +44,7 @@ def as_damaged(folder: Path, way_out: str) -> Generator[None]:
         yield
     except MPOError:
         raise
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise MPOError(
             f"{folder} cannot be read, it is damaged ({type(error).__name__}: {error}): {way_out}"
         ) from error

@@ -23,6 +23,9 @@ from mpo_tn.tuning.tasks.data import Data
 # What may differ between the two halves of a run: it is what one changes after a loss that was no number.
 _MAY_CHANGE = ("lr", "tensor_lr", "clip", "bf16", "save_every")
 
+# Without these, which every version has written, there is nothing to go on from.
+_NEEDED = {"done", "tokens", "seconds", "losses", "scores", "epoch losses", "elapsed", "squeezing", "squeezed to"}
+
 
 @dataclass
 class Keeper:
@@ -125,6 +128,9 @@ def _check_settings(checkpoint: Path, run: Run) -> None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # load says what is wrong with it
+    missing = sorted(_NEEDED - set(extra))
+    if missing:
+        raise MPOError(f"{checkpoint} is damaged, it lacks {', '.join(missing)}: start anew with --overwrite")
     here = json.loads(json.dumps(settings_of(run)))
     for key in sorted({*saved, *here}):
         if saved.get(key) != here.get(key) and key not in _MAY_CHANGE:

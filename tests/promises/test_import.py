@@ -89,6 +89,7 @@ def test_planning_is_done_without_torch(tmp_path):
     assert refusal == "torch is not wanted here"
 
 
+@pytest.mark.slow
 def test_what_is_planned_is_tested_without_torch(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "planning")],

@@ -412,6 +412,7 @@ def test_killed_and_resumed_is_bit_equal(
         assert result.squeezing["bonds"] == expected.squeezing["bonds"] != result.squeezing["start_bonds"]
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("resumed-same-bits")
 def test_killed_while_a_checkpoint_is_replaced_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     """A process of its own, that is killed at every step on the way."""
@@ -481,6 +482,18 @@ def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(
         places["encoder"], mrpc, method("lfa"), replace(QUICK, max_steps=3), folder=tmp_path, resume=True
     )
     assert result.notes["resumed at step"] == 3
+
+
+def test_a_checkpoint_that_lacks_something_is_refused_before_anything_is_read(
+    places: dict[str, Path], mrpc: Any, tmp_path: Path
+) -> None:
+    finetune(places["encoder"], mrpc, method("lfa"), replace(QUICK, max_steps=2), folder=tmp_path)
+    path = tmp_path / "checkpoint" / "state.json"
+    values = json.loads(path.read_text())
+    del values["extra"]["losses"], values["extra"]["done"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(MPOError, match="checkpoint is damaged, it lacks done, losses: start anew with --overwrite"):
+        finetune(places["encoder"], mrpc, method("lfa"), replace(QUICK, max_steps=2), folder=tmp_path, resume=True)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, place: int, *, gradient: bool = False) -> None:

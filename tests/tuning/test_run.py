@@ -109,6 +109,7 @@ def test_every_phase_has_its_own_rates(places: tuple[Path, Any], monkeypatch: py
     assert seen == pytest.approx([1, 1, 2 / 3, 1 / 3, *[0.1] * 4, 0.1, 0.075, 0.05, 0.025], rel=1e-12)
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=5, deadline=None)
 @given(st.lists(st.sampled_from([TrainPhase(1, 2, share=0.5), SqueezePhase(SQUEEZING)]), min_size=1, max_size=3))
 def test_going_back_leaves_no_trace(places: tuple[Path, Any], phases: list[Any]) -> None:

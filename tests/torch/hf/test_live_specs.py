@@ -226,6 +226,7 @@ def copied_after_its_configuration(model: Any) -> Any:
 COPIES = {function.__name__: function for function in (copy.deepcopy, unpickled, copied_after_its_configuration)}
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     kind=st.sampled_from(sorted(MODELS)),

@@ -116,6 +116,7 @@ def fresh() -> None:
     counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_one_graph_serves_all_blocks_and_survives_what_is_planned_later(solved: Solved) -> None:
     blocks = [Block(seed) for seed in range(3)]
@@ -134,6 +135,7 @@ def test_one_graph_serves_all_blocks_and_survives_what_is_planned_later(solved: 
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_a_graph_is_made_anew_after_a_change(solved: Solved) -> None:
     layer = layer_of(LARGER, dtype=torch.float32)
