@@ -1,6 +1,6 @@
 """Squeezes a small model, killing the process at every event in turn, and compares what the restarted runs end in.
 
-Run by tests/torch/loops/test_squeeze.py in a process of its own: ``python kill_squeeze.py FOLDER``. Prints what
+Run by tests/torch/loops/test_squeeze.py in a process of its own: ``python -m helpers.kill_squeeze FOLDER``. Prints what
 differs and exits with 1, or prints how many kills there were.
 """
 
@@ -19,34 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from helpers.fuse import KILLED, Fuse
 from mpo_tn.torch import MPOConfig, SqueezeResult, compress, squeeze
 from mpo_tn.torch.loops import policy, squeezer
 from mpo_tn.torch.state import training_state as state
 
-KILLED = 77
 PER_LIFE = 17  # events that a process lives through when it is killed again and again; a round has fewer
-
-
-class Fuse:
-    """Kills the process when event number ``at`` begins."""
-
-    def __init__(self, at: int | None) -> None:
-        self.at, self.events = at, 0
-
-    def tick(self) -> None:
-        if self.events == self.at:
-            os._exit(KILLED)
-        self.events += 1
-
-    def wrap(self, owner: Any, name: str) -> None:
-        """An event before every call of ``owner.name``."""
-        inner = getattr(owner, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.tick()
-            return inner(*args, **kwargs)
-
-        setattr(owner, name, call)
 
 
 def run(folder: Path, fuse: Fuse) -> tuple[SqueezeResult, str]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.damage import MISSING, changed
 from helpers.squeeze_task import Task, everything
 
 from mpo_tn import MPOError
-
-MISSING = object()
 
 
 def interrupted(folder: Path) -> None:
@@ -35,18 +34,6 @@ def refused(folder: Path, match: str) -> None:
         task.run(folder=folder)
     assert everything(task.model, task.optimizer) == before
     assert sorted(path.name for path in folder.iterdir()) == there
-
-
-def with_changed(file: Path, good: Any, path: tuple[Any, ...], value: Any) -> None:
-    values = json.loads(json.dumps(good))
-    place = values
-    for key in path[:-1]:
-        place = place[key]
-    if value is MISSING:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    file.write_text(json.dumps(values))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +79,7 @@ def test_a_damaged_log_changes_nothing(folder: Path, path: tuple[Any, ...], valu
     text = file.read_text()
     try:
         for value in values:
-            with_changed(file, json.loads(text), path, value)
+            file.write_text(json.dumps(changed(json.loads(text), path, value)))
             refused(folder, "(damaged|state-000001, which is missing).*resume=False")
     finally:
         file.write_text(text)
@@ -115,7 +102,7 @@ def test_a_damaged_state_of_a_run_changes_nothing(folder: Path, key: str) -> Non
     text = file.read_text()
     try:
         for value in [None, [], {}, 3, MISSING]:
-            with_changed(file, json.loads(text), (key,), value)
+            file.write_text(json.dumps(changed(json.loads(text), (key,), value)))
             refused(folder, "resume=False")
     finally:
         file.write_text(text)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter import Snapshot, small
-from helpers.paths import TESTS
+from helpers.paths import ROOT, TESTS
 from helpers.squeeze_task import Task, without_seconds
 from helpers.tiny_models import settled, token_ids
 from torch import nn
@@ -405,11 +405,10 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.guarantee("killed-same-bits")
 @pytest.mark.slow
 def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path: Path) -> None:
-    script = TESTS / "helpers" / "kill_squeeze.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    path = os.pathsep.join([str(TESTS), str(ROOT)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "helpers.kill_squeeze", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     kills, lives = (int(part.split()[0]) for part in done.stdout.split(", "))
     assert kills > 20

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.adapter import small
+from helpers.damage import MISSING, changed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -350,22 +351,6 @@ def test_tensors_and_counters_survive_json() -> None:
 
 
 WRONG: list[Any] = [None, [], {}, 3, "x", True, [None], {"$": "tuple"}, {"$": "tensor", "key": "no", "host": True}]
-MISSING = object()
-
-
-def changed(values: Any, path: tuple[Any, ...], to: Any) -> Any:
-    """The same JSON with another value at a place, or with nothing there."""
-    copy = json.loads(json.dumps(values))
-    place = copy
-    for key in path[:-1]:
-        place = place[key]
-    if to is MISSING:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = to
-    return copy
-
-
 PLACES: list[tuple[Any, ...]] = [
     ("which",), ("model",), ("saved",), ("left_out",), ("units",), ("random",), ("extra",), ("optimizer",),
     ("scheduler",), ("tensors",), ("format_version",), ("units", "layers.0"), ("units", "layers.0", "bonds"),
