@@ -17,7 +17,10 @@ class Host(Protocol):
     """
 
     def attach(self, model: nn.Module, config: MPOConfig) -> None:
-        """``model`` was just compressed by ``config``: from now on it is to be saved with its MPO modules."""
+        """``model`` was just compressed by ``config``: from now on it is to be saved with its MPO modules.
+
+        Whoever raises has changed nothing, because the modules are put back then.
+        """
 
 
 class NoHost:
