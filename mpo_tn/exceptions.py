@@ -1,8 +1,9 @@
-"""The one error that users of this package have to catch."""
+"""The one error that users of this package have to catch, and what tells numbers from what is none."""
 
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 
@@ -28,3 +29,8 @@ def whole_number(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a real number of any library, and no bool."""
+    return not isinstance(value, bool) and isinstance(value, Real)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Truncation:
                 raise MPOError(f"max_parameters={self.max_parameters!r} must be a whole number of at least 1")
             object.__setattr__(self, "max_parameters", allowed)
         for name, value in (("rel_error", self.rel_error), ("abs_error", self.abs_error)):
-            if value is not None and not (_is_real(value) and 0 < value < math.inf):
+            if value is not None and not (is_real(value) and 0 < value < math.inf):
                 raise MPOError(
                     f"{name}={value!r} must be a positive, finite number; for no truncation leave it out (Truncation())"
                 )
@@ -136,10 +135,6 @@ def checked_truncation(truncation: object) -> Truncation:
     if not isinstance(truncation, Truncation):
         raise MPOError(f"truncation={truncation!r} is not a Truncation: pass Truncation(max_bond=...) or similar")
     return truncation
-
-
-def _is_real(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real)
 
 
 @dataclass(frozen=True)

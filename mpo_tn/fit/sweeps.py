@@ -29,7 +29,7 @@ from mpo_tn.chains.canonical import (
     wide_chain,
 )
 from mpo_tn.chains.chain import Chain
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.fit.targets import Target, from_left, target_of, to_right
 from mpo_tn.linalg import (
     Array,
@@ -229,7 +229,7 @@ def _options(sites: int, sweeps: int, tol: float, max_bond: int | None) -> tuple
         raise MPOError(f"sites={sites!r} must be 1 or 2: how many neighbouring cores are fitted at a time")
     if number is None or number < 0:
         raise MPOError(f"sweeps={sweeps!r} must be a whole number of at least 0")
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (is_real(tol) and 0 <= tol < 1):
         raise MPOError(f"tol={tol!r} must be at least 0 and below 1: the gain of a sweep as a fraction of the error")
     if max_bond is not None and width == 1:
         raise MPOError(f"max_bond={max_bond!r} with sites=1: one site at a time keeps the bonds, use sites=2")

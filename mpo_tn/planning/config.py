@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.patterns import matches
 from mpo_tn.planning.spec import sites_from_json, sites_to_json
 from mpo_tn.sites import Sites
@@ -57,7 +56,7 @@ class MPOConfig:
         given = [name for name in _SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise MPOError(f"{' and '.join(given)} are given together: use exactly one of them, or none for exact")
-        if self.keep is not None and not (_is_number(self.keep) and 0 < self.keep <= 2):
+        if self.keep is not None and not (is_real(self.keep) and 0 < self.keep <= 2):
             raise MPOError(f"keep={self.keep!r} is not a fraction of the dense parameters: use for instance keep=0.6")
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name)
@@ -149,10 +148,6 @@ class MPOConfig:
         ('mpo', True)
         """
         return {"quant_method": "mpo", "config": self.to_dict()}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def _plain_sites(sites: object) -> int | str | Sites:

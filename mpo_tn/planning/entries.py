@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.spec import ModuleSpec, sites_from_json, sites_to_json
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
@@ -43,8 +43,10 @@ class UnitPlan:
             raise MPOError(f"names={self.names!r} are not the names of the modules that use a matrix")
         if self.storage not in ITEMSIZES:
             raise MPOError(f"storage={self.storage!r} is not one of {', '.join(ITEMSIZES)}")
-        if self.tolerance is not None and not (_is_real(self.tolerance) and 0 < self.tolerance < 1):
+        if self.tolerance is not None and not (is_real(self.tolerance) and 0 < self.tolerance < 1):
             raise MPOError(f"tolerance={self.tolerance!r} must be a number above 0 and below 1, or null")
+        if self.tolerance is not None:  # of whatever library, JSON takes it
+            object.__setattr__(self, "tolerance", float(self.tolerance))
         _check_count("bias", self.bias)
         if self.bias_bytes is None:
             object.__setattr__(self, "bias_bytes", self.bias * self.itemsize)
@@ -207,10 +209,6 @@ def check_keys(what: str, values: Mapping[str, Any], needed: Iterable[str], know
         lacks = f"lacks {', '.join(missing)}" if missing else ""
         has = f"has {', '.join(unknown)}, which this version does not know" if unknown else ""
         raise MPOError(f"{what} {lacks}{' and ' if lacks and has else ''}{has}")
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_count(what: str, value: object) -> None:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from helpers.grammar import GRAMMAR, NAMES
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError
 from mpo_tn.planning.patterns import matches
 
-NAMES = ("attention", "attention.query", "attention.myquery", "attention.key", "query", "table", "norm")
-
 
 @pytest.mark.parametrize(
     ("patterns", "expected"),
     [
-        (["query"], ["attention.query", "query"]),
-        (["attention.query"], ["attention.query"]),
-        (["attention.key", "table"], ["attention.key", "table"]),
-        (r"query", ["query"]),
-        (r".*query", ["attention.query", "attention.myquery", "query"]),
-        (r"re:.*key", ["attention.key"]),
-        (["re:.*key", "table"], ["attention.key", "table"]),
-        (r"attention\.(query|key)", ["attention.query", "attention.key"]),
+        *GRAMMAR,
         (r".*", list(NAMES)),
         ([], []),
         ("", []),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.plans import unit_of
 from hypothesis import given, reject
@@ -207,3 +209,9 @@ def test_bonds_one_by_one_and_legs_by_hand() -> None:
         structure("linear", 12, 13, MPOConfig(sites=sites))
     with pytest.raises(MPOError, match="lists 3 bonds and the chain has 2"):
         structure("linear", 12, 12, MPOConfig(sites=sites, overrides={"x": {"bond": (1, 2, 3)}}).for_module("x"))
+
+
+def test_a_tolerance_of_numpy_is_written_as_a_number() -> None:
+    unit = replace(unit_of("a", bond=4), tolerance=np.float32(0.25))
+    assert json.loads(json.dumps(unit.to_dict()))["tolerance"] == 0.25
+    assert UnitPlan.from_dict(unit.to_dict()) == unit

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
-from torch import nn
-
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.ranking import RankedCut, Score, checked_score, choose_cuts
 from mpo_tn.torch.models.cuts import cut_unit, unit_spectra
 from mpo_tn.torch.models.moments import OptimizerLike
@@ -30,13 +27,13 @@ class Policy:
     minimum_bond: int
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.delta) and self.delta >= 0):
+        if not (is_real(self.delta) and self.delta >= 0):
             raise MPOError(f"delta={self.delta!r} must be at least 0, a number in the units of what evaluate returns")
         for name in ("max_steps", "cuts_per_round", "tune_steps", "minimum_bond"):
             number, least = whole_number(getattr(self, name)), int(name != "tune_steps")
             if number is None or number < least:
                 raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number of at least {least}")
-        if self.keep is not None and not (_is_number(self.keep) and 0 < self.keep <= 2):
+        if self.keep is not None and not (is_real(self.keep) and 0 < self.keep <= 2):
             raise MPOError(f"keep={self.keep!r} is not a kept ratio: use for instance keep=0.6, or None for no limit")
         checked_score(self.score)
 
@@ -53,12 +50,8 @@ class Policy:
         return reference - value if self.higher_is_better else value - reference
 
 
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real)
-
-
 def cut_once(
-    model: nn.Module, units: dict[str, MPOUnit], policy: Policy, optimizer: OptimizerLike | None
+    units: dict[str, MPOUnit], policy: Policy, optimizer: OptimizerLike | None
 ) -> tuple[tuple[RankedCut, ...], tuple[str, ...]]:
     """The cuts of one round, from fresh spectra, carried out; and notes on optimiser state that could not follow."""
     spectra = {name: unit_spectra(unit) for name, unit in units.items()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.storage.files import write_whole
 from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound, bonds_after
 from mpo_tn.torch.loops.squeezer import Squeezer
@@ -167,7 +167,7 @@ class _Past:
         digest, reference = log["start_digest"], log["reference"]
         _expect(all(_counts(bond, 1) for entry in bonds.values() for bond in entry), "start_bonds")
         _expect(isinstance(digest, str), "start_digest")
-        _expect(_is_number(reference) and math.isfinite(reference), "reference")
+        _expect(is_real(reference) and math.isfinite(reference), "reference")
         _expect(isinstance(log.get("result", {}), dict), "result")
         now = {name: list(entry) for name, entry in bonds.items()}
         for number, entry in enumerate(rounds, start=1):
@@ -188,16 +188,16 @@ def _check_round(entry: Any, number: int, *, last: bool, bonds: dict[str, list[i
     _expect(_counts(entry.number, 1) and entry.number == number, f"number {where}")
     _expect(isinstance(entry.accepted, bool) and (entry.accepted or last), f"accepted {where}")
     for name in ("value", "gap", "kept", "seconds"):
-        _expect(_is_number(getattr(entry, name)), f"{name} {where}")
+        _expect(is_real(getattr(entry, name)), f"{name} {where}")
     _expect(not entry.accepted or math.isfinite(entry.value), f"value {where}")
-    _expect(entry.loss is None or _is_number(entry.loss), f"loss {where}")
+    _expect(entry.loss is None or is_real(entry.loss), f"loss {where}")
     _expect(_counts(entry.parameters, 0), f"parameters {where}")
     _expect(_counts(entry.position, 0), f"position {where}")
     _expect(isinstance(entry.random, str), f"random {where}")
     _expect(all(isinstance(note, str) for note in entry.notes), f"notes {where}")
     for cut in entry.cuts:
         _expect(_counts(cut.bond, 0) and _counts(cut.before, 2) and _counts(cut.after, 1), f"cuts {where}")
-        _expect(_is_number(cut.score), f"score of a cut {where}")
+        _expect(is_real(cut.score), f"score of a cut {where}")
         _expect(bonds[cut.unit][cut.bond] == cut.before > cut.after, f"cuts {where}")
         bonds[cut.unit][cut.bond] = cut.after
 
@@ -205,10 +205,6 @@ def _check_round(entry: Any, number: int, *, last: bool, bonds: dict[str, list[i
 def _expect(so: bool, what: str) -> None:
     if not so:
         raise ValueError(f"{what} is not what a run writes")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _counts(value: Any, least: int) -> bool:

@@ -121,7 +121,7 @@ class Squeezer:
         if self._good is None:
             self.mark_good()
         self._began, self._astray = time.perf_counter(), True
-        self._cuts, self._notes = cut_once(self.model, self.units, self.policy, self.optimizer)
+        self._cuts, self._notes = cut_once(self.units, self.policy, self.optimizer)
 
     def judge(self, value: float, *, position: int, loss: float | None = None) -> SqueezeRound | None:
         """Hold the value of the model as it is against the reference; within ``delta`` its state is the one to keep.

@@ -15,7 +15,7 @@ from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.planning.structure import structure
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.units import DenseUnit, nothing_matched, survey, survey_named
+from mpo_tn.torch.models.units import DenseUnit, survey, survey_named
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 
@@ -48,9 +48,6 @@ def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
     """
     refuse_compressed(model)
     found = survey(model, config.target_modules, config.exclude_modules)
-    if not found.units:
-        skipped = {part.name: part.reason for part in found.left if part.matched}
-        raise MPOError(nothing_matched(model, config.target_modules, skipped))
     units: list[UnitPlan] = []
     for unit in found.units:
         own = config.for_module(unit.name)

@@ -76,10 +76,7 @@ def find_units(
         MPOError: nothing that can be compressed matches.
     """
     found = survey(model, target, exclude)
-    skipped = {part.name: part.reason for part in found.left if part.matched}
-    if not found.units:
-        raise MPOError(nothing_matched(model, target, skipped))
-    return list(found.units), skipped
+    return list(found.units), found.skipped
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,16 @@ class Survey:
     left: tuple[LeftDense, ...]
     beside: dict[str, tuple[int, int]]
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What was asked for and cannot be an MPO, by name, with the reason."""
+        return {part.name: part.reason for part in self.left if part.matched}
+
 
 def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> Survey:
     """The units that ``target`` means, and every other module with parameters of its own, with the reason why not.
 
-    See :func:`find_units`; here nothing at all may match.
+    See :func:`find_units`, of ties and of what is raised.
     """
     heads = head_modules(model) if target == "all-linear" else set[nn.Module]()
 
@@ -114,7 +116,10 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
             return "a task head or the output embeddings, which all-linear leaves alone"
         return None if kind_of(module) else _cannot_be_mpo(module)
 
-    return _survey(model, unwanted)
+    found = _survey(model, unwanted)
+    if not found.units:
+        raise MPOError(_nothing_matched(model, target, found.skipped))
+    return found
 
 
 def survey_named(model: nn.Module, names: Collection[str]) -> Survey:
@@ -278,7 +283,7 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     return heads | {output} if isinstance(output, nn.Module) else heads
 
 
-def nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dict[str, str]) -> str:
+def _nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dict[str, str]) -> str:
     """What to tell who asked for modules of which none can be an MPO."""
     if skipped:
         name, reason = next(iter(skipped.items()))

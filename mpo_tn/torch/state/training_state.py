@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.linalg import check_loaded
 from mpo_tn.storage.files import written_beside
 from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest
@@ -303,7 +303,7 @@ def _checked_units(
         if len(bonds) != len(unit.spec.bonds) or min(bonds, default=1) < 1:
             raise damaged(f"{where}bonds is {shown(entry['bonds'])}")
         error: Any = part(entry, "rel_error", object, where)
-        if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
+        if error is not None and not is_real(error):
             raise damaged(f"{where}rel_error is {shown(error)}")
         checked[name] = tuple(bonds), error, part(entry, "exact", bool, where)
         for k, shape in enumerate(replace(unit.spec, bonds=tuple(bonds)).core_shapes):

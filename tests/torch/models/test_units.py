@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter import compressed, linear, small
+from helpers.grammar import GRAMMAR
 from helpers.tiny_models import FAMILIES, VOCAB, tiny, token_ids
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -46,14 +47,7 @@ def block() -> nn.Module:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (["query"], ["attention.query", "query"]),
-        (["attention.query"], ["attention.query"]),
-        (["attention.key", "table"], ["attention.key", "table"]),
-        (r"query", ["query"]),
-        (r".*query", ["attention.query", "attention.myquery", "query"]),
-        (r"re:.*key", ["attention.key"]),
-        (["re:.*key", "table"], ["attention.key", "table"]),
-        (r"attention\.(query|key)", ["attention.query", "attention.key"]),
+        *GRAMMAR,
         (r".*", ["attention.query", "attention.myquery", "attention.key", "query", "table"]),
         ("all-linear", ["attention.query", "attention.myquery", "attention.key", "query"]),
     ],
