@@ -19,7 +19,7 @@ from mpo_tn.linalg import Array, adjoint, namespace, narrow, triangle
 _DIRECT = 1500
 """The most unknowns of one right-hand side for which the normal matrix is formed."""
 
-_WORTH = 16
+_WORTH = 8
 """Forming the normal matrix may cost as much as this many products with it."""
 
 _RIDGE = 1e-12
@@ -65,7 +65,7 @@ class LocalProblem:
         gradient = project(self.weigh(difference), self.left, self.right)
         self._reduce()
         unknowns = core.shape[0] * core.shape[2] * core.shape[3]
-        if self.outer is None and unknowns <= _DIRECT and min(self._costs()) <= _WORTH:
+        if self.outer is None and unknowns <= _DIRECT and min(self._costs()) <= _WORTH * core.shape[1]:
             return self._direct(gradient)
         return self._iterative(gradient)
 
@@ -87,7 +87,7 @@ class LocalProblem:
     # --- the normal matrix itself ---
 
     def _costs(self) -> tuple[float, float]:
-        """Forming the normal matrix, left or right frame first, in units of a product with it."""
+        """Forming the normal matrix, left or right frame first, in units of a product of it with one row of the core."""
         rows, big, a = self.left.shape
         b, right_rows, small = self.right.shape
         n = self.second.shape[0]

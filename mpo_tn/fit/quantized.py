@@ -17,8 +17,8 @@ from mpo_tn.linalg import Array, eps, namespace, restored
 from mpo_tn.truncate.quantize import GROUP, Integers, check_bits, quantize
 from mpo_tn.truncate.spectra import float_floor
 
-_REFIT_STEPS = 2
-"""How often a core that cannot be solved for directly is improved when its neighbours have been rounded."""
+_REFIT_STEPS = 1
+"""How often a core that cannot be solved for directly is improved when a neighbour has been rounded."""
 
 
 def quantize_chain(
@@ -34,9 +34,9 @@ def quantize_chain(
 
     Before, the bonds are turned so that all sites but the last are left-isometric: the columns of a core, which share
     scales, are then of one size, and what they weigh is in the rows of the next core, which have scales of their own.
-    Then, the largest core first, each is rounded with error feedback in the metric of its columns, and those that are
-    not rounded yet, or never will be, become the best there are for it. Later rounds take every core again, as the best
-    for all others as they are; of all rounds the best is kept.
+    Then, the one with the fewest columns first, each core is rounded with error feedback in the metric of its columns,
+    and its neighbours, if they are not rounded yet or never will be, become the best there are for it. Later rounds
+    take every core again, as the best for all others as they are; of all rounds the best is kept.
 
     Args:
         chain: n cores, near an optimum for the matrix in the metric.
@@ -108,8 +108,10 @@ class _Rounding:
         size = chain.shape[1]
         identity = xp.eye(size, dtype=first.dtype, device=array_api_compat.device(first))
         self.second = identity if metric is None else like(metric.second, first)
-        sizes = [-int(xp.reshape(core, (-1,)).shape[0]) for core in self.cores]
-        self.order = sorted((k for k, number in enumerate(bits) if number), key=lambda k: (sizes[k], -k))
+        # What is rounded last has nothing to make up for it but its own feedback, which is best over many columns.
+        shapes = [core.shape for core in self.cores]
+        columns = [(shape[2] * shape[3], shape[0] * shape[1]) for shape in shapes]
+        self.order = sorted((k for k, number in enumerate(bits) if number), key=lambda k: (columns[k], k))
         self.free = [k for k, number in enumerate(bits) if not number]
 
     def turn(self, *, first: bool) -> None:
@@ -119,8 +121,10 @@ class _Rounding:
                 self.refit(k)
             self.round(k)
             # In the first turn, those that wait to be rounded as well.
-            for other in [*self.order[place + 1 :], *self.free] if first else self.free:
-                self.refit(other)
+            waiting = [*self.order[place + 1 :], *self.free] if first else self.free
+            for other in (k - 1, k + 1):
+                if other in waiting:
+                    self.refit(other)
 
     def refit(self, k: int) -> None:
         """The best core for the others as they are."""

@@ -232,14 +232,14 @@ def _feedback(metric: Array) -> tuple[Array, Array, Array]:
     size, device = metric.shape[0], array_api_compat.device(metric)
     eye = xp.eye(size, dtype=metric.dtype, device=device)
     order = xp.argsort(-diagonal)
-    # A metric of nothing weighs all alike.
-    damped = metric[order, :][:, order] / mean + _DAMPING * eye if mean > 0 else eye
-    turned = xp.flip(xp.flip((damped + adjoint(damped)) / 2, axis=0), axis=1)
+    turned = xp.flip(order)
+    # A metric of nothing weighs all alike. Cholesky from the last column to the first gives the upper triangle.
+    damped = metric[turned, :][:, turned] / mean + _DAMPING * eye if mean > 0 else eye
     try:
-        root = xp.linalg.cholesky(turned)
+        root = xp.linalg.cholesky(damped)
     except (np.linalg.LinAlgError, RuntimeError):
         raise MPOError("the metric has negative eigenvalues: it is no second moment") from None
-    root = xp.flip(xp.flip(root, axis=0), axis=1)
+    root = xp.flip(root)
     sizes = xp.linalg.diagonal(root)
     return order, root / sizes[None, :], sizes**2
 
