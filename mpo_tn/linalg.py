@@ -384,21 +384,12 @@ def pivoted_qr(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return r[: min(matrix.shape)], order
 
 
-def low_rank_root(moment: Array) -> tuple[Array, float]:
-    """``L`` (n, rank) with ``moment == L L^T`` for a real symmetric positive semidefinite matrix, and what that misses.
-
-    By Cholesky with pivoting on the host: what is left when no pivot exceeds ``n eps`` of the largest is taken for
-    rounding. What is missed is an estimate of ``|moment - L L^T|_F`` from four products; large if the matrix has
-    negative eigenvalues. Cost: ``n rank**2`` flops.
-    """
-    host = to_numpy(moment)
-    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(host, lower=1)
-    lower = np.tril(factor)[:, :rank]
-    root = np.empty_like(lower)
-    root[order - 1] = lower
-    probes = np.random.default_rng(0).standard_normal((len(host), 4))
-    missed = float(np.linalg.norm(host @ probes - root @ (root.T @ probes))) / 2
-    return namespace(moment).asarray(root, device=array_api_compat.device(moment)), missed
+def pivoted_cholesky(matrix: np.ndarray) -> np.ndarray:
+    """``L`` (n, rank) with ``matrix == L L^T`` on the host, but for pivots below ``n eps`` of the largest."""
+    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(matrix, lower=1)  # type: ignore[attr-defined]
+    root = np.empty((len(matrix), rank))
+    root[order - 1] = np.tril(factor)[:, :rank]
+    return root
 
 
 def qr(matrix: Array) -> tuple[Array, Array]:

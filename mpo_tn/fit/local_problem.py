@@ -87,7 +87,7 @@ class LocalProblem:
     # --- the normal matrix itself ---
 
     def _costs(self) -> tuple[float, float]:
-        """Forming the normal matrix, left or right frame first, in units of a product of it with one row of the core."""
+        """Forming the normal matrix, left or right frame first, in products of it with one row of the core."""
         rows, big, a = self.left.shape
         b, right_rows, small = self.right.shape
         n = self.second.shape[0]

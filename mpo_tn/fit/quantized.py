@@ -177,5 +177,7 @@ def _checked_bits(bits: Sequence[int | None], group: int, sites: int) -> list[in
     except TypeError:
         given = []
     if len(given) != sites or not any(number is not None for number in given):
-        raise MPOError(f"bits={bits!r} must have one entry for each of {sites} cores, None where one stays; not all None")
+        raise MPOError(
+            f"bits={bits!r} must have one entry for each of {sites} cores, None where one stays; not all None"
+        )
     return [None if number is None else check_bits(number, group)[0] for number in given]

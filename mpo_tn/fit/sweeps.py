@@ -132,9 +132,7 @@ def fit(
     return result, FitReport(error, goal.norm, tuple(errors), converged, result.bonds, floor, goal.metric)
 
 
-def refit(
-    chain: ChainT, k: int, target: Array | Chain, *, metric: Metric | None = None
-) -> tuple[ChainT, FitReport]:
+def refit(chain: ChainT, k: int, target: Array | Chain, *, metric: Metric | None = None) -> tuple[ChainT, FitReport]:
     """The best core ``k`` for the other cores as they are. See :meth:`mpo_tn.MPO.refit`."""
     site = whole_number(k)
     if site is None or not 0 <= site < len(chain):

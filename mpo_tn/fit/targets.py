@@ -27,7 +27,6 @@ from mpo_tn.linalg import (
 )
 from mpo_tn.sites import Sites
 
-
 FROBENIUS = "frobenius"
 """What reports call the metric in which all entries count the same."""
 

@@ -93,7 +93,9 @@ class Fitting(Chain):
         >>> bool(abs(np.linalg.norm(w - better.to_matrix()) - fitted.error) < 1e-12)
         True
         """
-        return fit(target, self, sites=sites, sweeps=sweeps, tol=tol, max_bond=max_bond, callback=callback, metric=metric)
+        return fit(
+            target, self, sites=sites, sweeps=sweeps, tol=tol, max_bond=max_bond, callback=callback, metric=metric
+        )
 
     def refit(self, k: int, target: Array | Chain, *, metric: Metric | None = None) -> tuple[Self, FitReport]:
         """The best core ``k`` while all others stay as they are, bit for bit.

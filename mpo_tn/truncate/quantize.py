@@ -25,7 +25,7 @@ _CLIPS = 25
 """How many largest entries are tried for a group, as fractions of its largest: clipping it pays for the finer steps."""
 
 _DEEPEST = {2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}
-"""The least of these fractions: the more bits, the less there is to win. Gaussian groups of 128 want .56, .70, .81, ..."""
+"""The least of these fractions, by bits: the more there are, the less clipping has to win."""
 
 _PIECE = 2**15
 """Entries that are tried at once, so that they stay in the cache."""
@@ -108,8 +108,9 @@ def quantize(matrix: Array, bits: int, group: int = GROUP, *, metric: Array | No
 
     Without a metric every entry is rounded to the nearest, and the scale of a group is the one of 25 clips, of both
     signs, with the least squared error. With a metric ``S = U diag(d) U^T``, U upper triangular with a unit diagonal,
-    ``tr(D S D^T)`` is the sum of ``d_j`` times the squares of column j of ``D U``: columns are rounded one after another,
-    each to what makes up for the rounding of those before it (GPTQ), and d weighs the errors that choose the scales.
+    ``tr(D S D^T)`` is the sum of ``d_j`` times the squares of column j of ``D U``: columns are rounded one after
+    another, each to what makes up for the rounding of those before it (GPTQ), and d weighs the errors that choose the
+    scales.
 
     Args:
         matrix: (rows, columns), real; NumPy, torch or JAX.
