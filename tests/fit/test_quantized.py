@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.chains import EPS, dense, host, legs, random_chain
-from helpers.moments import random_metric, scale, weighted
+from helpers.moments import correlated, random_metric, scale, weighted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_tn import MPO, Integers, MPOError, Sites, quantize, quantize_chain
+from mpo_tn import MPO, Integers, Metric, MPOError, Sites, quantize, quantize_chain
 
 SEEDS = st.integers(0, 2**32 - 10)
 KINDS = st.sampled_from((None, "plain", "anchored", "two-sided"))
@@ -66,13 +66,14 @@ def test_the_error_is_that_of_what_the_integers_stand_for(sites, bond, seed, kin
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
 def test_alternating_beats_rounding_by_far(bits, shape):
     w = np.random.default_rng(0).standard_normal(shape)
-    metric = random_metric(shape, 0, spread=1.0)
+    metric = Metric(correlated(shape[1], 0, 3.0))
     start, report = MPO.low_rank_fit(w, 20, metric)
     _, _, once = quantize_chain(start, w, (bits, bits), 32, metric, rounds=1)
     _, chain, found = quantize_chain(start, w, (bits, bits), 32, metric)
     plain = metric.error(w, rounded(start, (bits, bits), 32))
     added = [math.sqrt(error**2 - report.error**2) for error in (plain, once.error, found.error)]
-    assert added[1] < 0.6 * added[0]
+    assert added[1] < 0.8 * added[0]
+    assert added[2] < 0.77 * added[0]
     assert found.error <= once.error
     assert chain.bonds == start.bonds
 

@@ -17,6 +17,12 @@ def moment(size: int, seed: int, *, rank: int | None = None, spread: float = 1.0
     return samples @ samples.T
 
 
+def correlated(size: int, seed: int, decades: float = 2.0) -> np.ndarray:
+    """A second moment (size, size) whose eigenvalues fall by decades, in a random basis, as those of layers do."""
+    basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
+    return (basis * np.logspace(0, -decades, size)) @ basis.T
+
+
 def random_metric(shape: tuple[int, int], seed: int, kind: str = "plain", **options) -> Metric:
     """A metric for a matrix (out, in): plain, anchored or two-sided."""
     out, in_ = shape
