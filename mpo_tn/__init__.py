@@ -6,10 +6,14 @@ tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 
 from mpo_tn.chains.norms import OperatorNorm
 from mpo_tn.exceptions import MPOError
+from mpo_tn.fit.activation import LowRankFits
+from mpo_tn.fit.metric import Metric
+from mpo_tn.fit.quantized import quantize_chain
 from mpo_tn.fit.sweeps import FitReport
 from mpo_tn.mpo import MPO
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.gradient import truncated
+from mpo_tn.truncate.quantize import Integers, quantize
 from mpo_tn.truncate.spectra import ErrorBounds, Spectra
 from mpo_tn.truncation import BondReport, Report, Truncation
 
@@ -19,12 +23,17 @@ __all__ = [
     "BondReport",
     "ErrorBounds",
     "FitReport",
+    "Integers",
+    "LowRankFits",
     "MPOError",
+    "Metric",
     "OperatorNorm",
     "Report",
     "Sites",
     "Spectra",
     "Truncation",
     "__version__",
+    "quantize",
+    "quantize_chain",
     "truncated",
 ]

@@ -4,13 +4,14 @@ Every update is the exact solution of a linear least-squares problem, so the err
 orthogonality centre on the updated sites that problem is a projection of the target, and there is nothing to invert:
 ``|target - chain|**2 = |target|**2 - |projection|**2 + |projection - core|**2``.
 
-A metric other than Frobenius, ``tr(D C D^H)`` with ``D = target - chain``, changes one place only, the local problem:
-the isometries do not make it a projection there. Another :class:`~mpo_tn.fit.targets.Target`, whose ``local`` solves
-the normal equations in that metric and whose ``error`` measures in it, goes through the one-site sweeps unchanged.
+In a metric, ``tr(G D S D^T)`` with ``D = target - chain``, one place is another, the local problem: the isometries do
+not make it a projection there. :class:`~mpo_tn.fit.targets.MetricTarget` improves the core that is there and measures
+in the metric, and goes through the one-site sweeps unchanged.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,11 +31,13 @@ from mpo_tn.chains.canonical import (
 )
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, is_real, whole_number
-from mpo_tn.fit.targets import Target, from_left, target_of, to_right
+from mpo_tn.fit.metric import Metric
+from mpo_tn.fit.targets import FROBENIUS, Target, from_left, target_of, to_right
 from mpo_tn.linalg import (
     Array,
     adjoint,
     eps,
+    frobenius_norm,
     left_factor,
     namespace,
     restored,
@@ -45,10 +48,16 @@ from mpo_tn.truncate.rounding import compress
 from mpo_tn.truncate.spectra import float_floor
 from mpo_tn.truncation import Truncation
 
+_STEPS = 30
+"""How often a core that is solved for in a metric is improved before it is taken for the best."""
+
+_STANDS_STILL = 1e-10
+"""The relative change of a core from which on it is."""
+
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit did, in the Frobenius norm.
+    """What a fit did, in the norm that ``metric`` names.
 
     Attributes:
         error: ``|target - result|`` of what was returned, storage dtype included; measured on the difference itself.
@@ -58,6 +67,7 @@ class FitReport:
         converged: whether the last sweep gained less than the fraction ``tol`` of the error.
         bonds: the bonds of the result.
         floor: what rounding and the storage dtype add, :func:`mpo_tn.truncate.float_floor`.
+        metric: the norm that all of these are in: ``"frobenius"``, or what :attr:`Metric.name` says.
     """
 
     error: float
@@ -66,6 +76,7 @@ class FitReport:
     converged: bool
     bonds: tuple[int, ...]
     floor: float
+    metric: str = FROBENIUS
 
     @property
     def rel_error(self) -> float:
@@ -79,7 +90,8 @@ class FitReport:
 
     def __str__(self) -> str:
         end = "converged" if self.converged else "not converged"
-        return f"error = {self.error:.6g} ({self.rel_error:.4%} of the norm) after {self.sweeps} sweeps, {end}"
+        norm = "the norm" if self.metric == FROBENIUS else f"the norm in the metric: {self.metric}"
+        return f"error = {self.error:.6g} ({self.rel_error:.4%} of {norm}) after {self.sweeps} sweeps, {end}"
 
 
 FitCallback = Callable[[int, int, Chain], object]
@@ -95,10 +107,13 @@ def fit(
     tol: float = 1e-4,
     max_bond: int | None = None,
     callback: FitCallback | None = None,
+    metric: Metric | None = None,
 ) -> tuple[ChainT, FitReport]:
     """Fit a chain to a target by alternating least squares. See :meth:`mpo_tn.MPO.fit`."""
     width, sweeps = _options(sites, sweeps, tol, max_bond)
-    goal = target_of(target, start)
+    if metric is not None and width == 2:
+        raise MPOError("sites=2 with a metric: a metric weighs one site at a time, use sites=1")
+    goal = target_of(target, start, metric)
     wide = canonicalize(wide_chain(start), 0)
     if max_bond is not None:
         wide = canonicalize(compress(wide, Truncation(max_bond=max_bond))[0], 0)
@@ -114,32 +129,19 @@ def fit(
     moved = canonicalize(wide.with_cores(search.cores, (0, 0)), start.sites.center)
     result = stored(moved, start.cores[0])
     error = goal.error([widen(core) for core in result.cores])
-    return result, FitReport(error, goal.norm, tuple(errors), converged, result.bonds, floor)
+    return result, FitReport(error, goal.norm, tuple(errors), converged, result.bonds, floor, goal.metric)
 
 
-def refit(chain: ChainT, k: int, target: Array | Chain) -> tuple[ChainT, FitReport]:
+def refit(chain: ChainT, k: int, target: Array | Chain, *, metric: Metric | None = None) -> tuple[ChainT, FitReport]:
     """The best core ``k`` for the other cores as they are. See :meth:`mpo_tn.MPO.refit`."""
     site = whole_number(k)
     if site is None or not 0 <= site < len(chain):
         raise MPOError(f"k={k!r} is not a site: the chain has sites 0 to {len(chain) - 1}")
     check_cores(chain)
-    goal = target_of(target, chain)
+    goal = target_of(target, chain, metric)
     cores = [widen(core) for core in chain.cores]
     cutoff = eps(chain.cores[0])
-    left, right = goal.edge(), goal.end()
-    carry: Array | None = None
-    for j in range(site):
-        q, carry = split_right(cores[j] if carry is None else from_left(carry, cores[j]))
-        left = goal.advance_left(left, q, j)
-    back: Array | None = None
-    for j in range(len(chain) - 1, site, -1):
-        back, q = split_left(cores[j] if back is None else to_right(cores[j], back))
-        right = goal.advance_right(right, q, j)
-    # The other cores are isometries times carry and back, so the least-squares core is a projection and two inverses;
-    # where the others have dependent columns, the one of least norm.
-    core = goal.local(left, right, site, 1)
-    core = core if carry is None else from_left(_pseudo_inverse(carry, cutoff), core)
-    core = core if back is None else to_right(core, _pseudo_inverse(back, cutoff))
+    core = best_core(goal, cores, site, cutoff)
     before = goal.error(cores)
     cores[site] = core
     with np.errstate(over="ignore"):
@@ -155,7 +157,42 @@ def refit(chain: ChainT, k: int, target: Array | Chain) -> tuple[ChainT, FitRepo
     errors = (before, goal.error(cores))
     error = goal.error([widen(part) for part in result.cores])
     floor = float_floor(chain.dtype, len(chain), goal.norm)
-    return result, FitReport(error, goal.norm, errors, True, result.bonds, floor)
+    return result, FitReport(error, goal.norm, errors, True, result.bonds, floor, goal.metric)
+
+
+def best_core(goal: Target, cores: list[Array], site: int, cutoff: float, steps: int = _STEPS) -> Array:
+    """The best core at a site for the others as they are, in double precision; in a metric, after so many steps."""
+    left, right = goal.edge(), goal.end()
+    carry: Array | None = None
+    for j in range(site):
+        q, carry = split_right(cores[j] if carry is None else from_left(carry, cores[j]))
+        left = goal.advance_left(left, q, j)
+    back: Array | None = None
+    for j in range(len(cores) - 1, site, -1):
+        back, q = split_left(cores[j] if back is None else to_right(cores[j], back))
+        right = goal.advance_right(right, q, j)
+    # The other cores are isometries times carry and back, so the least-squares core is a projection and two inverses;
+    # where the others have dependent columns, the one of least norm.
+    core = cores[site] if carry is None else from_left(carry, cores[site])
+    core = core if back is None else to_right(core, back)
+    for _ in range(steps if goal.metric != FROBENIUS else 1):
+        before, core = core, goal.local(left, right, site, 1, core)
+        if frobenius_norm(core - before) <= _STANDS_STILL * frobenius_norm(core):
+            break
+    core = core if carry is None else from_left(_pseudo_inverse(carry, cutoff), core)
+    return core if back is None else to_right(core, _pseudo_inverse(back, cutoff))
+
+
+def _only_turns(cores: list[Array], k: int) -> bool:
+    """Whether core k is square and all beyond it is, too: then all that it can do its neighbour can.
+
+    The bond to the neighbour is full. Of two such cores side by side one is left to be improved.
+    """
+    sizes = [math.prod(core.shape[1:3]) for core in cores]
+    left, right = (int(cores[k].shape[axis]) for axis in (0, 3))
+    if left == math.prod(sizes[:k]):
+        return k < len(cores) - 1 and right == left * sizes[k]
+    return right == math.prod(sizes[k + 1 :]) and left == right * sizes[k]
 
 
 class _Search:
@@ -173,6 +210,7 @@ class _Search:
         self.goal, self.width, self.max_bond, self.callback = goal, width, max_bond, callback
         self.template, self.cutoff = chain, precision * goal.norm
         self.cores: list[Array] = list(chain.cores)
+        self.solved: list[int] = []
         n = len(self.cores)
         self.lefts: list[Array] = [goal.edge()] + [None] * n
         self.rights: list[Array] = [None] * n + [goal.end()]
@@ -189,7 +227,7 @@ class _Search:
 
     def update(self, number: int, k: int, *, rightwards: bool) -> None:
         """Replace the sites from ``k`` by the best there is, and leave the centre where the next update wants it."""
-        block = self.goal.local(self.lefts[k], self.rights[k + self.width], k, self.width)
+        block = self.best(k)
         if self.width == 2:
             self.cores[k], self.cores[k + 1] = self.divide(block, k, rightwards)
         else:
@@ -207,6 +245,21 @@ class _Search:
             if self.width == 1:
                 self.cores[k - 1], self.cores[k] = shift_left(self.cores[k - 1], block)
             self.rights[moved] = self.goal.advance_right(self.rights[moved + 1], self.cores[moved], moved)
+
+    def best(self, k: int) -> Array:
+        """The best block of the sites from ``k`` on."""
+        left, right = self.lefts[k], self.rights[k + self.width]
+        if self.width == 2:
+            return self.goal.local(left, right, k, 2, None)
+        now = self.cores[k]
+        if self.goal.metric != FROBENIUS and _only_turns(self.cores, k):
+            return now
+        if self.solved[-1:] == [k] and len(set(self.solved)) > 1:
+            return now  # nothing else has changed since: at the turns of a sweep, and beside sites that only turn bonds
+        block = self.goal.local(left, right, k, 1, now)
+        if block is not now:
+            self.solved.append(k)
+        return block
 
     def divide(self, block: Array, k: int, rightwards: bool) -> tuple[Array, Array]:
         """The best two cores for the block of sites k and k + 1, the centre in the second if ``rightwards``."""

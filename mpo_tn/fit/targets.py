@@ -12,6 +12,8 @@ from mpo_tn.chains.canonical import canonicalize, check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.unfolding import interleave
 from mpo_tn.exceptions import MPOError
+from mpo_tn.fit.local_problem import LocalProblem, expand
+from mpo_tn.fit.metric import Metric, dense, like
 from mpo_tn.linalg import (
     Array,
     adjoint,
@@ -19,10 +21,14 @@ from mpo_tn.linalg import (
     conjugate,
     describe,
     frobenius_norm,
+    is_single,
     namespace,
     widen,
 )
 from mpo_tn.sites import Sites
+
+FROBENIUS = "frobenius"
+"""What reports call the metric in which all entries count the same."""
 
 
 class Target(Protocol):
@@ -33,6 +39,7 @@ class Target(Protocol):
     """
 
     norm: float
+    metric: str
 
     def edge(self) -> Array:
         """The environment left of the first site."""
@@ -50,8 +57,12 @@ class Target(Protocol):
         """The environment right of site k - 1, from the one right of site k and the right-isometric core there."""
         ...
 
-    def local(self, left: Array, right: Array, k: int, width: int) -> Array:
-        """The best block (bond, legs of ``width`` sites from k on, bond) between two environments."""
+    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
+        """The best block (bond, legs of ``width`` sites from k on, bond) between two environments.
+
+        ``now`` is the core that is there, given for a single site: where the best is found step by step, the block is
+        no worse than that.
+        """
         ...
 
     def error(self, cores: list[Array]) -> float:
@@ -61,6 +72,8 @@ class Target(Protocol):
 
 class MatrixTarget:
     """A dense target. Left environment: the target projected, (bond, rest); right one: the isometry, (bond, rest)."""
+
+    metric = FROBENIUS
 
     def __init__(self, matrix: Array, sites: Sites) -> None:
         self.tensor = interleave(widen(matrix), sites.out, sites.in_)
@@ -85,7 +98,7 @@ class MatrixTarget:
         """Take one more site into the isometry."""
         return namespace(core).reshape(to_right(core, right), (core.shape[0], -1))
 
-    def local(self, left: Array, right: Array, k: int, width: int) -> Array:
+    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
         """What both projections leave of the target."""
         xp = namespace(left)
         legs = [leg for pair in list(self.sites)[k : k + width] for leg in pair]
@@ -102,6 +115,8 @@ class MatrixTarget:
 
 class ChainTarget:
     """A target that is a chain. Environments are overlaps, (bond of the fit, bond of the target)."""
+
+    metric = FROBENIUS
 
     def __init__(self, chain: Chain) -> None:
         self.chain = canonicalize(wide_chain(chain), chain.sites.center)
@@ -126,7 +141,7 @@ class ChainTarget:
         passed = xp.tensordot(self.chain.cores[k], right, axes=((3,), (1,)))
         return xp.tensordot(conjugate(core), passed, axes=((1, 2, 3), (1, 2, 3)))
 
-    def local(self, left: Array, right: Array, k: int, width: int) -> Array:
+    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
         """The target's cores between two overlaps."""
         xp = namespace(left)
         block = left
@@ -139,27 +154,75 @@ class ChainTarget:
         return distance(self.chain, Chain(tuple(cores)))
 
 
-def target_of(target: Array | Chain, chain: Chain) -> Target:
+class MetricTarget:
+    """A dense target in a metric. Both environments are the isometries themselves, (out, in, bond), (bond, out, in)."""
+
+    def __init__(self, matrix: Array, metric: Metric) -> None:
+        self.matrix = metric.target(matrix)
+        self.weight, self.metric = metric, metric.name
+        self.second = like(metric.second, self.matrix)
+        self.outer = None if metric.outer is None else like(metric.outer, self.matrix)
+        self.norm = metric.weighed(self.matrix)
+        self.single = is_single(matrix)
+
+    def edge(self) -> Array:
+        """The isometry of no sites."""
+        return one(self.matrix)[None, :, :]
+
+    def end(self) -> Array:
+        """The isometry of no sites."""
+        return self.edge()
+
+    def advance_left(self, left: Array, core: Array, k: int) -> Array:
+        """Take one more site into the isometry."""
+        xp = namespace(core)
+        joined = xp.permute_dims(to_right(left, core), (0, 2, 1, 3, 4))
+        return xp.reshape(joined, (left.shape[0] * core.shape[1], left.shape[1] * core.shape[2], core.shape[3]))
+
+    def advance_right(self, right: Array, core: Array, k: int) -> Array:
+        """Take one more site into the isometry."""
+        xp = namespace(core)
+        joined = xp.permute_dims(to_right(core, right), (0, 1, 3, 2, 4))
+        return xp.reshape(joined, (core.shape[0], core.shape[1] * right.shape[1], core.shape[2] * right.shape[2]))
+
+    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
+        """The core, improved: by the exact solution where that is cheap, else by conjugate gradients from the core."""
+        if now is None:
+            raise MPOError("a metric weighs one site at a time: use sites=1")
+        problem = LocalProblem(left, right, self.second, self.outer, self.single)
+        return now + problem.step(now, self.matrix - expand(now, left, right))
+
+    def error(self, cores: list[Array]) -> float:
+        """The weighted norm of the difference."""
+        return self.weight.weighed(self.matrix - dense(cores))
+
+
+def target_of(target: Array | Chain, chain: Chain, metric: Metric | None = None) -> Target:
     """A matrix or a chain as what ``chain`` is fitted to.
 
     Raises:
-        MPOError: another shape, legs, library, dtype or device, entries that are not finite.
+        MPOError: another shape, legs, library, dtype or device, entries that are not finite; a chain in a metric.
     """
+    if metric is not None and isinstance(target, Chain):
+        raise MPOError("a fit to an MPO in a metric needs its matrix: pass target.to_matrix()")
     if isinstance(target, Chain):
         check_cores(target)
-        like, legs = describe(target.cores[0]), target.sites
+        kind, legs = describe(target.cores[0]), target.sites
         if legs != chain.sites:
             raise MPOError(f"the target has legs {legs} and the MPO {chain.sites}: a fit keeps the legs")
     else:
         target = check_matrix(target)
-        like = describe(target)
+        kind = describe(target)
         if tuple(target.shape) != chain.shape:
             raise MPOError(f"the target is {tuple(target.shape)} and the MPO {chain.shape}: a fit keeps the legs")
-    if like != describe(chain.cores[0]):
+    if kind != describe(chain.cores[0]):
         raise MPOError(
-            f"the target is {like} and the MPO {describe(chain.cores[0])}: use one library, dtype and device"
+            f"the target is {kind} and the MPO {describe(chain.cores[0])}: use one library, dtype and device"
         )
-    goal = ChainTarget(target) if isinstance(target, Chain) else MatrixTarget(target, chain.sites)
+    if isinstance(target, Chain):
+        goal = ChainTarget(target)
+    else:
+        goal = MatrixTarget(target, chain.sites) if metric is None else MetricTarget(target, metric)
     if not math.isfinite(goal.norm):
         raise MPOError(f"the norm of the target of shape {chain.shape} overflows double precision: scale it down")
     return goal

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
-from mpo_tn.fit.sweeps import FitCallback, FitReport, fit, refit
 from mpo_tn.linalg import Array
+from mpo_tn.mpo.fitting import Fitting
 from mpo_tn.mpo.measures import Measures
 from mpo_tn.mpo.operators import Operators
 from mpo_tn.sites import Sites
@@ -21,14 +21,15 @@ from mpo_tn.truncate.sweep import BondCallback
 from mpo_tn.truncation import Report, Truncation
 
 
-class MPO(Operators, Measures):
+class MPO(Operators, Measures, Fitting):
     """A matrix product operator (tensor-train matrix). Immutable: every verb returns a new one.
 
     Build one with :meth:`from_matrix`, or from cores of shape (bond_{k-1}, out_k, in_k, bond_k) with ``MPO(cores)``,
     which claims no canonical form.
 
     With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn.mpo.operators.Operators`.
-    What can be measured on it is in :class:`~mpo_tn.mpo.measures.Measures`.
+    What can be measured on it is in :class:`~mpo_tn.mpo.measures.Measures`, and how it is brought closer to something,
+    in a metric, too, in :class:`~mpo_tn.mpo.fitting.Fitting`.
 
     >>> import numpy as np
     >>> from mpo_tn import MPO, Sites, Truncation
@@ -295,79 +296,6 @@ class MPO(Operators, Measures):
                 cannot hold (bfloat16 in NumPy without ml_dtypes, double precision in JAX without x64).
         """
         return cls(*chain_file.load(path, framework))
-
-    def fit(
-        self,
-        target: Array | MPO,
-        *,
-        sites: int = 1,
-        sweeps: int = 20,
-        tol: float = 1e-4,
-        max_bond: int | None = None,
-        callback: FitCallback | None = None,
-    ) -> tuple[MPO, FitReport]:
-        """Bring this MPO closer to a target by alternating least squares in the Frobenius norm.
-
-        Args:
-            target: a matrix (out, in), or an MPO with the same legs and any bonds, which is never made dense.
-            sites: 1 improves one core after the other and keeps the bonds; 2 improves two neighbours at a time and
-                divides them again, by which bonds grow up to ``max_bond`` and shrink where nothing is left to keep.
-            sweeps: the most sweeps, each to the last site and back.
-            tol: stop when a sweep lowers the error by less than this fraction of it.
-            max_bond: the widest bond for ``sites=2``; without it bonds grow until the target is met. If this MPO has
-                wider ones, it is first rounded to it.
-            callback: called after every update with the sweep, the first site updated and the chain.
-
-        Returns:
-            The fitted MPO, in this one's dtype, and a :class:`FitReport` with the exact error.
-
-        Guarantee (fit-never-worse): with the centre on the updated cores the best ones are a projection of the target,
-        so no update increases the error, up to ``4 eps(float64) sqrt(size)`` times the norms of target and start and,
-        for two sites, the dropping of singular values below ``eps(dtype) * norm``.
-        Guarantee (fit-from-truncation): started from :meth:`from_matrix` the result is at least as good, but for what
-        storing it in the dtype rounds.
-        It is a local minimum, not always the best, and a bond cannot grow past a site whose legs are both 1 (Holtz,
-        Rohwedder, Schneider, SIAM J. Sci. Comput. 34, 2012).
-
-        Cost of a sweep: about ``4 n size d`` flops for a dense target, ``8 n p d a (d + a)`` for one with bonds a.
-
-        Raises:
-            MPOError: another shape, legs, library, dtype or device, entries that are not finite, or bad options.
-
-        >>> import numpy as np
-        >>> w = np.random.default_rng(0).standard_normal((27, 27))
-        >>> start, report = MPO.from_matrix(w, Sites.balanced(27, 27, n=3), Truncation(max_bond=4))
-        >>> better, fitted = start.fit(w)
-        >>> better.bonds, report.error > fitted.error
-        ((4, 4), True)
-        >>> bool(abs(np.linalg.norm(w - better.to_matrix()) - fitted.error) < 1e-12)
-        True
-        """
-        return fit(target, self, sites=sites, sweeps=sweeps, tol=tol, max_bond=max_bond, callback=callback)
-
-    def refit(self, k: int, target: Array | MPO) -> tuple[MPO, FitReport]:
-        """The best core ``k`` while all others stay as they are, bit for bit.
-
-        For the central tensor and given auxiliary ones this is ``k = sites.center``. The core is the least-squares
-        solution, of least norm where the other cores leave it open, by orthogonal factorisations of the others and
-        never by normal equations. Legs and bonds may be of any size.
-
-        Guarantee (best-core): no other core ``k`` gives a smaller Frobenius error, up to
-        ``4 eps(dtype) * sqrt(size) * norm`` times the condition number of the other cores in a chain that is not
-        canonical. Singular values of the others below ``eps(dtype)`` of the largest count as zero.
-        Cost: half a sweep of :meth:`fit`.
-
-        Raises:
-            MPOError: ``k`` is not a site, and as for :meth:`fit`.
-
-        >>> import numpy as np
-        >>> w = np.random.default_rng(0).standard_normal((8, 8))
-        >>> mpo, _ = MPO.from_matrix(w, Sites.balanced(8, 8, n=3), Truncation(max_bond=2))
-        >>> again, report = mpo.refit(1, w)
-        >>> again.cores[0] is mpo.cores[0], report.errors[1] <= report.errors[0] + 1e-14
-        (True, True)
-        """
-        return refit(self, k, target)
 
     def __repr__(self) -> str:
         rows, columns = self.shape
