@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress, silent
 from mpo_tn.torch.models.blocks import BlockSample, Recorded, find_blocks, record
 from mpo_tn.torch.models.calibration import Calibration, Fingerprint
@@ -75,7 +74,7 @@ def calibrate_blocks(
     Guarantee (blocks-are-the-model): if nothing is changed, the moments are those of :func:`~mpo_tn.torch.calibrate`,
     to rounding, and ``cross`` is None.
 
-    Cost: about three forward passes a batch, five once something is changed. Memory: the moments of one block at a
+    Cost: about four forward passes a batch, five once something is changed. Memory: the moments of one block at a
     time; on the host the hidden states of all tokens three times, what else the blocks are called with (masks of
     attention, positions), and what the units after the blocks are given.
 
@@ -91,8 +90,6 @@ def calibrate_blocks(
     """
     tell = progress or silent
     calls = list(calls_of(model, batches))
-    if not calls:
-        raise MPOError("batches has no batch: an iterator that was gone through before, or an empty file")
     wanted = find_readers(model, target_modules, exclude_modules)
     fingerprint = Fingerprint.of(model)
     blocks = find_blocks(model, calls[0].batch)

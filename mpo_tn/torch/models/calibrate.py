@@ -95,8 +95,6 @@ def calibrate(
         if backward is not None:
             with only_looked_at(model, gradients=True), backward.listening(call):
                 backward.run(call, gatherer.gather(call, forward))
-    if count == 0:
-        raise MPOError("batches has no batch: an iterator that was gone through before, or an empty file")
     tell(count, count, f"batch {count}")
     found = gatherer.calibration(fingerprint)
     if backward is None:
@@ -121,7 +119,7 @@ class _Backward:
 
         def listen(reader: Reader, module: nn.Module) -> Any:
             def take(g: torch.Tensor) -> None:
-                counted, _ = counted_rows(g.detach(), call.mask_of(reader.name, self.encoder_decoder))
+                counted, _ = counted_rows(g.detach(), call.mask_of(reader.name, self.encoder_decoder, g.shape[:-1]))
                 if reader.name not in self.sums:
                     self.sums[reader.name] = GradientSum(g.shape[-1], g.device)
                 self.sums[reader.name].add(counted, reader.name)
@@ -146,7 +144,7 @@ class _Backward:
 
     def run(self, call: Call, output: Any) -> None:
         """Go back from what the model returned."""
-        mask = call.mask_of("decoder" if self.encoder_decoder else "", self.encoder_decoder)
+        mask = call.mask_of("decoder", self.encoder_decoder, torch.Size())
         sketch = partial(sketched_distance, output, mask, self.generator)
         loss = sketch() if self.loss is None else self.loss(output, call.batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:  # pyright: ignore[reportUnnecessaryIsInstance]

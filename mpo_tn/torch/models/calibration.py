@@ -264,9 +264,7 @@ def notes_on(calibration: Calibration, unmasked: Sequence[str]) -> tuple[str, ..
     ]
     if few:
         most = max(calibration.moments[key].second.shape[0] for key in few)  # type: ignore[union-attr]
-        notes.append(
-            f"too few tokens for {len(few)} inputs, {_some(few)}: below {most} tokens S has no full rank; give more text"
-        )
+        notes.append(f"too few tokens for {len(few)} inputs, {_some(few)}: below {most} tokens S has no full rank")
     if calibration.unreached:
         notes.append(f"nothing reached {_some(calibration.unreached)}: there is no metric for these")
     if unmasked:

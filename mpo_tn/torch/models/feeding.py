@@ -40,11 +40,18 @@ class Call:
         tensors = [value for _, value in sorted(named.items()) if isinstance(value, torch.Tensor)]
         return bytes_digest(entries_of(tensor) for tensor in tensors)
 
-    def mask_of(self, name: str, encoder_decoder: bool) -> torch.Tensor | None:
-        """The mask for the inputs of the module ``name``: in a model of two halves the decoder has its own."""
-        if encoder_decoder and "decoder" in name.split("."):
-            return self.masks.get(_DECODER_MASK)
-        return self.masks.get(_MASK)
+    def mask_of(self, name: str, encoder_decoder: bool, lead: torch.Size) -> torch.Tensor | None:
+        """The mask for an input (*lead, width) of the module ``name``.
+
+        In a model of two halves the decoder has a mask of its own, and reads the encoder's tokens, too. The two are told
+        apart by how many they are; where they are as many, all count as the decoder's.
+        """
+        mask, own = self.masks.get(_MASK), self.masks.get(_DECODER_MASK)
+        if not (encoder_decoder and "decoder" in name.split(".")):
+            return mask
+        given = own if own is not None else self.kwargs.get("decoder_input_ids", self.kwargs.get("labels"))
+        other = isinstance(given, torch.Tensor) and mask is not None and given.shape != mask.shape == lead
+        return mask if other else own
 
 
 def _is_ids(value: object) -> bool:
@@ -59,8 +66,10 @@ def entries_of(tensor: torch.Tensor) -> memoryview:
 def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
     """Every batch as a call on the device of the model: ``model(**batch)``, ``model(*batch)`` or ``model(batch)``.
 
+    Batches without a token are left out.
+
     Raises:
-        MPOError: one batch in place of several, a mask that is not (batch, length), or has another shape than the ids.
+        MPOError: no token at all; one batch in place of several, a mask that is not (batch, length), or has another shape than the ids.
     """
     if isinstance(batches, (Mapping, torch.Tensor, str, bytes)):
         raise MPOError(
@@ -72,6 +81,7 @@ def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
         signature = None
+    any_ = False
     for batch in batches:
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
@@ -83,7 +93,15 @@ def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
             raise MPOError(f"a batch is the text {batch[:40]!r}: tokenize it with return_tensors='pt'")
         else:
             args = (_on(batch, device),)
-        yield Call(args, kwargs, _masks(signature, args, kwargs), batch)
+        call = Call(args, kwargs, _masks(signature, args, kwargs), batch)
+        if call.tokens != 0:  # attention over nothing is NaN in some models
+            any_ = True
+            yield call
+    if not any_:
+        raise MPOError(
+            "batches has no token: it is empty, was gone through before, or is all padding (attention_mask is 0 "
+            "everywhere)"
+        )
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -103,10 +103,6 @@ class Gatherer:
         reached = [key for key, total in self._sums.items() if total.tokens]
         counts = {unit: counted for unit, counted in self._counts.items() if bool(counted.any())}
         if not reached and not counts:
-            if self._tokens == 0 or self._sums or self._counts:
-                raise MPOError(
-                    "no token was counted: batches are empty or all padding (attention_mask is 0 everywhere)"
-                )
             raise MPOError(f"nothing reached any of the {len(self.readers)} matrices: does the model use them?")
         moments: dict[str, Moments] = {}
         for key in reached:

@@ -154,7 +154,7 @@ class Listener:
         seen, log = Seen(), dict[str, list[int]]()
 
         def hear(reader: Reader, module: nn.Module, x: torch.Tensor) -> None:
-            mask = call.mask_of(reader.name, self._encoder_decoder)
+            mask = call.mask_of(reader.name, self._encoder_decoder, x.shape if is_table(module) else x.shape[:-1])
             if is_table(module):
                 ids(reader.name, self._ids(reader.name, x, mask))
                 return

@@ -24,7 +24,7 @@ SHRINK = 0.3
 
 
 class InputSum:
-    """``sum_t x_t x_t^T`` over tokens, and ``sum_t y_t x_t^T`` once y, what the dense model gives, is another than x."""
+    """``sum x x^T`` over tokens, and ``sum y x^T`` once y, what the dense model gives, is another than x."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
