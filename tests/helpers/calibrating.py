@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers.tiny_models import VOCAB
 from torch import nn
 
+from helpers.tiny_models import VOCAB
 from mpo_tn.testing import C
 
 Batch = dict[str, torch.Tensor]

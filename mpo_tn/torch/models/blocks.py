@@ -50,7 +50,7 @@ class BlockSample:
         dense_input: what the block was given in the dense model.
         dense_output: what it made of that.
         given: what it is given now, after what was done to the blocks before it; the same tensor if nothing was.
-        mask: (batch, length), True for tokens; None if there is no padding.
+        mask: (batch, length), True for tokens, on the device of the model; None if there is no padding.
         call: everything else it is called with now.
     """
 

@@ -21,7 +21,7 @@ from torch import nn
 from mpo_tn.progress import Progress, silent
 from mpo_tn.torch.models.blocks import BlockSample, Recorded, find_blocks, record
 from mpo_tn.torch.models.calibration import Calibration, Fingerprint
-from mpo_tn.torch.models.feeding import Call, calls_of, only_looked_at
+from mpo_tn.torch.models.feeding import Call, calls_of, is_encoder_decoder, only_looked_at
 from mpo_tn.torch.models.gathering import Gatherer, Heard
 from mpo_tn.torch.models.listening import Reader, find_readers, hooked
 
@@ -93,7 +93,7 @@ def calibrate_blocks(
     wanted = find_readers(model, target_modules, exclude_modules)
     fingerprint = Fingerprint.of(model)
     blocks = find_blocks(model, calls[0].batch)
-    place_of = _places(wanted, blocks)
+    place_of, halves = _places(wanted, blocks), is_encoder_decoder(model)
 
     def now(names: Iterable[str]) -> dict[str, Reader]:
         """The units as they are now: their modules may have been replaced."""
@@ -150,7 +150,7 @@ def calibrate_blocks(
                 outputs.append(result.to("cpu"))
         if gatherer.readers:
             samples = tuple(
-                BlockSample(x, out, y, call.masks.get("attention_mask"), new.calls[place])
+                BlockSample(x, out, y, call.mask_of(name, halves, x.shape[:-1]), new.calls[place])
                 for call, new, x, out, y in zip(calls, streams, dense, outputs, given, strict=True)
             )
             yield BlockStep(name, block, gatherer.calibration(fingerprint), samples)

@@ -43,8 +43,8 @@ class Call:
     def mask_of(self, name: str, encoder_decoder: bool, lead: torch.Size) -> torch.Tensor | None:
         """The mask for an input (*lead, width) of the module ``name``.
 
-        In a model of two halves the decoder has a mask of its own, and reads the encoder's tokens, too. The two are told
-        apart by how many they are; where they are as many, all count as the decoder's.
+        In a model of two halves the decoder has a mask of its own, and reads the encoder's tokens, too. The two are
+        told apart by how many they are; where they are as many, all count as the decoder's.
         """
         mask, own = self.masks.get(_MASK), self.masks.get(_DECODER_MASK)
         if not (encoder_decoder and "decoder" in name.split(".")):
@@ -69,7 +69,8 @@ def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
     Batches without a token are left out.
 
     Raises:
-        MPOError: no token at all; one batch in place of several, a mask that is not (batch, length), or has another shape than the ids.
+        MPOError: no token at all; one batch in place of several, a mask that is not (batch, length), or has another
+            shape than the ids.
     """
     if isinstance(batches, (Mapping, torch.Tensor, str, bytes)):
         raise MPOError(

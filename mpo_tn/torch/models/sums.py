@@ -28,7 +28,7 @@ class InputSum:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
-        self._second = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._second = _zeros(width, device)
         self._cross: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor, name: str, dense: torch.Tensor | None = None) -> None:
@@ -39,8 +39,9 @@ class InputSum:
         """
         width, step = x.shape[1], max(1, _AT_ONCE // max(x.shape[1], 1))
         check_finite(x, name)
+        x = x.to(self._second.device)
         if dense is not None:
-            dense = dense.to(x.device)
+            dense = dense.to(self._second.device)
             if self._cross is None and not torch.equal(dense, x):
                 self._cross = self._whole()
         for start in range(0, x.shape[0], step):
@@ -64,12 +65,18 @@ class InputSum:
         return upper + upper.triu(1).T
 
 
+def _zeros(width: int, device: torch.device) -> torch.Tensor:
+    """A square matrix of zeros in double precision: on the host where the device has none."""
+    where = torch.device("cpu") if device.type == "mps" else device
+    return torch.zeros(width, width, dtype=torch.float64, device=where)
+
+
 class GradientSum:
     """``sum_t g_t g_t^T`` over tokens, the norm of each g within ``CLIP`` of the mean of its batch."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
-        self._outer = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._outer = _zeros(width, device)
 
     def add(self, g: torch.Tensor, name: str) -> None:
         """Take in gradients (tokens, width) of one batch.
@@ -80,7 +87,7 @@ class GradientSum:
         finite = bool(torch.isfinite(g).all())
         if not finite:
             raise MPOError(f"the gradient at the output of {name} is not finite: run the model in float32")
-        wide = g.double()
+        wide = g.to(self._outer.device).double()
         norms = wide.norm(dim=1)
         mean = norms.mean()
         wanted = norms.clamp(min=CLIP[0] * mean, max=CLIP[1] * mean)

@@ -1,4 +1,4 @@
-"""Moments block by block: nothing changed they are those of the whole; changed, what layers then get, token by token."""
+"""Moments block by block: with nothing changed those of the whole model, then of what layers really get."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ STACKED = ("bert", "distilbert", "gpt2", "llama")
 
 def close_to(actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
     """Replaying a block may round otherwise than the whole model: to float32."""
-    assert actual is not None and expected is not None
+    assert actual is not None
+    assert expected is not None
     near(actual, expected.numpy(), 10 * float(expected.trace()), eps=1.2e-7)
 
 
@@ -41,15 +42,19 @@ def test_with_nothing_changed_they_are_those_of_the_whole_model(family: str, tar
     assert sorted(unit for step in steps for unit in step.calibration.units) == sorted(whole.units)
     for step in steps:
         found = step.calibration
-        assert found.tokens == whole.tokens and found.fingerprint == whole.fingerprint
+        assert found.tokens == whole.tokens
+        assert found.fingerprint == whole.fingerprint
         for unit in found.units:
             mine, all_at_once = found.of(unit), whole.of(unit)
             if all_at_once is None:
                 assert mine is None
                 continue
-            assert mine is not None and mine.tokens == all_at_once.tokens and mine.cross is None
+            assert mine is not None
+            assert mine.tokens == all_at_once.tokens
+            assert mine.cross is None
             if mine.rows is not None:
-                assert all_at_once.rows is not None and torch.equal(mine.rows, all_at_once.rows)
+                assert all_at_once.rows is not None
+                assert torch.equal(mine.rows, all_at_once.rows)
             if all_at_once.second is not None:
                 close_to(mine.second, all_at_once.second)
         assert all(sample.given is sample.dense_input for sample in step.samples)
@@ -74,7 +79,8 @@ def test_with_blocks_changed_they_are_of_what_layers_then_get(family: str) -> No
         now: Any = copy.deepcopy(model)
         for unit in step.calibration.units:
             known = step.calibration.of(unit)
-            assert known is not None and known.second is not None
+            assert known is not None
+            assert known.second is not None
             x, y = inputs_of(dense, unit, batches), inputs_of(now, unit, batches)
             scale = 10 * float(np.sqrt((x**2).sum() * (y**2).sum()) / len(x))
             near(known.second, y.T @ y / len(y), scale, eps=1.2e-7)
@@ -96,10 +102,12 @@ def test_samples_are_what_blocks_get_and_give(family: str) -> None:
     model, batches = tiny(family), padded_batches()
     dense: Any = copy.deepcopy(model)
     for place, step in enumerate(s for s in calibrate_blocks(model, batches) if s.block is not None):
-        assert step.block is not None and len(step.samples) == len(batches)
+        assert step.block is not None
+        assert len(step.samples) == len(batches)
         for sample, batch in zip(step.samples, batches, strict=True):
             states, now = hidden_states(dense, batch), hidden_states(model, batch)
-            assert sample.mask is not None and torch.equal(sample.mask, batch["attention_mask"].bool())
+            assert sample.mask is not None
+            assert torch.equal(sample.mask, batch["attention_mask"].bool())
             kept = sample.mask
 
             def same(a: torch.Tensor, b: torch.Tensor, kept: torch.Tensor = kept) -> None:
@@ -145,7 +153,8 @@ def test_the_decoder_goes_block_by_block_and_its_encoder_comes_before() -> None:
                     x.append(dense.encoder(**inputs).last_hidden_state[mask].double().numpy())
                     y.append(model.encoder(**inputs).last_hidden_state[mask].double().numpy())
             a, b = np.concatenate(x), np.concatenate(y)
-            assert known is not None and known.cross is not None
+            assert known is not None
+            assert known.cross is not None
             near(known.cross, a.T @ b / known.tokens, 10 * float(np.sqrt((a**2).sum() * (b**2).sum()) / len(a)), 1.2e-7)
             break
         if step.block is None:
@@ -159,7 +168,8 @@ def test_a_model_without_blocks_is_one_step(family: str) -> None:
     (step,) = calibrate_blocks(model, batches)
     assert (step.name, step.block, step.samples) == ("the whole model", None, ())
     whole = calibrate(model, batches)
-    assert step.calibration.inputs == whole.inputs and step.calibration.notes == whole.notes
+    assert step.calibration.inputs == whole.inputs
+    assert step.calibration.notes == whole.notes
     for key, known in whole.moments.items():
         assert torch.equal(known.second, step.calibration.moments[key].second)  # type: ignore[arg-type]
 
@@ -169,10 +179,12 @@ def test_a_block_may_be_put_in_the_place_of_another_and_training_mode_is_the_cal
     model.train()
     names = []
     for step in calibrate_blocks(model, padded_batches()):
-        assert model.training and step.block is not None
+        assert model.training
+        assert step.block is not None
         names.append(step.name)
         known = step.calibration.of(step.calibration.units[0])
-        assert known is not None and (known.cross is None) == (len(names) == 1)
+        assert known is not None
+        assert (known.cross is None) == (len(names) == 1)
         if len(names) == 1:
             other = copy.deepcopy(step.block)
             with torch.no_grad():
@@ -202,8 +214,9 @@ def test_what_is_refused() -> None:
 
 def test_activations_that_are_not_finite_name_the_layer() -> None:
     model: Any = tiny("llama")
+    steps = calibrate_blocks(model, padded_batches())
+    block: Any = next(steps).block
+    with torch.no_grad():
+        block.mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(MPOError, match=r"the input of model\.layers\.1\.self_attn\.q_proj has"):
-        for step in calibrate_blocks(model, padded_batches()):
-            assert step.block is not None
-            with torch.no_grad():
-                step.block.mlp.down_proj.weight[0, 0] = float("inf")
+        next(steps)

@@ -31,11 +31,14 @@ def test_second_moments_are_those_of_plain_numpy(family: str) -> None:
     model, batches = tiny(family), padded_batches()
     found = calibrate(model, iter(batches))
     assert found.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert found.units and not found.unreached
+    assert found.units
+    assert not found.unreached
     for unit in found.units:
         x = inputs_of(model, unit, batches)
         known = found.of(unit)
-        assert known is not None and known.second is not None and known.cross is known.outer is known.rows is None
+        assert known is not None
+        assert known.second is not None
+        assert known.cross is known.outer is known.rows is None
         assert known.tokens == len(x)
         near(known.second, x.T @ x / len(x), float((x**2).sum() / len(x)))
         assert torch.equal(known.second, known.second.T)
@@ -47,7 +50,9 @@ def test_any_width_and_number_of_tokens(width: int, batches: int, seed: int) -> 
     xs = [torch.randn(2, 3, width, generator=generator) for _ in range(batches)]
     found = calibrate(nn.Sequential(nn.Linear(width, 1)), xs).of("0")
     rows = torch.cat(xs).reshape(-1, width).double().numpy()
-    assert found is not None and found.second is not None and found.tokens == len(rows)
+    assert found is not None
+    assert found.second is not None
+    assert found.tokens == len(rows)
     near(found.second, rows.T @ rows / len(rows), float((rows**2).sum() / len(rows)))
     assert found.most_rank == min(len(rows), width) >= found.rank() >= min(len(rows), width) - 1
 
@@ -58,7 +63,8 @@ def test_layers_that_are_given_the_same_tensor_share_one_matrix() -> None:
     assert {found.inputs[f"{layer}self_attn.{part}_proj"] for part in "qkv"} == {f"{layer}self_attn.q_proj"}
     assert found.inputs[f"{layer}mlp.up_proj"] == found.inputs[f"{layer}mlp.gate_proj"] == f"{layer}mlp.gate_proj"
     assert found.inputs[f"{layer}mlp.down_proj"] == f"{layer}mlp.down_proj"
-    assert len(found.moments) == 8 and len(found.units) == 14
+    assert len(found.moments) == 8
+    assert len(found.units) == 14
     assert found.of(f"{layer}self_attn.k_proj").second is found.of(f"{layer}self_attn.q_proj").second  # type: ignore[union-attr]
 
 
@@ -111,7 +117,8 @@ def test_padding_does_not_count_whatever_it_holds() -> None:
     model, batches = tiny("bert"), padded_batches()
     other = [{**b, "input_ids": torch.where(b["attention_mask"] == 1, b["input_ids"], 77)} for b in batches]
     for a, b in zip(calibrate(model, batches).moments.values(), calibrate(model, other).moments.values(), strict=True):
-        assert a.second is not None and b.second is not None
+        assert a.second is not None
+        assert b.second is not None
         near(a.second, b.second.numpy(), float(a.second.trace()), eps=1.2e-7)  # attention itself adds e**-huge
 
 
@@ -139,13 +146,18 @@ def test_ids_of_tables_are_counted_and_a_tied_head_has_both() -> None:
     found = calibrate(model, batches, target_modules=["word_embeddings", "position_embeddings", "query"])
     words = found.of("bert.embeddings.word_embeddings")
     ids = np.concatenate([b["input_ids"][b["attention_mask"] == 1].numpy() for b in batches])
-    assert words is not None and words.rows is not None and words.second is not None
+    assert words is not None
+    assert words.rows is not None
+    assert words.second is not None
     assert np.array_equal(words.rows.numpy(), np.bincount(ids, minlength=len(words.rows)))
     x = inputs_of(model, "cls.predictions.decoder", batches)
     near(words.second, x.T @ x / len(x), float((x**2).sum() / len(x)))
     positions = found.of("bert.embeddings.position_embeddings")
-    assert positions is not None and positions.second is None and positions.rows is not None
-    assert positions.rows[:5].tolist() == [9, 6, 6, 6, 3] and positions.tokens == len(ids)
+    assert positions is not None
+    assert positions.second is None
+    assert positions.rows is not None
+    assert positions.rows[:5].tolist() == [9, 6, 6, 6, 3]
+    assert positions.tokens == len(ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,7 +170,8 @@ def test_a_compressed_model_is_calibrated_like_its_matrices(family: str) -> None
     for unit in found.units:
         if unit in dense.units:
             a, b = found.of(unit), dense.of(unit)
-            assert a is not None and b is not None
+            assert a is not None
+            assert b is not None
             assert (a.rows is None) == (b.rows is None)
             if a.rows is not None and b.rows is not None:
                 assert torch.equal(a.rows, b.rows)
@@ -169,7 +182,8 @@ def test_a_compressed_model_is_calibrated_like_its_matrices(family: str) -> None
 def test_only_mpos_are_left() -> None:
     model = small("bert", bond=3)
     found = calibrate(model, padded_batches(), exclude_modules=["query"])
-    assert found.units and not any("query" in unit or "embeddings" in unit for unit in found.units)
+    assert found.units
+    assert not any("query" in unit or "embeddings" in unit for unit in found.units)
     with pytest.raises(MPOError, match="matches no module"):
         calibrate(model, padded_batches(), target_modules=["nothing"])
 
@@ -192,8 +206,10 @@ def test_the_model_is_left_as_it_was(gradients: bool, breaks: bool) -> None:
         calibrate(model, batches, gradients=gradients)
     before.assert_same(model)
     assert training == {m: m.training for m in model.modules()}
-    assert [p for p in model.parameters() if not p.requires_grad] == [frozen] and model.config.use_cache is True
-    assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert model.config.use_cache is True
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.is_grad_enabled()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
@@ -204,7 +220,8 @@ def test_the_same_call_gives_the_same_bits() -> None:
         assert torch.equal(known.second, b.moments[key].second)  # type: ignore[arg-type]
     assert all(torch.equal(outer, b.outers[unit]) for unit, outer in a.outers.items())
     assert not any(torch.equal(outer, other.outers[unit]) for unit, outer in a.outers.items())
-    assert a.fingerprint == b.fingerprint and (a.seed, other.seed) == (3, 4)
+    assert a.fingerprint == b.fingerprint
+    assert (a.seed, other.seed) == (3, 4)
 
 
 def oracle(gradients: list[np.ndarray]) -> np.ndarray:
@@ -256,7 +273,8 @@ def test_gradients_without_labels_are_those_of_random_signs_and_padding_has_none
     mask[:, 5:] = 0
     found = calibrate(Encoder(), [{"x": x, "attention_mask": mask}], gradients=True)
     outer = found.of("layer").outer  # type: ignore[union-attr]
-    assert outer is not None and found.moments["layer"].tokens == 250
+    assert outer is not None
+    assert found.moments["layer"].tokens == 250
     assert torch.allclose(outer.diagonal(), torch.ones(4, dtype=torch.float64))
     assert float((outer - torch.eye(4)).abs().max()) < 6 / 250**0.5
     assert any("no gradient reached unused" in note for note in found.notes)
@@ -279,7 +297,8 @@ def test_the_metric_of_logits_is_that_of_the_divergence() -> None:
     p = model.layer(x[0, 0]).softmax(-1).detach().double()
     fisher = torch.diag(p) - torch.outer(p, p)
     shrunk = (1 - SHRINK) * fisher + SHRINK * fisher.trace() / 4 * torch.eye(4)
-    assert found is not None and found.outer is not None
+    assert found is not None
+    assert found.outer is not None
     assert float((found.outer - shrunk).norm() / shrunk.norm()) < 0.05
 
 
