@@ -87,7 +87,7 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[
     Raises:
         MPOError: the file cannot be written.
     """
-    held = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+    held = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
     text = json.dumps({**record, "digest": _digest_of(held, record)}, sort_keys=True, separators=(",", ":"))
     # The arrays stay alive in their dictionary while their addresses are read.
     specs = {

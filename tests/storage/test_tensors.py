@@ -110,7 +110,12 @@ def test_arrays_and_their_record_come_back(
 @pytest.mark.parametrize("error", [KeyboardInterrupt("x"), MPOError("x"), ZeroDivisionError("x")])
 def test_other_errors_pass_through_a_file_beside(error: BaseException, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
-    with pytest.raises(type(error), match="^x$"), file_beside(tmp_path / "a") as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write() -> None:
+        with file_beside(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error), match=r"x$"):
+        write()
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
