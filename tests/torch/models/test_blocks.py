@@ -9,7 +9,7 @@ import torch
 from helpers.tiny_models import FAMILIES, tiny, token_ids
 from torch import nn
 
-from mpo_tn.torch.models.blocks import find_blocks, record
+from mpo_tn.torch.models.blocks import BlockCall, find_blocks, record
 from mpo_tn.torch.models.feeding import calls_of, only_looked_at
 
 EXPECTED = {
@@ -88,3 +88,15 @@ def test_recorded_blocks_run_one_after_another_give_what_the_model_gives(family:
         assert once.same_as(again)
         next(model.parameters()).mul_(1.5)
         assert not once.same_as(record(model, names, call))
+
+
+def test_a_block_that_changes_its_input_in_place_leaves_the_samples() -> None:
+    class InPlace(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input.add_(super().forward(input))
+
+    hidden, block = torch.ones(2, 4), InPlace(4, 4)
+    with torch.no_grad():
+        first = BlockCall((None,), {}, 0).run(block, hidden)
+        assert torch.equal(hidden, torch.ones(2, 4))
+        assert torch.equal(BlockCall((), {"input": None}, "input").run(block, hidden), first)
