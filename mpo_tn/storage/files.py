@@ -79,7 +79,18 @@ def written_beside(folder: Path) -> Generator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside ``path`` and rename it to it. A link is followed. An earlier file is replaced.
+    """Write a file beside ``path`` and rename it to it. See :func:`file_beside`.
+
+    Raises:
+        MPOError: the folder does not exist, the disk is full or may not be written to.
+    """
+    with file_beside(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def file_beside(path: Path) -> Generator[Path]:
+    """A temporary file beside ``path``, renamed to it when the block ends well. A link is followed.
 
     Guarantee (file-old-or-new): at any moment, also if the process is killed, there is either the old file or the new
     one, never half of it. If it raises, it is the old one, and nothing is left behind.
@@ -92,11 +103,13 @@ def write_whole(path: Path, data: bytes) -> None:
         target = path.resolve()
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        os.close(handle)
+        yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null character
+        if isinstance(error, MPOError):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise MPOError(
             f"{path} could not be written ({reason}); nothing was changed: name another file in a folder that exists "

@@ -1,18 +1,26 @@
 """Files of tensors: what can go wrong with them in one kind of error each, and digests of what was written.
 
-The files themselves are written and read by whoever knows the tensors (``safetensors.torch``, ``save_pretrained``).
+Weights are written and read by whoever knows them (``safetensors.torch``, ``save_pretrained``); arrays that go with a
+record of what they are, in one file, by :func:`write_tensors` and :func:`read_tensors`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Iterable
+import json
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import numpy as np
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.files import file_beside
+
+_RECORD = "record"
+"""The one metadata entry: safetensors does not keep the order of several, and equal data shall give equal bytes."""
 
 
 @contextlib.contextmanager
@@ -66,3 +74,63 @@ def bytes_digest(parts: Iterable[bytes | memoryview]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+    """Write arrays and a record that JSON can hold to one safetensors file, whole or not at all; no copy is made.
+
+    Args:
+        path: of the file.
+        arrays: by name; contiguous, of a plain dtype.
+        record: with ``format`` and ``version``. A digest of everything goes along.
+
+    Raises:
+        MPOError: the file cannot be written.
+    """
+    held = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
+    text = json.dumps({**record, "digest": _digest_of(held, record)}, sort_keys=True, separators=(",", ":"))
+    # The arrays stay alive in their dictionary while their addresses are read.
+    specs = {
+        name: TensorSpec(dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes)
+        for name, array in held.items()
+    }
+    with file_beside(path) as temporary, as_os_error():
+        serialize_file(specs, temporary, metadata={_RECORD: text})
+
+
+def read_tensors(path: Path, form: str, version: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the record that :func:`write_tensors` wrote.
+
+    Args:
+        path: of the file.
+        form: the ``format`` it must have.
+        version: the newest that can be read.
+
+    Raises:
+        MPOError: no such file, no such format, a newer version, or any bit is not what was written.
+    """
+    if not path.is_file():
+        raise MPOError(f"{path} is no file: name one that holds {form}")
+    with as_damaged(path, "write it again"):
+        with safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(_RECORD)
+            record = json.loads(text) if text is not None else {}
+            if not isinstance(record, dict) or record.get("format") != form:
+                raise MPOError(f"{path} does not hold {form}: name another file")
+            if record["version"] > version:
+                raise MPOError(
+                    f"{path} was written in version {record['version']!r} and this one reads up to {version}: upgrade "
+                    "mpo-tn"
+                )
+            arrays: dict[str, np.ndarray] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = record.pop("digest")
+        if _digest_of(arrays, record) != expected:
+            raise ValueError("it does not hold what was written")
+    return arrays, record
+
+
+def _digest_of(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
+    parts: list[bytes | memoryview] = [json.dumps(record, sort_keys=True, separators=(",", ":")).encode()]
+    for name, array in sorted(arrays.items()):
+        parts += [f"{name} {array.dtype.str} {array.shape}".encode(), array.reshape(-1).view(np.uint8).data]
+    return bytes_digest(parts)

@@ -17,6 +17,10 @@ from mpo_tn.torch.layers.modes import set_mode
 from mpo_tn.torch.layers.workspace import free_workspace
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.squeeze import squeeze
+from mpo_tn.torch.models.blocks import BlockSample
+from mpo_tn.torch.models.blockwise import BlockStep, calibrate_blocks
+from mpo_tn.torch.models.calibrate import calibrate
+from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.compress import compress
 from mpo_tn.torch.models.cuts import bond_spectra, cut_model
 from mpo_tn.torch.models.decide import plan
@@ -31,6 +35,9 @@ if importlib.util.find_spec("transformers") is not None:
 
 
 __all__ = [
+    "BlockSample",
+    "BlockStep",
+    "Calibration",
     "CompressionReport",
     "Cut",
     "FreezeReport",
@@ -41,6 +48,7 @@ __all__ = [
     "MPOLayer",
     "MPOLinear",
     "ModuleSpec",
+    "Moments",
     "Plan",
     "RankedCut",
     "Ranking",
@@ -48,6 +56,8 @@ __all__ = [
     "SqueezeRound",
     "UnitPlan",
     "bond_spectra",
+    "calibrate",
+    "calibrate_blocks",
     "compress",
     "cut_bond",
     "cut_model",

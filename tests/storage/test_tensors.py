@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from mpo_tn import MPOError
-from mpo_tn.storage.files import written_beside
-from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest
+from mpo_tn.storage.files import file_beside, written_beside
+from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest, read_tensors, write_tensors
 
 
 def test_what_safetensors_cannot_write_is_an_os_error(tmp_path: Path) -> None:
@@ -83,3 +83,39 @@ def test_the_digest_of_a_file_is_sha256(tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.getbasetemp() / "file"
     path.write_bytes(data)
     assert file_digest(path) == hashlib.sha256(data).hexdigest()
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["float64", "float32", "int64", "uint8"]), st.lists(st.integers(0, 4), max_size=3))
+    )
+)
+def test_arrays_and_their_record_come_back(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[tuple[str, list[int]]]
+) -> None:
+    path = tmp_path_factory.mktemp("arrays") / "a"
+    rng = np.random.default_rng(0)
+    arrays = {f"array {k}": np.asarray(100 * rng.random(shape)).astype(kind) for k, (kind, shape) in enumerate(kinds)}
+    record = {"format": "x", "version": 1, "names": list(arrays)}
+    write_tensors(path, {name: array.T for name, array in arrays.items()}, record)
+    found, again = read_tensors(path, "x", 1)
+    assert again == record
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array.T)
+    load_file(path)  # any reader of the format
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("x"), MPOError("x"), ZeroDivisionError("x")])
+def test_other_errors_pass_through_a_file_beside(error: BaseException, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def write() -> None:
+        with file_beside(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error), match=r"x$"):
+        write()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from mpo_tn.storage.tensors import bytes_digest
+from mpo_tn.torch.models.feeding import entries_of
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -16,6 +17,4 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def tensors_digest(tensors: Iterable[torch.Tensor]) -> str:
     """BLAKE2b over the bytes of the tensors, each in C order; without a copy where they lie so on the host."""
-    return bytes_digest(
-        tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data for tensor in tensors
-    )
+    return bytes_digest(map(entries_of, tensors))
