@@ -10,10 +10,11 @@ from transformers import TrainerCallback
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.ranking import Score
-from mpo_tn.torch.loops.evaluation import as_number, evaluated, set_training, training_flags
+from mpo_tn.torch.loops.evaluation import as_number, evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult
 from mpo_tn.torch.loops.squeezer import Squeezer
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 
 if TYPE_CHECKING:  # importing these takes a second
     from transformers import TrainerControl, TrainerState, TrainingArguments

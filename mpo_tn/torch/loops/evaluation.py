@@ -1,4 +1,4 @@
-"""What a caller's functions find, and what they give: training flags, and a number."""
+"""What a caller's functions give: a number."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-
-
-def training_flags(model: nn.Module) -> dict[nn.Module, bool]:
-    """Which modules are in training mode, outer ones first."""
-    return {module: module.training for module in model.modules()}
-
-
-def set_training(flags: dict[nn.Module, bool]) -> None:
-    """Bring modules back to their modes, through ``train``, which some override."""
-    for module, training in flags.items():
-        module.train(training)
 
 
 def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:

@@ -12,11 +12,12 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
 from mpo_tn.progress import Progress
-from mpo_tn.torch.loops.evaluation import as_number, evaluated, set_training, training_flags
+from mpo_tn.torch.loops.evaluation import as_number, evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.run_folder import RunFolder
 from mpo_tn.torch.loops.squeezer import Squeezer
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
 
 
