@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpo_tn import __version__
+from mpo_tn.app.cli_eval import evaluate_models
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.terminal import (
     Json,
@@ -48,6 +49,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("eval")(evaluate_models)
 app.command()(finetune)
 app.command()(squeeze)
 

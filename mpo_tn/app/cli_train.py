@@ -16,14 +16,23 @@ from mpo_tn.progress import Progress
 
 if TYPE_CHECKING:
     from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing
+    from mpo_tn.tuning.tasks.data import Data
 
 _TASKS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, or text for a language model."
 _DATA = "Folder with the task's original TSV files, or with .txt files; without it, from the hub (datasets)."
 _METHODS = "full, lfa, last-layers, lora, low-rank, one-shot or squeeze."
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
-TaskName = Annotated[str, typer.Option("--task", help=_TASKS)]
+TaskName = Annotated[str | None, typer.Option("--task", help=_TASKS)]
 DataDir = Annotated[Path | None, typer.Option(help=_DATA)]
+TrainFile = Annotated[
+    Path | None, typer.Option(help="Your own examples, in place of --task: a .csv, .tsv, .jsonl or .parquet file.")
+]
+DevFile = Annotated[Path | None, typer.Option(help="Those that are scored; by default a tenth of --train-file.")]
+TextColumns = Annotated[str | None, typer.Option("--text", help="Of a table: the column of the text, or two: A,B.")]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label", help="The column of classes or scores; without it a language model is tuned.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Where the tuned model, result.json and report.html go.")]
 Limit = Annotated[int | None, typer.Option(help="Use so many training examples, always the same ones.")]
 BatchSize = Annotated[int, typer.Option(help="Examples a step.")]
@@ -59,9 +68,13 @@ GapOn = Annotated[str, typer.Option(help="Squeezing: measure the loss of score o
 
 def finetune(
     model: Model,
-    task: TaskName,
     folder: Out,
+    task: TaskName = None,
     data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    dev_file: DevFile = None,
+    text: TextColumns = None,
+    label: LabelColumn = None,
     method: Annotated[str, typer.Option(help=_METHODS)] = "lfa",
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead.")] = None,
@@ -117,7 +130,8 @@ def finetune(
         )  # fmt: skip
         if not seed or len(set(seed)) < len(seed):
             raise MPOError(f"the seeds {', '.join(map(str, seed))} are not different: give each once")
-        asked = _Asked(model, task, data_dir, limit, how, settings, squeezing, resume, overwrite)
+        where = _Where(task, data_dir, train_file, dev_file, text, label, limit)
+        asked = _Asked(model, where, how, settings, squeezing, resume, overwrite)
         several = len(seed) > 1
         results = [
             asked.run(one, folder / f"seed-{one}" if several else folder, progress, may_be_done=several) for one in seed
@@ -127,9 +141,13 @@ def finetune(
 
 def squeeze(
     model: Model,
-    task: TaskName,
     folder: Out,
+    task: TaskName = None,
     data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    dev_file: DevFile = None,
+    text: TextColumns = None,
+    label: LabelColumn = None,
     delta: Delta = 1.0,
     cuts_per_round: Cuts = 50,
     tune_steps: TuneSteps = 10,
@@ -160,12 +178,49 @@ def squeeze(
     MODEL is what finetune wrote; a dense one is turned into full chains first.
     """
     finetune(
-        model, task, folder, data_dir, "squeeze", epochs=0, seed=[seed], batch_size=batch_size, max_length=max_length,
-        limit=limit, lr=lr, tensor_lr=tensor_lr, bf16=bf16, keep=keep, sites=sites, target=target, policy=policy,
-        train=train, delta=delta, cuts_per_round=cuts_per_round, tune_steps=tune_steps, tune_rate=tune_rate,
-        max_rounds=max_rounds, score=score, final_epochs=final_epochs, gap_on=gap_on, device=device, resume=resume,
-        overwrite=overwrite, as_json=as_json,
+        model, folder, task, data_dir, train_file, dev_file, text, label, "squeeze", epochs=0, seed=[seed],
+        batch_size=batch_size, max_length=max_length, limit=limit, lr=lr, tensor_lr=tensor_lr, bf16=bf16, keep=keep,
+        sites=sites, target=target, policy=policy, train=train, delta=delta, cuts_per_round=cuts_per_round,
+        tune_steps=tune_steps, tune_rate=tune_rate, max_rounds=max_rounds, score=score, final_epochs=final_epochs,
+        gap_on=gap_on, device=device, resume=resume, overwrite=overwrite, as_json=as_json,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where the examples are: a task of GLUE or a folder of text, or files of one's own."""
+
+    task: str | None
+    data_dir: Path | None
+    train_file: Path | None
+    dev_file: Path | None
+    text: str | None
+    label: str | None
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        own = {"--dev-file": self.dev_file, "--text": self.text, "--label": self.label}
+        given = [name for name, value in own.items() if value is not None]
+        if self.train_file is None:
+            if given:
+                raise MPOError(f"{given[0]} says how to read your own examples: give them with --train-file")
+            if self.task is None:
+                raise MPOError("nothing to tune on: give --task, or your own examples with --train-file")
+        elif self.task is not None or self.data_dir is not None:
+            other = "--task" if self.task is not None else "--data-dir"
+            raise MPOError(f"--train-file and {other} both say what to tune on: give one of them")
+
+    def load(self) -> Data:
+        """Read them.
+
+        Raises:
+            MPOError: they cannot be read.
+        """
+        from mpo_tn.tuning import load_files, load_task
+
+        if self.train_file is None:
+            return load_task(self.task or "", self.data_dir, limit=self.limit)
+        return load_files(self.train_file, self.dev_file, text=self.text, label=self.label, limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -173,9 +228,7 @@ class _Asked:
     """What is the same for every seed."""
 
     model: str
-    task: str
-    data_dir: Path | None
-    limit: int | None
+    where: _Where
     method: Method
     settings: Settings
     squeezing: Squeezing | None
@@ -186,19 +239,19 @@ class _Asked:
         """One run into one folder; with ``may_be_done`` one that is finished there is resumed by reading it."""
         from mpo_tn.app.finetune_page import finetune_page
         from mpo_tn.torch.hf.folder import load_tokenizer
-        from mpo_tn.tuning import finetune, load_task, save_finetuned
+        from mpo_tn.tuning import finetune, save_finetuned
         from mpo_tn.tuning.checkpoints import check_folder, finished_run
 
         settings = replace(self.settings, seed=seed)
         if may_be_done and self.resume and (folder / "result.json").exists():
-            data = load_task(self.task, self.data_dir, limit=self.limit)
+            data = self.where.load()
             return finished_run(folder, self.model, data, self.method, settings, self.squeezing)
         check_folder(folder, self.model, resume=self.resume, overwrite=self.overwrite)
         if self.resume and not (folder / "checkpoint").is_dir():
             note = f"mpo-tn: there is no checkpoint in {folder}: starting afresh"
             err.print(note, markup=False, highlight=False, soft_wrap=True)
         progress(0, 1, "reading the task")
-        data = load_task(self.task, self.data_dir, limit=self.limit)
+        data = self.where.load()
         result, tuned = finetune(
             self.model, data, self.method, settings, squeezing=self.squeezing, folder=folder, resume=self.resume,
             progress=progress,

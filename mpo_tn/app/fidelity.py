@@ -12,6 +12,8 @@ import torch
 from scipy.stats import spearmanr
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.models.evaluating import evaluating
+from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,38 @@ def embed(
         batch_size: sentences at a time.
         progress: called with the number of sentences done and their total.
     """
-    found: list[np.ndarray] = []
-    with torch.inference_mode():
-        for start in range(0, len(sentences), batch_size):
-            batch = tokenizer(
-                list(sentences[start : start + batch_size]), return_tensors="pt", padding=True, truncation=True
-            )
-            hidden = model(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-            found.append(torch.nn.functional.normalize(pooled, dim=1).float().numpy())
+    length = reading_length(model, tokenizer)
+    batches = sentence_batches(sentences, tokenizer, batch_size=batch_size, max_length=length)
+    return embed_batches(model, batches, progress=progress)
+
+
+def embed_batches(
+    model: torch.nn.Module, batches: Batches, *, progress: Callable[[int, int], None] | None = None
+) -> np.ndarray:
+    """What :func:`embed` gives, of text that is encoded already, in the order of the text."""
+    found: np.ndarray | None = None
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    done = 0
+    with evaluating(model), torch.inference_mode():
+        for batch in batches.in_order():
+            inputs = batch.to(device).inputs
+            hidden = model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).cpu().numpy()
+            if found is None:
+                found = np.empty((len(batches.rows), pooled.shape[1]), dtype=np.float32)
+            found[list(batch.examples)] = pooled
+            done += len(pooled)
             if progress:
-                progress(min(start + batch_size, len(sentences)), len(sentences))
-    return np.concatenate(found)
+                progress(done, len(batches.rows))
+    assert found is not None
+    return found
+
+
+def reading_length(model: Any, tokenizer: Any, most: int = 512) -> int:
+    """How many tokens of a text a model reads, and at most so many."""
+    limit = getattr(model.config, "max_position_embeddings", None) or most
+    return int(min(tokenizer.model_max_length, limit, most))
 
 
 def fidelity(reference: np.ndarray, other: np.ndarray, *, nearest: int = 10) -> Fidelity:

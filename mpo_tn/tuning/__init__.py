@@ -8,7 +8,7 @@ from mpo_tn.tuning.result import FinetuneResult, result_of
 from mpo_tn.tuning.run import NotFiniteError, Run, start
 from mpo_tn.tuning.settings import Settings, Squeezing
 from mpo_tn.tuning.squeezing import hold_out
-from mpo_tn.tuning.tasks import TaskData, TextData, load_task
+from mpo_tn.tuning.tasks import TaskData, TextData, load_files, load_task, read_texts
 
 __all__ = [
     "FinetuneResult",
@@ -25,8 +25,10 @@ __all__ = [
     "carry_out",
     "finetune",
     "hold_out",
+    "load_files",
     "load_task",
     "phases_of",
+    "read_texts",
     "result_of",
     "save_finetuned",
     "start",

@@ -75,8 +75,8 @@ class FinetuneResult:
         return (headline > self.baseline_headline) == self.higher_is_better and headline != self.baseline_headline
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold; NaN becomes None."""
-        return {"format_version": FORMAT_VERSION, **_plain(asdict(self))}
+        """A dictionary that JSON can hold; NaN and infinity become None."""
+        return {"format_version": FORMAT_VERSION, **plain(asdict(self))}
 
 
 def asked_settings(
@@ -164,12 +164,13 @@ def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same for JSON, which knows no tuples and no NaN or infinity: they become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_rss() -> int:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress, doing, silent
@@ -23,8 +21,9 @@ from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.training_state import TrainingState, capture, load_state, restore
 from mpo_tn.tuning.methods import Method, Prepared, prepare
 from mpo_tn.tuning.phases import Phase, phases_of
+from mpo_tn.tuning.scoring import logits_of, loss_of, scores_of
 from mpo_tn.tuning.settings import Settings
-from mpo_tn.tuning.tasks.batches import Batch, Batches, task_batches, text_batches, text_bytes
+from mpo_tn.tuning.tasks.batches import Batches, task_batches, text_batches
 from mpo_tn.tuning.tasks.data import Data, TaskData, TextData
 
 
@@ -151,7 +150,7 @@ class Run:
             group["lr"] = group["initial_lr"] * rate
         self.model.train()
         batch = self.train.at(place).to(settings.device)
-        loss = _loss(_logits(self.model, batch, settings), batch)
+        loss = loss_of(logits_of(self.model, batch, settings), batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise self._stopped("loss", value)
@@ -181,19 +180,7 @@ class Run:
     def evaluate(self, data: Data | None = None, splits: Mapping[str, Batches] | None = None) -> dict[str, float]:
         """The scores on the dev set, or on another; the mode of the model is restored."""
         data, splits = data or self.data, splits or self.dev
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                if isinstance(data, TextData):
-                    return _perplexities(self.model, splits["valid"], self.settings, text_bytes(data))
-                predictions = {
-                    split: _predict(self.model, batches, self.settings, data.task.is_regression)
-                    for split, batches in splits.items()
-                }
-                return data.scores(predictions)
-        finally:
-            self.model.train(training)
+        return scores_of(self.model, data, splits, self.settings)
 
     def score(self) -> None:
         """Score the dev set, and keep the scores."""
@@ -320,39 +307,3 @@ def _describe_head(model: Any, data: TaskData, tokenizer: Any) -> None:
     # Decoders find the last token of a sentence by what pads it.
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id or 0
-
-
-def _logits(model: Any, batch: Batch, settings: Settings) -> torch.Tensor:
-    with torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=settings.bf16):
-        return model(**batch.inputs).logits.float()
-
-
-def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    if logits.ndim == 3:
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
-    if batch.labels.is_floating_point():
-        return functional.mse_loss(logits.squeeze(-1), batch.labels)
-    return functional.cross_entropy(logits, batch.labels)
-
-
-def _predict(model: Any, batches: Batches, settings: Settings, is_regression: bool) -> np.ndarray:
-    found = np.zeros(len(batches.rows), dtype=np.float64 if is_regression else np.int64)
-    for batch in batches.in_order():
-        logits = _logits(model, batch.to(settings.device), settings)
-        predicted = logits.squeeze(-1) if is_regression else logits.argmax(-1)
-        found[list(batch.examples)] = predicted.cpu().numpy()
-    return found
-
-
-def _perplexities(model: Any, batches: Batches, settings: Settings, size: int) -> dict[str, float]:
-    total, tokens = 0.0, 0
-    for batch in batches.in_order():
-        scored = int((batch.labels[:, 1:] != -100).sum())
-        moved = batch.to(settings.device)
-        total += float(_loss(_logits(model, moved, settings), moved)) * scored
-        tokens += scored
-    return {"perplexity": _exp(total / tokens), "byte perplexity": _exp(total / size)}
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

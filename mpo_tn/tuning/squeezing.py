@@ -13,7 +13,6 @@ from mpo_tn.tuning.run import Run, batch_sizes
 from mpo_tn.tuning.settings import Squeezing
 from mpo_tn.tuning.tasks.batches import task_batches
 from mpo_tn.tuning.tasks.data import Data, TaskData, TextData
-from mpo_tn.tuning.tasks.glue import Split
 
 
 def hold_out(data: Data, share: float = 0.1) -> tuple[Data, TaskData]:
@@ -24,13 +23,8 @@ def hold_out(data: Data, share: float = 0.1) -> tuple[Data, TaskData]:
     """
     if isinstance(data, TextData):
         raise MPOError("gap_on='held-out' needs a GLUE task: for text measure the gap on dev")
-    held = data.train.subset(max(1, round(share * len(data.train))), seed=0)
-    taken = set(zip(held.texts, held.labels, strict=True))  # a sentence that occurs twice is taken twice
-    rest = [pair for pair in zip(data.train.texts, data.train.labels, strict=True) if pair not in taken]
-    if not rest:
-        raise MPOError("holding out leaves nothing to train on: measure the gap on dev")
-    remaining = Split(tuple(text for text, _ in rest), tuple(label for _, label in rest))
-    return replace(data, train=remaining), replace(data, dev={"dev": held})
+    rest, held = data.train.hold_out(share)
+    return replace(data, train=rest), replace(data, dev={"dev": held})
 
 
 def squeeze_run(

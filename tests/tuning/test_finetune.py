@@ -91,7 +91,7 @@ def test_epochs_and_seeds_differ_and_lengths_are_alike_in_a_batch() -> None:
 @given(st.lists(st.integers(5, 16), min_size=2, max_size=60), st.integers(4, 20), st.integers(1, 5))
 def test_text_blocks_predict_every_token_once(ids: list[int], length: int, size: int) -> None:
     class Tokenizer:
-        bos_token_id = eos_token_id = pad_token_id = None
+        bos_token_id = eos_token_id = pad_token_id = unk_token_id = None
 
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": ids}
@@ -500,7 +500,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, place: int, *, gradient: bool = Fals
     """From step ``place`` on the loss is NaN, or only its gradient is."""
     import mpo_tn.tuning.run as module
 
-    whole = module._loss
+    whole = module.loss_of
     count = 0
 
     def loss(logits: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -512,7 +512,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, place: int, *, gradient: bool = Fals
         # The root of zero is zero, and its slope is not finite: zero times infinity.
         return value + torch.sqrt(0 * value) if gradient else value * math.nan
 
-    monkeypatch.setattr(module, "_loss", loss)
+    monkeypatch.setattr(module, "loss_of", loss)
 
 
 @pytest.mark.guarantee("nan-spoils-nothing")

@@ -157,6 +157,6 @@ def test_in_a_squeezing_nobody_knows_of_how_many_steps(
     places: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begin(places, [SqueezePhase(SQUEEZING)])
-    monkeypatch.setattr("mpo_tn.tuning.run._loss", lambda logits, _batch: logits.sum() * math.nan)
+    monkeypatch.setattr("mpo_tn.tuning.run.loss_of", lambda logits, _batch: logits.sum() * math.nan)
     with pytest.raises(NotFiniteError, match=r"the loss is nan in step 1 \(epoch 1\); training stopped"):
         carry_out(run)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.tensors import as_os_error
+from mpo_tn.torch.models.units import count_parameters
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -48,16 +50,33 @@ def empty_model(source: str | Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
             raise MPOError(f"{source} is compressed or quantized already: name the dense model")
-        cls = _class_of(config)
-        build = cls.from_config if cls is transformers.AutoModel else cls._from_config
         dtype = config.dtype or _stored_dtype(source)
-        with torch.device("meta"):
-            model = build(config, dtype=dtype)
+        model = _built_empty(config, dtype)
         for pattern, other in model._get_dtype_plan(dtype).items():
             for name, parameter in model.named_parameters():
                 if re.search(pattern.replace("*", ".*"), name):
                     parameter.data = parameter.data.to(other)
         return model
+
+
+def dense_parameters(source: str | Path) -> int:
+    """How many numbers the dense model has that a folder or hub name describes, compressed or not.
+
+    Raises:
+        MPOError: no such folder, not a model.
+    """
+    check_source(source)
+    with _readable(source):
+        config = transformers.AutoConfig.from_pretrained(source)
+        vars(config).pop("quantization_config", None)
+        return count_parameters(_built_empty(config, torch.float32))
+
+
+def _built_empty(config: Any, dtype: Any) -> Any:
+    cls = _class_of(config)
+    build = cls.from_config if cls is transformers.AutoModel else cls._from_config
+    with torch.device("meta"):
+        return build(config, dtype=dtype)
 
 
 def _stored_dtype(source: str | Path) -> torch.dtype:
@@ -158,9 +177,20 @@ def _copy_companions(source: Path, out: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def weight_bytes(folder: Path) -> int:
-    """The size of the weight files of a model folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(source: str | Path) -> int:
+    """The size of the weight files of a model folder, or of a model from the hub that was loaded before.
+
+    Raises:
+        MPOError: it has none.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(str(cached_file(str(source), "config.json", local_files_only=True))).parent
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        found = sum(path.stat().st_size for path in folder.glob(pattern))
+        if found:
+            return found
+    raise MPOError(f"{source} has no weight files: give a folder with .safetensors files")
 
 
 def load_for_task(source: str | Path, num_labels: int | None, seed: int) -> Any:

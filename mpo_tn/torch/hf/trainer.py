@@ -14,7 +14,7 @@ from mpo_tn.torch.loops.evaluation import as_number, evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult
 from mpo_tn.torch.loops.squeezer import Squeezer
-from mpo_tn.torch.models.feeding import set_training, training_flags
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 
 if TYPE_CHECKING:  # importing these takes a second
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -1,4 +1,4 @@
-"""What a caller's functions find, evaluation mode, and what they give: a number."""
+"""What a caller's functions give: a number."""
 
 from __future__ import annotations
 

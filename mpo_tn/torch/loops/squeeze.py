@@ -17,7 +17,7 @@ from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.run_folder import RunFolder
 from mpo_tn.torch.loops.squeezer import Squeezer
-from mpo_tn.torch.models.feeding import set_training, training_flags
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
 
 

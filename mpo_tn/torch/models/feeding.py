@@ -13,6 +13,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.tensors import bytes_digest
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 
 _MASK, _DECODER_MASK = "attention_mask", "decoder_attention_mask"
 
@@ -153,17 +154,6 @@ def counted_rows(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tens
     else:
         return rows, len(lead) == 1 and lead[0] == int(mask.sum())  # the model itself took the padding out
     return (rows if bool(keep.all()) else rows[keep]), True
-
-
-def training_flags(model: nn.Module) -> dict[nn.Module, bool]:
-    """Which modules are in training mode, outer ones first."""
-    return {module: module.training for module in model.modules()}
-
-
-def set_training(flags: dict[nn.Module, bool]) -> None:
-    """Bring modules back to their modes, through ``train``, which some override."""
-    for module, training in flags.items():
-        module.train(training)
 
 
 @contextlib.contextmanager

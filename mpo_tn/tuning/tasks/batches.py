@@ -120,8 +120,20 @@ def task_batches(split: Split, tokenizer: Any, *, batch_size: int, max_length: i
     """
     _check(batch_size, max_length)
     columns = list(zip(*split.texts, strict=True))
-    encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length, padding=False)
-    return Batches(_rows(encoded), split.labels, padding_of(tokenizer), batch_size, seed)
+    rows = _encoded(columns, tokenizer, max_length)
+    return Batches(rows, split.labels, padding_of(tokenizer), batch_size, seed)
+
+
+def sentence_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int) -> Batches:
+    """Texts without labels, each a row cut to ``max_length`` tokens: to embed, to calibrate on, to measure a model on.
+
+    Raises:
+        MPOError: no text, a batch size or length that holds nothing, text that the tokenizer does not know.
+    """
+    _check(batch_size, max_length)
+    if not texts:
+        raise MPOError("there is no text: give at least one")
+    return Batches(_encoded([texts], tokenizer, max_length), None, padding_of(tokenizer), batch_size)
 
 
 def text_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int, seed: int = 0) -> Batches:
@@ -140,6 +152,7 @@ def text_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_l
         raise MPOError(f"the text has {len(ids)} tokens: two at least are needed to predict one from the other")
     blocks = [ids[k : k + max_length] for k in range(0, len(ids) - 1, max_length - 1)]
     rows = [{"input_ids": block, "attention_mask": [1] * len(block)} for block in blocks]
+    _check_known(rows, tokenizer)
     return Batches(rows, None, padding_of(tokenizer), batch_size, seed)
 
 
@@ -153,9 +166,39 @@ def padding_of(tokenizer: Any) -> dict[str, int]:
     return {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "attention_mask": 0}
 
 
-def _rows(encoded: Mapping[str, Sequence[list[int]]]) -> list[Row]:
+def unknown_share(rows: Sequence[Row], tokenizer: Any) -> float:
+    """The share of tokens that stand for what the tokenizer does not know, special tokens apart.
+
+    Tokenizers that spell out bytes know everything: 0.
+    """
+    unknown = tokenizer.unk_token_id
+    special = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep", "mask")}
+    if unknown is None or unknown in special:
+        return 0.0
+    ids = np.concatenate([row["input_ids"] for row in rows])
+    text = ids[~np.isin(ids, [number for number in special if number is not None])]
+    return float((text == unknown).mean()) if len(text) else 0.0
+
+
+# Half of the words lost is no longer the text; English has a few in a thousand.
+_MOST_UNKNOWN = 0.5
+
+
+def _check_known(rows: Sequence[Row], tokenizer: Any) -> None:
+    share = unknown_share(rows, tokenizer)
+    if share > _MOST_UNKNOWN:
+        raise MPOError(
+            f"{share:.0%} of the tokens of the text are unknown to the tokenizer of the model: it is of another "
+            "language or script than the model was trained on; give other text, or another model"
+        )
+
+
+def _encoded(columns: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> list[Row]:
+    encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length, padding=False)
     keys = list(encoded)
-    return [dict(zip(keys, values, strict=True)) for values in zip(*(encoded[key] for key in keys), strict=True)]
+    rows = [dict(zip(keys, values, strict=True)) for values in zip(*(encoded[key] for key in keys), strict=True)]
+    _check_known(rows, tokenizer)
+    return rows
 
 
 def _check(batch_size: int, max_length: int) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.tuning.tasks.files import task_from_folder, task_from_hub, text_from_folder
+from mpo_tn.tuning.tasks.files import last_tenth, task_from_folder, task_from_hub, text_from_folder
 from mpo_tn.tuning.tasks.glue import METRICS, Split, Task, find_task
+from mpo_tn.tuning.tasks.own_files import read_texts, task_from_files
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,56 @@ def load_task(
     Raises:
         MPOError: an unknown task, a missing file or column, a label out of range, an empty file.
     """
-    if limit is not None and limit < 1:
-        raise MPOError(f"limit={limit} leaves no training example: give at least 1")
+    _check_limit(limit)
     if name.casefold() == "text":
         if data_dir is None:
             raise MPOError("the task text needs a folder of .txt files: give --data-dir")
         return TextData(*text_from_folder(Path(data_dir)), str(data_dir))
     task = find_task(name)
     parts = task_from_hub(task, hub) if data_dir is None else task_from_folder(task, Path(data_dir))
-    data = TaskData(task, *parts)
+    return _limited(TaskData(task, *parts), limit, seed)
+
+
+def load_files(
+    train: str | Path,
+    dev: str | Path | None = None,
+    *,
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Data:
+    """Read a task from files of one's own: a classification or a regression; without labels text for a language model.
+
+    Args:
+        train: a table with named columns, or for a language model a ``.txt`` file, which is one text; see
+            :func:`~mpo_tn.tuning.tasks.own_files.read_texts` for the kinds.
+        dev: what is scored; without it a tenth of the training examples, or the last tenth of the text.
+        text: the column of the text, or two of pairs; ``text`` by default.
+        label: the column of the labels. What they are is told from the training file, see
+            :func:`~mpo_tn.tuning.tasks.own_files.task_from_files`.
+        limit: at most so many training examples, drawn by ``seed``.
+        seed: of that draw.
+
+    Raises:
+        MPOError: no such file or column, a broken file, no text, labels that are missing, unknown or all the same.
+    """
+    _check_limit(limit)
+    if label is not None:
+        task, parts = task_from_files(train, dev, text, label)
+        return _limited(TaskData(task, *parts), limit, seed)
+    texts = read_texts(train, text, whole=True)
+    if dev is None:
+        return TextData(*last_tenth(texts), str(train))
+    return TextData(texts, read_texts(dev, text, whole=True), f"{train}, {dev}")
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise MPOError(f"limit={limit} leaves no training example: give at least 1")
+
+
+def _limited(data: TaskData, limit: int | None, seed: int) -> TaskData:
     if limit is None or limit >= len(data.train):
         return data
     return replace(data, train=data.train.subset(limit, seed))

@@ -82,12 +82,20 @@ def read_split(task: Task, path: Path) -> tuple[Split, int]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank. Only a line feed ends a line: sentences hold other separators."""
+    rows = read_utf8(path).split("\n")
+    return ((k, row.removesuffix("\r")) for k, row in enumerate(rows, 1) if row.strip("\r"))
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte-order mark.
+
+    Raises:
+        MPOError: it is not UTF-8.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MPOError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from None
-    rows = text.split("\n")
-    return ((k, row.removesuffix("\r")) for k, row in enumerate(rows, 1) if row.strip("\r"))
 
 
 def _label(task: Task, written: str, where: str) -> Label:
@@ -163,18 +171,16 @@ def text_from_folder(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     paths = sorted(folder.rglob("*.txt"))
     if not paths:
         raise MPOError(f"{folder} holds no .txt file")
-    texts: dict[Path, str] = {}
-    for path in paths:
-        try:
-            texts[path] = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise MPOError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from None
+    texts = {path: read_utf8(path) for path in paths}
     valid = tuple(text for path, text in texts.items() if path.name.startswith("valid") and text.strip())
     train = tuple(text for path, text in texts.items() if not path.name.startswith("valid") and text.strip())
     if not train:
         raise MPOError(f"{folder} holds no text to train on: its .txt files are empty or all named valid*")
-    if not valid:
-        whole = "\n".join(train)
-        cut = len(whole) * 9 // 10
-        train, valid = (whole[:cut],), (whole[cut:],)
-    return train, valid
+    return (train, valid) if valid else last_tenth(train)
+
+
+def last_tenth(texts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Texts in a row, cut into nine tenths to train on and one to validate on."""
+    whole = "\n".join(texts)
+    cut = len(whole) * 9 // 10
+    return (whole[:cut],), (whole[cut:],)

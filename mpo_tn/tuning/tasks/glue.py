@@ -92,6 +92,19 @@ class Split:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:limit])
         return Split(tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen))
 
+    def hold_out(self, share: float) -> tuple[Split, Split]:
+        """The examples but for a share, always the same one, and that share; what occurs twice goes as one.
+
+        Raises:
+            MPOError: nothing would be left.
+        """
+        held = self.subset(max(1, round(share * len(self))), seed=0)
+        taken = set(zip(held.texts, held.labels, strict=True))
+        rest = [pair for pair in zip(self.texts, self.labels, strict=True) if pair not in taken]
+        if not rest:
+            raise MPOError(f"holding out a part of {len(self)} examples leaves nothing to train on: give a dev set")
+        return Split(tuple(text for text, _ in rest), tuple(label for _, label in rest)), held
+
 
 def find_task(name: str) -> Task:
     """The task of that name, whatever its case and dashes.

@@ -20,7 +20,7 @@ from mpo_tn.torch import SqueezeResult
 from mpo_tn.torch.loops.evaluation import evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.squeezer import Squeezer
-from mpo_tn.torch.models.feeding import set_training, training_flags
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.training_state import TrainingState
 
