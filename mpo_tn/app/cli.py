@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpo_tn import __version__
+from mpo_tn.app.cli_heal import heal
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.terminal import (
     Json,
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(squeeze)
+app.command()(heal)
 
 
 def _show_version(wanted: bool) -> None:
