@@ -103,7 +103,9 @@ class Healer:
         with torch.no_grad():
             try:
                 measured = self._measure(self._train.at(0), "train")
-            except (IndexError, TypeError, RuntimeError) as error:
+            except MPOError:
+                raise
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 text = str(error).strip().splitlines() or [type(error).__name__]
                 raise MPOError(
                     f"the first batch cannot go through the model and the teacher ({text[0]}): they have to take what "
