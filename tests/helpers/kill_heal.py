@@ -27,7 +27,7 @@ def run(folder: Path, fuse: Fuse) -> str:
     torch.manual_seed(0)
     random.seed(0)  # which a fork seeds anew
     task = Task()
-    result = task.run(folder=folder, steps=6, every=2, tensor_lr=0.03, progress=lambda *_: fuse.tick())
+    result = task.run(folder=folder, steps=4, every=2, tensor_lr=0.03, progress=lambda *_: fuse.tick())
     return f"{without_seconds(result)} {bits(task.model)} {state.random_digest()}"
 
 
@@ -53,6 +53,7 @@ def in_a_child(folder: Path, at: int | None) -> tuple[int, str]:
 
 def main(home: Path, say: Callable[[str], None] = print) -> int:
     torch.set_num_threads(1)
+    Task()  # made once, before the forks
     _, expected = in_a_child(home / "whole", None)
     assert "best_step" in expected, expected
     kills = 0
