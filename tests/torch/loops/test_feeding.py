@@ -37,6 +37,7 @@ def ids(feed: Feed, steps: Any) -> list[int]:
     return [int(feed.at(step).inputs["input_ids"][0, 0]) for step in steps]
 
 
+@pytest.mark.slow
 @given(count=st.integers(1, 7), seed=st.integers(0, 5), steps=st.lists(st.integers(0, 14), min_size=1, max_size=5))
 def test_a_step_has_one_batch_however_it_is_reached(count: int, seed: int, steps: list[int]) -> None:
     loader = DataLoader(range(count), shuffle=True, collate_fn=lambda rows: one(rows[0]))  # type: ignore[arg-type]
