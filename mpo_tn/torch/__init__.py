@@ -15,6 +15,8 @@ from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.modes import set_mode
 from mpo_tn.torch.layers.workspace import free_workspace
+from mpo_tn.torch.loops.heal import heal
+from mpo_tn.torch.loops.recipe import HealResult
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
 from mpo_tn.torch.loops.squeeze import squeeze
 from mpo_tn.torch.models.blocks import BlockSample
@@ -41,6 +43,7 @@ __all__ = [
     "CompressionReport",
     "Cut",
     "FreezeReport",
+    "HealResult",
     "LayerReport",
     "LeftDense",
     "MPOConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "cut_model",
     "free_workspace",
     "freeze",
+    "heal",
     "load_cores",
     "load_state",
     "parameter_groups",

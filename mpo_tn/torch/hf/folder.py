@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,18 +146,38 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def save_model(model: Any, source: str | Path, out: Path, *, overwrite: bool = False) -> None:
+def save_model(
+    model: Any, source: str | Path, out: Path, *, overwrite: bool = False, files: Mapping[str, str] | None = None
+) -> None:
     """Write the model and what else ``source`` holds (tokenizer, pooling, ...) to ``out``, whole or not at all.
+
+    ``files`` are texts to write beside it, by name.
 
     Raises:
         MPOError: ``out`` may not be written, or the disk is full; then nothing is left of it.
     """
     check_model_target(out, source, overwrite=overwrite)
+    _write_model(model, source, out, files or {})
+
+
+def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None = None) -> None:
+    """Write the model over the folder that it was read from, of which all but the weights stay. See :func:`save_model`.
+
+    Raises:
+        MPOError: it is no model folder, or the disk is full; then it is as it was.
+    """
+    check_target(folder, overwrite=True, marker="config.json")
+    _write_model(model, folder, folder, files or {})
+
+
+def _write_model(model: Any, source: str | Path, out: Path, files: Mapping[str, str]) -> None:
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             _copy_companions(Path(source), temporary)
         with as_os_error():
             model.save_pretrained(temporary)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> None:
