@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mpo_tn.planning.entries import ITEMSIZES
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.truncation import Report
 
@@ -14,7 +15,8 @@ from mpo_tn.truncation import Report
 class LayerReport:
     """What one unit became. ``names`` are all the modules that use it; the first names the unit.
 
-    ``report`` is the core's report on the padded matrix.
+    ``report`` is the core's report on the padded matrix, of the truncation alone; ``error`` is also of the rounding of
+    cores that are held in bits, measured on what they stand for. ``storage`` is the dtype of the other cores.
 
     Guarantee (used-part): ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not
     counted, to ``4 eps(dtype) sqrt(size) norm``.
@@ -25,11 +27,22 @@ class LayerReport:
     error: float
     norm: float
     report: Report
+    storage: str = "float32"
 
     @property
     def name(self) -> str:
         """The name of the first occurrence."""
         return self.names[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the cores take."""
+        return self.spec.bytes(ITEMSIZES[self.storage])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits that the cores take over the number of weights."""
+        return self.spec.bits_per_weight(ITEMSIZES[self.storage])
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -39,6 +52,8 @@ class LayerReport:
             **self.spec.to_dict(),
             "kept": self.spec.kept,
             "parameters": self.spec.num_parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
             "error": self.error,
             "norm": self.norm,
             "floor": self.report.floor,
