@@ -80,6 +80,16 @@ class CompressionReport:
         return sum(layer.spec.num_parameters for layer in self.layers)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Of the compressed matrices: all bits that their cores take, scales included, over their dense weights."""
+        return 8 * sum(layer.bytes for layer in self.layers) / self.matrix_before if self.matrix_before else 0.0
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether any core is held in bits."""
+        return any(layer.spec.bits for layer in self.layers)
+
+    @property
     def kept(self) -> float:
         """The kept ratio of the compressed matrices."""
         return self.matrix_after / self.matrix_before if self.matrix_before else 1.0
@@ -104,13 +114,15 @@ class CompressionReport:
             "parameters_after": self.parameters_after,
             "kept": self.kept,
             "kept_model": self.kept_model,
+            "bits_per_weight": self.bits_per_weight,
             "rel_error": self.rel_error,
         }
 
     def __str__(self) -> str:
+        bits = f", {self.bits_per_weight:.2f} bits per weight" if self.has_bits else ""
         skipped = f"; {len(self.skipped)} matched modules skipped" if self.skipped else ""
         return (
             f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
-            f"whole model ({self.parameters_before} -> {self.parameters_after}), relative error "
+            f"whole model ({self.parameters_before} -> {self.parameters_after}){bits}, relative error "
             f"{self.rel_error:.4f}{skipped}"
         )
