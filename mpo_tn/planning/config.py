@@ -146,7 +146,7 @@ class MPOConfig:
                 plain[name] = tuple(plain[name])
         plain["sites"] = sites_from_json(plain.get("sites", 5))
         plain["overrides"] = {
-            pattern: {key: sites_from_json(value) for key, value in override.items()}
+            pattern: {key: sites_from_json(value) if key == "sites" else value for key, value in override.items()}
             for pattern, override in plain.get("overrides", {}).items()
         }
         return cls(**plain)

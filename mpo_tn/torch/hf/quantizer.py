@@ -206,6 +206,10 @@ class MPOHfQuantizer(HfQuantizer):
         """Always: the cores are ordinary parameters and buffers."""
         return True
 
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Yes for what holds cores in bits: its shape is then looked at once it is read, and the error names it."""
+        return bool(_IN_BITS.search(param_name))
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None, which is as it is in the file, for what holds cores in bits, whatever the model is loaded in."""
         if all(_IN_BITS.search(name) for name in converter.target_patterns):
