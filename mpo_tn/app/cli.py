@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.terminal import (
     Json,
     Overwrite,
+    bits_of,
     err,
     is_wide,
     new_table,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 Keep = Annotated[float | None, typer.Option(help="Parameters to keep of each matrix, for instance 0.6.")]
 Bond = Annotated[int | None, typer.Option(help="Largest bond.")]
 Tolerance = Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")]
+Bits = Annotated[int | None, typer.Option(help="Hold cores as integers of 2 to 8 bits, or 16 for float16.")]
+CentralBits = Annotated[int | None, typer.Option(help="The same for the central tensors only.")]
+Group = Annotated[int, typer.Option(help="Columns of a core that share a scale, with bits.")]
 Sites = Annotated[str, typer.Option(help='Number of sites, or "low-rank".')]
 Targets = Annotated[
     list[str] | None,
@@ -101,6 +105,9 @@ def compress(
     bond: Bond = None,
     tolerance: Tolerance = None,
     sites: Sites = "5",
+    bits: Bits = None,
+    central_bits: CentralBits = None,
+    group: Group = 128,
     target: Targets = None,
     exclude: Exclude = None,
     plan_file: Annotated[
@@ -115,9 +122,11 @@ def compress(
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
 
-        config: MPOConfig | Plan = _config(keep, bond, tolerance, sites, target, exclude)
+        config: MPOConfig | Plan = _config(
+            keep, bond, tolerance, sites, target, exclude, bits_of(bits, central_bits), group
+        )
         if plan_file is not None:
-            if config != _config(None, None, None, "5", None, None):
+            if config != _config(None, None, None, "5", None, None, None, 128):
                 raise MPOError(
                     "--plan says what becomes of every matrix: leave the other options out, or edit the plan"
                 )
@@ -144,6 +153,9 @@ def plan(
     bond: Bond = None,
     tolerance: Tolerance = None,
     sites: Sites = "5",
+    bits: Bits = None,
+    central_bits: CentralBits = None,
+    group: Group = 128,
     target: Targets = None,
     exclude: Exclude = None,
     as_json: Json = False,
@@ -156,7 +168,7 @@ def plan(
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import empty_model, load_model
 
-        config = _config(keep, bond, tolerance, sites, target, exclude)
+        config = _config(keep, bond, tolerance, sites, target, exclude, bits_of(bits, central_bits), group)
         progress(0, 1, "reading the model")
         # Only a tolerance depends on the numbers.
         network = load_model(model) if tolerance is not None else empty_model(model)
@@ -196,13 +208,13 @@ def inspect(
 
 def _config(
     keep: float | None, bond: int | None, tolerance: float | None, sites: str, target: list[str] | None,
-    exclude: list[str] | None,
+    exclude: list[str] | None, bits: int | dict[str, int | None] | None, group: int,
 ) -> MPOConfig:  # fmt: skip
     from mpo_tn.torch import MPOConfig
 
     return MPOConfig(
         target_modules=targets_of(target), exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep,
-        bond=bond, tolerance=tolerance,
+        bond=bond, tolerance=tolerance, bits=bits, group=group,
     )  # fmt: skip
 
 
@@ -240,7 +252,7 @@ def _print_demo(result: DemoResult) -> None:
 def _print_compression(report: CompressionReport) -> None:
     table = new_table(
         ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
-        ("error", "right"),
+        ("error", "right"), *_size_columns(report.has_bits),
     )  # fmt: skip
     for layer in report.layers:
         spec = layer.spec
@@ -248,6 +260,7 @@ def _print_compression(report: CompressionReport) -> None:
         table.add_row(
             _name(layer.name) + shared, f"{spec.out_features}x{spec.in_features}",
             _legs(spec.sites.out, spec.sites.in_), _numbers(spec.bonds), f"{spec.kept:.3f}", f"{spec.rel_error:.3g}",
+            *(_sizes(spec.bits, layer.bytes / 1e6, layer.bits_per_weight) if report.has_bits else ()),
         )  # fmt: skip
     out.print(table)
     for name, reason in report.skipped.items():
@@ -258,16 +271,18 @@ def _print_compression(report: CompressionReport) -> None:
 def _print_plan(decided: Plan) -> None:
     table = new_table(
         ("module", "left"), ("", "right"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), ("kept", "right"),
-        ("MB", "right"), gap=2 if is_wide() else 1,
+        *(_size_columns(True) if decided.has_bits else (("MB", "right"),)), gap=2 if is_wide() else 1,
     )  # fmt: skip
     most = "" if decided.is_exact else "<="
     for row in decided.rows():
         spec, count = row.units[0].spec, len(row.units)
         shared = f" (+{len(row.units[0].names) - 1} sharing it)" if len(row.units[0].names) > 1 else ""
         size = sum(unit.bytes for unit in row.units) / 1e6
+        sizes = _sizes(spec.bits, size, row.units[0].bits_per_weight, most)
         table.add_row(
             _name(row.pattern) + shared, f"x {count}" if count > 1 else "", f"{spec.out_features}x{spec.in_features}",
-            _legs(spec.sites.out, spec.sites.in_), _numbers(spec.bonds), f"{most}{spec.kept:.3f}", f"{most}{size:.3g}",
+            _legs(spec.sites.out, spec.sites.in_), _numbers(spec.bonds), f"{most}{spec.kept:.3f}",
+            *(sizes if decided.has_bits else (f"{most}{size:.3g}",)),
         )  # fmt: skip
     out.print(table)
     out.print("\nStays as it is:", highlight=False)
@@ -284,7 +299,9 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
         ("module", "left"), ("out x in", "left"), ("legs", "left"), ("bonds", "left"), *numbers,
         gap=2 if is_wide() else 1,
     )  # fmt: skip
-    auto = any(row.auto for row in rows)
+    auto, in_bits = any(row.auto for row in rows), any(row.bits for row in rows)
+    for name, side in _size_columns(in_bits):
+        table.add_column(name, justify=side)
     if auto:
         table.add_column("flops", justify="right", overflow="fold")
     for row in rows:
@@ -292,6 +309,7 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
         table.add_row(
             _name(row.name), f"{row.shape[0]}x{row.shape[1]}", _legs(row.out, row.in_), _numbers(row.bonds),
             *_cells(f"{row.kept:.3f}", error), *_cells(f"{row.flatness:.3f}", f"{row.needed}/{row.available}"),
+            *(_sizes(row.bits, (row.bytes or 0) / 1e6, row.bits_per_weight or 0) if in_bits else ()),
             *([_auto(row)] if auto else []),
         )  # fmt: skip
     out.print(table)
@@ -308,6 +326,17 @@ def _print_matrices(rows: list[MatrixSummary]) -> None:
             "the chain, r where it rebuilds the matrix.",
             highlight=False,
         )
+
+
+def _size_columns(shown: bool) -> tuple[tuple[str, Literal["left", "right"]], ...]:
+    sizes: tuple[tuple[str, Literal["left", "right"]], ...] = tuple((name, "right") for name in _cells("MB", "bpw"))
+    return (("bits", "left"), *sizes) if shown else ()
+
+
+def _sizes(bits: tuple[int | None, ...], megabytes: float, bpw: float, most: str = "") -> tuple[str, ...]:
+    """How the cores are held (one number if all alike, a dash for the dtype of the weight), MB, bits per weight."""
+    held = ["-" if each is None else str(each) for each in bits] or ["-"]
+    return ",".join(held if len(set(held)) > 1 else held[:1]), *_cells(f"{most}{megabytes:.3g}", f"{most}{bpw:.2f}")
 
 
 def _cells(*texts: str) -> tuple[str, ...]:

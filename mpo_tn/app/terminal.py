@@ -65,6 +65,11 @@ def targets_of(given: list[str] | None) -> str | tuple[str, ...]:
     return "all-linear" if not given or given == ["all-linear"] else tuple(given)
 
 
+def bits_of(bits: int | None, central: int | None) -> int | dict[str, int | None] | None:
+    """What ``--bits`` and ``--central-bits`` mean: the first is of all cores, the second of the central one instead."""
+    return bits if central is None else {"central": central, "auxiliary": bits}
+
+
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on the output stream."""
     # Straight to the stream: rich would wrap long lines and colour brackets.

@@ -8,12 +8,14 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.patterns import matches
-from mpo_tn.planning.spec import sites_from_json, sites_to_json
+from mpo_tn.planning.spec import ModuleSpec, check_core_bits, sites_from_json, sites_to_json
 from mpo_tn.sites import Sites
+from mpo_tn.truncate.quantize import GROUP
 from mpo_tn.truncation import Truncation
 
 _SIZES = ("keep", "bond", "tolerance")
-_OVERRIDABLE = ("sites", *_SIZES)
+_OVERRIDABLE = ("sites", *_SIZES, "bits", "group")
+_PARTS = ("central", "auxiliary")
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,18 @@ class MPOConfig:
             that fits is used.
         bond: a cap on every bond, or one for each.
         tolerance: the relative Frobenius error allowed per matrix.
-        overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``; the first match wins. A
-            replaced size drops the general one; ``{"keep": None}`` makes the match exact.
+        bits: how the numbers of the cores are held: integers of 2 to 8 bits with scales, or 16 for float16; None for
+            the dtype of the weight. One number for all cores, or ``{"central": 4, "auxiliary": 8}``, either of which
+            may be left out. With ``sites=1`` it is the dense matrix that is held so. Cores in bits do not train.
+        group: columns of a core's matrix (left out, in right) that share a scale.
+        overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``, ``bits``, ``group``; the
+            first match wins. A replaced size drops the general one; ``{"keep": None}`` makes the match exact.
 
     At most one of ``keep``, ``bond`` and ``tolerance``; none means exact. ``keep=1.0`` is not exact: full bonds hold a
     few per cent more numbers than the matrix.
 
     Raises:
-        MPOError: two sizes at once, a size out of range, an unknown override.
+        MPOError: two sizes at once, a size or bits out of range, an unknown override.
 
     >>> MPOConfig(keep=0.6, overrides={"re:.*pooler.*": {"bond": 8}}).for_module("pooler.dense").bond
     8
@@ -50,6 +56,8 @@ class MPOConfig:
     keep: float | None = None
     bond: int | tuple[int, ...] | None = None
     tolerance: float | None = None
+    bits: int | Mapping[str, int | None] | None = None
+    group: int = GROUP
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
@@ -69,6 +77,8 @@ class MPOConfig:
             "bond": truncation.max_bond,
             "tolerance": truncation.rel_error,
             "sites": _plain_sites(self.sites),
+            "bits": _plain_bits(self.bits, self.group),
+            "group": check_core_bits(16, self.group)[1],
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -93,6 +103,11 @@ class MPOConfig:
     def _overridden(self, override: Mapping[str, Any]) -> MPOConfig:
         sizes = dict.fromkeys(_SIZES) if set(override) & set(_SIZES) else {}
         return replace(self, **{**sizes, **override, "overrides": {}})
+
+    def core_bits(self, spec: ModuleSpec) -> tuple[int | None, ...]:
+        """How each core of a structure is held, see :class:`ModuleSpec`."""
+        bits = self.bits if isinstance(self.bits, Mapping) else dict.fromkeys(_PARTS, self.bits)
+        return tuple(bits.get("central" if k == spec.center else "auxiliary") for k in range(len(spec.sites)))
 
     def truncation(self) -> Truncation:
         """The truncation that ``bond`` or ``tolerance`` stand for; ``keep`` depends on the legs."""
@@ -131,7 +146,7 @@ class MPOConfig:
                 plain[name] = tuple(plain[name])
         plain["sites"] = sites_from_json(plain.get("sites", 5))
         plain["overrides"] = {
-            pattern: {key: sites_from_json(value) for key, value in override.items()}
+            pattern: {key: sites_from_json(value) if key == "sites" else value for key, value in override.items()}
             for pattern, override in plain.get("overrides", {}).items()
         }
         return cls(**plain)
@@ -148,6 +163,15 @@ class MPOConfig:
         ('mpo', True)
         """
         return {"quant_method": "mpo", "config": self.to_dict()}
+
+
+def _plain_bits(bits: object, group: object) -> int | dict[str, int | None] | None:
+    if not isinstance(bits, Mapping):
+        return None if bits is None else check_core_bits(bits, group)[0]
+    if unknown := sorted(map(str, set(bits) - set(_PARTS))):
+        raise MPOError(f"bits={dict(bits)!r} names {', '.join(unknown)}: only {' and '.join(_PARTS)} tensors have bits")
+    held = {part: None if bits[part] is None else check_core_bits(bits[part], group)[0] for part in bits}
+    return {part: held[part] for part in _PARTS if held.get(part) is not None} or None
 
 
 def _plain_sites(sites: object) -> int | str | Sites:

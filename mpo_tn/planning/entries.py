@@ -8,6 +8,7 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.spec import ModuleSpec, sites_from_json, sites_to_json
+from mpo_tn.truncate.quantize import GROUP
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 """Bytes a number, by storage."""
@@ -21,7 +22,7 @@ class UnitPlan:
         names: see above.
         spec: kind, sizes, legs, and bonds; the bonds are the widest that come out, narrower where a ``tolerance`` is
             met by less. What the modules have besides the matrix (a bias, ties) is read from them.
-        storage: the dtype of the cores, that of the weight.
+        storage: the dtype of the cores that are not in bits, that of the weight.
         tolerance: the relative Frobenius error up to which bonds may be cut further, if there is one.
         bias: numbers that the modules hold beside the matrix.
         bias_bytes: and what they take; those of the storage if not given.
@@ -43,6 +44,8 @@ class UnitPlan:
             raise MPOError(f"names={self.names!r} are not the names of the modules that use a matrix")
         if self.storage not in ITEMSIZES:
             raise MPOError(f"storage={self.storage!r} is not one of {', '.join(ITEMSIZES)}")
+        if self.spec.bits and self.storage.startswith("complex"):
+            raise MPOError(f"bits={list(self.spec.bits)} for a matrix in {self.storage}: only real ones have bits")
         if self.tolerance is not None and not (is_real(self.tolerance) and 0 < self.tolerance < 1):
             raise MPOError(f"tolerance={self.tolerance!r} must be a number above 0 and below 1, or null")
         if self.tolerance is not None:  # of whatever library, JSON takes it
@@ -88,7 +91,12 @@ class UnitPlan:
     @property
     def bytes(self) -> int:
         """How many bytes the cores will take; with a tolerance at most."""
-        return self.parameters * self.itemsize
+        return self.spec.bytes(self.itemsize)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits that the cores will take, scales included, over the number of weights; with a tolerance at most."""
+        return self.spec.bits_per_weight(self.itemsize)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -99,6 +107,7 @@ class UnitPlan:
             "in_features": self.spec.in_features,
             "sites": sites_to_json(self.spec.sites),
             "bonds": list(self.spec.bonds),
+            **self.spec.bits_to_dict(),
             "storage": self.storage,
             "tolerance": self.tolerance,
             "bias": self.bias,
@@ -121,7 +130,9 @@ class UnitPlan:
             raise MPOError(f"a unit has names={names!r}: give a list of the modules that use the matrix")
         name = str(names[0])
         keys = {"names", "kind", "out_features", "in_features", "sites", "bonds", "storage", "bias"}
-        check_keys(f"unit {name}", values, keys, keys | {"tolerance", "bias_bytes", "parameters", "bytes"})
+        check_keys(
+            f"unit {name}", values, keys, keys | {"tolerance", "bits", "group", "bias_bytes", "parameters", "bytes"}
+        )
         try:
             spec = ModuleSpec(
                 values["kind"],
@@ -129,6 +140,8 @@ class UnitPlan:
                 tuple(values["bonds"]),
                 values["out_features"],
                 values["in_features"],
+                bits=tuple(values.get("bits", ())),
+                group=values.get("group", GROUP),
             )
             beside = values["bias"], values.get("bias_bytes")
             unit = cls(tuple(names), spec, values["storage"], values.get("tolerance"), *beside)
@@ -140,8 +153,8 @@ class UnitPlan:
             stated, counted = values.get(key), getattr(unit, key)
             if stated is not None and stated != counted:
                 raise MPOError(
-                    f'{name}: "{key}" is {stated}, and with these legs, bonds and storage the cores hold {counted} '
-                    f"{what}: correct it, or leave it out"
+                    f'{name}: "{key}" is {stated}, and with these legs, bonds, bits and storage the cores hold '
+                    f"{counted} {what}: correct it, or leave it out"
                 )
         return unit
 

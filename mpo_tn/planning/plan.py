@@ -107,6 +107,16 @@ class Plan:
         return sum(unit.bytes for unit in self.units) + self._bytes_beside
 
     @property
+    def bits_per_weight(self) -> float:
+        """Of the planned matrices: all bits that their cores take, scales included, over their dense weights."""
+        return 8 * sum(unit.bytes for unit in self.units) / self.matrix_before if self.matrix_before else 0.0
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether any core is held in integers or in float16 whatever the dtype of its weight."""
+        return any(unit.spec.bits for unit in self.units)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the counts are what will come out; with a tolerance they are the most that can."""
         return all(unit.tolerance is None for unit in self.units)
@@ -206,9 +216,10 @@ class Plan:
 
     def __str__(self) -> str:
         most = "" if self.is_exact else "at most "
+        bits = f", {most}{self.bits_per_weight:.2f} bits per weight" if self.has_bits else ""
         asked = f"; {len(self.skipped)} matched modules stay dense" if self.skipped else ""
         return (
-            f"{len(self.units)} matrices of {self.model}: {most}{self.kept:.3f} of their parameters, "
+            f"{len(self.units)} matrices of {self.model}: {most}{self.kept:.3f} of their parameters{bits}, "
             f"{self.kept_model:.3f} of the whole model ({self.parameters_before} -> {self.parameters_after}, "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB){asked}"
         )

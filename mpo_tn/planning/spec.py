@@ -9,6 +9,7 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.sites import Sites
+from mpo_tn.truncate.quantize import GROUP, check_bits, packed_bytes
 
 
 def sites_to_json(value: Any) -> Any:
@@ -21,6 +22,20 @@ def sites_from_json(value: Any) -> Any:
     return Sites(tuple(value["out"]), tuple(value["in"])) if isinstance(value, Mapping) else value
 
 
+def check_core_bits(bits: object, group: object) -> tuple[int, int]:
+    """Bits that a core can be held in, integers of 2 to 8 or 16 for float16, and a group of columns.
+
+    Raises:
+        MPOError: out of range.
+    """
+    if whole_number(bits) == 16:
+        return 16, check_bits(8, group)[1]
+    try:
+        return check_bits(bits, group)
+    except MPOError as error:
+        raise MPOError(f"{error}, or 16 for float16") if "bits=" in str(error) else error from None
+
+
 @dataclass(frozen=True)
 class ModuleSpec:
     """The structure of one compressed module, enough to build it empty, and the error that was made.
@@ -28,6 +43,13 @@ class ModuleSpec:
     ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"embedding"``. ``out_features`` and
     ``in_features`` are the sizes the module had; the legs may multiply to more (zero padding, cropped again). For an
     embedding they are the number of ids and the width. ``tied_to`` names the module whose cores are used.
+
+    ``bits`` says for each core how it is held: 2 to 8, integers with a scale in float16 for every ``group`` columns of
+    its matrix (left out, in right); 16, float16; None, the dtype of the weight. Empty stands for None throughout.
+
+    >>> spec = ModuleSpec("linear", Sites((384,), (1536,)), (), 384, 1536, bits=(4,))
+    >>> spec.bytes(itemsize=4), spec.bits_per_weight(itemsize=4)
+    (304144, 4.125...)
     """
 
     kind: str
@@ -40,6 +62,8 @@ class ModuleSpec:
     tied_to: str | None = None
     rel_error: float | None = None
     exact: bool = True
+    bits: tuple[int | None, ...] = ()
+    group: int = GROUP
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "conv1d", "embedding"):
@@ -52,6 +76,11 @@ class ModuleSpec:
             raise MPOError(f"bonds={self.bonds} do not fit {len(self.sites)} sites")
         if self.out_features > rows or self.in_features > columns:
             raise MPOError(f"legs multiply to {rows} x {columns}, less than {self.out_features} x {self.in_features}")
+        if self.bits and len(self.bits) != len(self.sites):
+            raise MPOError(f"bits={self.bits} are not one for each of {len(self.sites)} cores")
+        held = [None if bits is None else check_core_bits(bits, self.group)[0] for bits in self.bits]
+        object.__setattr__(self, "bits", tuple(held) if any(held) else ())
+        object.__setattr__(self, "group", check_core_bits(16, self.group)[1] if self.bits else GROUP)
 
     @property
     def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -85,14 +114,40 @@ class ModuleSpec:
         """How many numbers the auxiliary tensors hold."""
         return self.num_parameters - math.prod(self.core_shapes[self.center])
 
+    def bytes(self, itemsize: int) -> int:
+        """Bytes that the cores take, scales included, where a number of the weight's dtype takes ``itemsize``."""
+        total = 0
+        for (left, out, in_, right), bits in zip(self.core_shapes, self.core_bits, strict=True):
+            rows, columns = left * out, in_ * right
+            if bits is None or bits == 16:
+                total += rows * columns * (itemsize if bits is None else 2)
+            else:
+                total += packed_bytes(rows, columns, bits, self.group)
+        return total
+
+    def bits_per_weight(self, itemsize: int) -> float:
+        """All bits that the cores take over the number of weights of the matrix."""
+        return 8 * self.bytes(itemsize) / (self.out_features * self.in_features)
+
+    @property
+    def core_bits(self) -> tuple[int | None, ...]:
+        """``bits``, one for each core in any case."""
+        return self.bits or (None,) * len(self.sites)
+
     @property
     def kept(self) -> float:
         """The kept ratio of this matrix, bias apart."""
         return self.num_parameters / (self.out_features * self.in_features)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {**asdict(self), "sites": sites_to_json(self.sites), "bonds": list(self.bonds)}
+        """A dictionary that JSON can hold; of bits it speaks where there are any."""
+        plain = {**asdict(self), "sites": sites_to_json(self.sites), "bonds": list(self.bonds)}
+        del plain["bits"], plain["group"]
+        return plain | self.bits_to_dict()
+
+    def bits_to_dict(self) -> dict[str, Any]:
+        """``bits`` and ``group`` where there are any."""
+        return {"bits": list(self.bits), "group": self.group} if self.bits else {}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModuleSpec:
@@ -110,7 +165,8 @@ class ModuleSpec:
             )
         plain = dict(values)
         plain["sites"] = sites_from_json(values["sites"])
-        plain["bonds"] = tuple(values["bonds"])
+        for name in ("bonds", "bits"):
+            plain[name] = tuple(values.get(name, ()))
         return cls(**plain)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from mpo_tn.planning.config import MPOConfig
@@ -40,4 +41,5 @@ def structure(kind: str, out: int, in_: int, config: MPOConfig) -> ModuleSpec:
     ((12, 77, 77, 16), 0.099)
     """
     legs, bonds = _legs_and_bonds(out, in_, config.sites, config.keep, config.bond)
-    return ModuleSpec(kind, legs, bonds, out, in_)
+    spec = ModuleSpec(kind, legs, bonds, out, in_)
+    return spec if config.bits is None else replace(spec, bits=config.core_bits(spec), group=config.group)

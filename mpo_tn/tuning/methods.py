@@ -18,7 +18,7 @@ from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
-from mpo_tn.torch.models.units import find_units, mpo_units
+from mpo_tn.torch.models.units import count_parameters, find_units, mpo_units
 from mpo_tn.tuning.past_defaults import checked_version
 
 Bonds = Mapping[str, Sequence[int]]
@@ -119,7 +119,7 @@ class Prepared:
     @property
     def total(self) -> int:
         """Numbers in the model, shared ones once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return count_parameters(self.model)
 
 
 def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -52,6 +52,40 @@ def test_plan_then_compress(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+@pytest.mark.parametrize("width", [80, 140])
+def test_bits_are_planned_compressed_and_shown(
+    width: int, mpo_tn, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.out, "width", width)
+    options = ("--sites", "3", "--central-bits", "4", "--bits", "8", "--group", "16")
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    _, printed, _ = mpo_tn("plan", dense_folder, *options, "--out", file)
+    decided = Plan.load(file)
+    unit = decided.units[0]
+    assert (unit.spec.bits, unit.spec.group) == ((8, 4, 8), 16)
+    row = next(row for row in decided.rows() if unit in row.units)
+    megabytes = sum(each.bytes for each in row.units) / 1e6
+    for shown in ("bits", "bpw", "MB", "8,4,8", f"{unit.bits_per_weight:.2f}", f"{megabytes:.3g}"):
+        assert shown in printed
+    assert max(map(len, printed.splitlines()[:20])) <= width
+    assert f"{decided.bits_per_weight:.2f} bits per weight" in " ".join(printed.split())
+    _, printed, _ = mpo_tn("compress", dense_folder, out, *options)
+    assert "8,4,8" in printed
+    _, printed, _ = mpo_tn("inspect", out)
+    for shown in ("bits", "bpw", "8,4,8", f"{unit.bits_per_weight:.2f}"):
+        assert shown in printed
+    assert mpo_tn("compress", dense_folder, tmp_path / "same", "--plan", file)[0] == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "same" / name).read_bytes() == (out / name).read_bytes()
+    _, printed, _ = mpo_tn("plan", dense_folder, "--sites", "1", "--bits", "4", "--json")
+    assert {tuple(each["bits"]) for each in json.loads(printed)["units"]} == {(4,)}
+    _, printed, _ = mpo_tn("plan", dense_folder, "--sites", "3", "--central-bits", "4", "--json")
+    assert {tuple(each["bits"]) for each in json.loads(printed)["units"]} == {(None, 4, None)}
+    code, _, said = mpo_tn("plan", dense_folder, "--bits", "9")
+    assert code == 2
+    assert "bits=9" in said
+
+
 def test_a_folder_without_weights_or_class_has_a_plan(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
     values = json.loads((dense_folder / "config.json").read_text())
     del values["architectures"]

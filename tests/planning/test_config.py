@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.structure import structure
 
 PATTERNS = st.one_of(
     st.just("all-linear"), st.just(r".*query"), st.lists(st.text("abc.", min_size=1), max_size=3).map(tuple)
@@ -24,13 +25,18 @@ SIZES = st.one_of(
 )
 
 
+BITS = st.sampled_from([None, 2, 8, 16, {"central": 4}, {"auxiliary": 8, "central": 3}, {"central": None}, {}])
+
+
 @st.composite
 def configs(draw: Any) -> MPOConfig:
-    override = st.builds(lambda size, sites: {**size, "sites": sites}, SIZES, SITES)
+    override = st.builds(lambda size, sites, bits: {**size, "sites": sites, "bits": bits}, SIZES, SITES, BITS)
     return MPOConfig(
         target_modules=draw(PATTERNS),
         exclude_modules=draw(PATTERNS),
         sites=draw(SITES),
+        bits=draw(BITS),
+        group=draw(st.sampled_from([8, 128])),
         overrides=draw(st.dictionaries(st.text("abc", min_size=1), override, max_size=2)),
         **draw(SIZES),
     )
@@ -92,3 +98,33 @@ def test_for_transformers_it_is_a_dictionary_that_json_can_hold(config: MPOConfi
     plain = json.loads(json.dumps(config.to_hf()))
     assert plain.keys() == {"quant_method", "config"}
     assert (plain["quant_method"], MPOConfig.from_dict(plain["config"])) == ("mpo", config)
+
+
+def test_bits_of_central_and_auxiliary_tensors() -> None:
+    def bits(**config: Any) -> tuple[int | None, ...]:
+        return structure("linear", 48, 36, MPOConfig(sites=3, **config)).bits
+
+    assert bits() == bits(bits={}) == bits(bits={"central": None}) == ()
+    assert bits(bits=4) == (4, 4, 4)
+    assert bits(bits={"central": 3}) == (None, 3, None)
+    assert bits(bits={"auxiliary": 8, "central": 16}) == (8, 16, 8)
+    general = MPOConfig(bits=4, group=64, overrides={"table": {"bits": None}, "query": {"bits": 2, "group": 32}})
+    assert [general.for_module(name).bits for name in ("table", "query", "key")] == [None, 2, 4]
+    assert [general.for_module(name).group for name in ("table", "query", "key")] == [64, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bits": 1}, r"bits=1 .*16 for float16"),
+        ({"bits": 32}, "bits=32"),
+        ({"bits": "4"}, "bits='4'"),
+        ({"bits": {"centre": 4}}, "names centre: only central and auxiliary"),
+        ({"bits": {"central": 1}}, "bits=1"),
+        ({"group": 4}, "group=4"),
+        ({"overrides": {"x": {"bits": 11}}}, "bits=11"),
+    ],
+)
+def test_bits_that_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(MPOError, match=message):
+        MPOConfig(**config)

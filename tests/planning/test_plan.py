@@ -26,7 +26,11 @@ CONFIGS = st.one_of(
     st.builds(MPOConfig, sites=st.sampled_from([1, 2, 5, "low-rank"]), bond=st.integers(1, 200)),
     st.builds(MPOConfig, sites=st.integers(1, 6), tolerance=st.floats(1e-3, 0.9)),
     st.builds(MPOConfig, sites=st.integers(1, 6)),
-)
+    st.builds(
+        MPOConfig, sites=st.integers(1, 6), group=st.sampled_from([8, 100, 128]),
+        bits=st.sampled_from([2, 5, 16, {"central": 3}, {"auxiliary": 8}, {"central": 16, "auxiliary": 7}]),
+    ),
+)  # fmt: skip
 
 
 @st.composite
@@ -86,12 +90,17 @@ def test_the_totals_are_the_sums_of_the_parts(plan: Plan) -> None:
     assert plan.parameters_before == left + beside + sum(u.spec.out_features * u.spec.in_features for u in plan.units)
     assert plan.parameters_after == left + beside + sum(math.prod(s) for u in plan.units for s in u.spec.core_shapes)
     width = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-    assert all(unit.bytes == unit.parameters * width[unit.storage] for unit in plan.units)
+    assert all(unit.bytes == unit.spec.bytes(width[unit.storage]) for unit in plan.units)
+    in_full = [unit for unit in plan.units if not unit.spec.bits]
+    assert all(unit.bytes == unit.parameters * width[unit.storage] for unit in in_full)
     assert plan.bytes_after - plan.bytes_before == sum(
-        (unit.parameters - unit.dense_parameters) * width[unit.storage] for unit in plan.units
+        unit.bytes - unit.dense_parameters * width[unit.storage] for unit in plan.units
     )
     assert plan.is_exact == (not plan.units or plan.config.tolerance is None)
     assert str(plan.parameters_after) in str(plan)
+    assert plan.has_bits == any(unit.spec.bits for unit in plan.units) == ("bits per weight" in str(plan))
+    if plan.units:
+        assert plan.bits_per_weight == 8 * sum(unit.bytes for unit in plan.units) / plan.matrix_before
 
 
 def test_rows_take_together_what_differs_by_number_alone() -> None:

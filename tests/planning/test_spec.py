@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers.specs import specs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,45 @@ def test_a_specification_counts_its_cores(spec: ModuleSpec) -> None:
     ],
 )
 def test_a_specification_that_contradicts_itself(spec: ModuleSpec, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MPOError, match=message):
+        replace(spec, **changes)
+
+
+BITS = [None, *range(2, 9), 16]
+
+
+@given(specs(), st.data(), st.sampled_from([8, 10, 128]), st.sampled_from([2, 4, 8]))
+def test_bits_are_counted_and_survive_json(spec: ModuleSpec, data: st.DataObject, group: int, itemsize: int) -> None:
+    n = len(spec.sites)
+    bits = tuple(data.draw(st.lists(st.sampled_from(BITS), min_size=n, max_size=n)))
+    with_bits = replace(spec, bits=bits, group=group)
+    assert ModuleSpec.from_dict(json.loads(json.dumps(with_bits.to_dict()))) == with_bits
+    total = 0
+    for (left, out, in_, right), each in zip(spec.core_shapes, bits, strict=True):
+        if each is None or each == 16:
+            total += left * out * in_ * right * (itemsize if each is None else 2)
+        else:
+            columns = in_ * right
+            total += left * out * (4 * math.ceil(columns * each / 32) + 2 * math.ceil(columns / group)) + 16
+    assert with_bits.bytes(itemsize) == total
+    assert with_bits.bits_per_weight(itemsize) == 8 * total / (spec.out_features * spec.in_features)
+    assert (with_bits.core_shapes, with_bits.num_parameters) == (spec.core_shapes, spec.num_parameters)
+    if not any(bits):
+        assert with_bits == spec
+        assert not {"bits", "group"} & set(spec.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": (4,)}, "not one for each of 3"),
+        ({"bits": (4, 9, 4)}, r"bits=9 .*8, or 16 for float16"),
+        ({"bits": (None, "4", None)}, "bits='4'"),
+        ({"bits": (None, 4, None), "group": 7}, "group=7"),
+        ({"bits": (16, 16, 16), "group": 0}, "group=0"),
+    ],
+)
+def test_bits_that_are_refused(spec: ModuleSpec, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MPOError, match=message):
         replace(spec, **changes)
 

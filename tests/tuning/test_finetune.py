@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.in_bits import bits_held
 from helpers.paths import ROOT, TESTS
 from helpers.task_folders import write_all
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError
-from mpo_tn.torch import MPOLayer, freeze
-from mpo_tn.torch.hf.folder import load_for_task, load_tokenizer
+from mpo_tn.torch import MPOConfig, MPOLayer, compress, freeze
+from mpo_tn.torch.hf.folder import load_for_task, load_tokenizer, save_model
 from mpo_tn.torch.models.trainable import POLICIES
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.units import count_parameters, find_units
 from mpo_tn.tuning.checkpoints import check_folder
 from mpo_tn.tuning.finetune import NotFiniteError, Settings, Squeezing, finetune, save_finetuned
 from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, prepare
@@ -274,6 +275,28 @@ def state(model: Any) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfa", "squeeze"])
+def test_auxiliary_tensors_are_tuned_around_a_centre_in_bits(
+    name: str, places: dict[str, Path], mrpc: Any, tmp_path: Path
+) -> None:
+    encoder, small = load_for_task(places["encoder"], 2, 0), tmp_path / "small"
+    compress(encoder, MPOConfig(sites=3, bits={"central": 4}, group=16))
+    save_model(encoder, places["encoder"], small)
+    before = bits_held(encoder)
+    squeezing = SQUEEZE if name == "squeeze" else None
+    result, model = finetune(small, mrpc, method(name), QUICK, squeezing=squeezing)
+    assert all(math.isfinite(loss) for loss in result.losses)
+    assert result.total == count_parameters(model)
+    held = bits_held(model)
+    assert held.keys() == before.keys()
+    changed = [key for key, value in held.items() if value.shape != before[key].shape or not value.equal(before[key])]
+    assert bool(changed) == (name == "squeeze")
+    save_finetuned(tmp_path / "tuned", result, model, load_tokenizer(small))
+    again = load_for_task(tmp_path / "tuned", 2, 0)
+    assert all(torch.equal(value, bits_held(again)[key]) for key, value in held.items())
 
 
 def test_lfa_leaves_central_tensors_and_moves_the_rest(places: dict[str, Path], mrpc: Any) -> None:

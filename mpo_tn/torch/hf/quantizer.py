@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.layers.quantized import QuantizedCore, quantized_cores
 from mpo_tn.torch.models.compress import build, compress
 from mpo_tn.torch.models.host import use_host
 from mpo_tn.torch.models.units import mpo_specs
@@ -35,6 +37,8 @@ FORMAT_VERSION = 1
 
 # What torch puts between the names of modules, and takes out of state dicts again, where it wraps them in place.
 _WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# The tensors of a core in bits.
+_IN_BITS = re.compile(r"\.cores\.\d+\.weight(_packed|_scale|_shape)?$")
 
 
 class MPOQuantizationConfig(QuantizationConfigMixin):
@@ -149,6 +153,9 @@ class MPOHfQuantizer(HfQuantizer):
                 model.set_submodule(alias, built[name])
                 _nothing_to_initialise(model, alias)
         _retie(model, _tied_cores(model))
+        for tied in _tied_layers(model, specs):
+            for k in quantized_cores(tied.cores):  # put back once loaded: its name has nothing to read
+                del tied.cores._modules[k]
         sentinel = sentinel_key(self.quantization_config.modules)
         # The key may carry the prefix of another head or none.
         ignored = {f"(^|\\.){key}$" for key in _spellings(model, sentinel)}
@@ -156,7 +163,13 @@ class MPOHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            specs = _local_names(model, self.quantization_config.modules)
+            for tied, source in _tied_layers(model, specs).items():
+                for k, core in quantized_cores(source.cores).items():
+                    tied.cores[int(k)] = core
             _require_complete(model, self.quantization_config.modules)
+            for name, core in quantized_cores(model).items():
+                core.check(name)
             # Names as this class knows them, so that saving it again writes them right.
             attach(model, self.quantization_config.config)
         else:
@@ -183,13 +196,25 @@ class MPOHfQuantizer(HfQuantizer):
                 "model call model.hf_quantizer.remove_quantization_config(model) first"
             )
         state = dict(model.state_dict())
+        for name in _second_names(model):
+            del state[name]
         state[sentinel_key(modules)] = torch.empty(0)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
 
     def is_serializable(self) -> bool:
-        """Always: the cores are ordinary parameters."""
+        """Always: the cores are ordinary parameters and buffers."""
         return True
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Yes for what holds cores in bits: its shape is then looked at once it is read, and the error names it."""
+        return bool(_IN_BITS.search(param_name))
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None, which is as it is in the file, for what holds cores in bits, whatever the model is loaded in."""
+        if all(_IN_BITS.search(name) for name in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     @property
     def is_trainable(self) -> bool:
@@ -281,12 +306,11 @@ def _require_complete(model: nn.Module, modules: dict[str, ModuleSpec]) -> None:
     """
     unread = [
         name
-        for name, parameter in model.named_parameters()
+        for name, parameter in (*model.named_parameters(), *_buffers_of_cores(model))
         if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False)
     ]
     for name in unread:
-        owner, cores, _ = name.rpartition(".cores.")
-        if cores and isinstance(model.get_submodule(owner), MPOLayer):
+        if _is_core(model, name):
             raise MPOError(
                 f"{name} is not in the files: the folder is incomplete, or it is not the model that config.json "
                 "describes (tie_word_embeddings changed, or a configuration shared with a compressed model)"
@@ -300,6 +324,43 @@ def _require_complete(model: nn.Module, modules: dict[str, ModuleSpec]) -> None:
                 f"config.json lists {name} as compressed, which {type(model).__name__} does not have, and "
                 f"{roots[root]} is not in the files: the folder is damaged"
             )
+
+
+def _buffers_of_cores(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [item for name, core in quantized_cores(model).items() for item in held_tensors(core, name).items()]
+
+
+def _tied_layers(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[MPOLayer, MPOLayer]:
+    """The MPO modules that use the cores of another, with that other."""
+    found: dict[MPOLayer, MPOLayer] = {}
+    for name, spec in specs.items():
+        if spec.tied_to in specs:
+            tied, source = model.get_submodule(name), model.get_submodule(spec.tied_to)
+            assert isinstance(tied, MPOLayer)
+            assert isinstance(source, MPOLayer)
+            found[tied] = source
+    return found
+
+
+def _second_names(model: nn.Module) -> list[str]:
+    """What the tensors of shared quantised cores are called beside the name that is written: that of the owner."""
+    names: dict[QuantizedCore, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedCore):
+            names.setdefault(module, []).append(name)
+    found: list[str] = []
+    for core, own in names.items():
+        layers = [model.get_submodule(name.rpartition(".cores.")[0]) for name in own]
+        owns = [isinstance(layer, MPOLayer) and layer.spec.tied_to is None for layer in layers]
+        kept = own[owns.index(True)] if any(owns) else own[0]
+        found += [_WRAPPED.sub("", part) for name in own if name != kept for part in held_tensors(core, name)]
+    return found
+
+
+def _is_core(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of this name is a core of an MPO module, or a part of one."""
+    found = re.search(r"^(.*)\.cores\.\d+(\.\w+)?$", name)
+    return found is not None and isinstance(model.get_submodule(found[1]), MPOLayer)
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
@@ -333,7 +394,9 @@ def _tied_cores(model: Any) -> dict[str, str]:
         if mpo_target is None and mpo_source is None:
             tied[target] = source
         elif mpo_target is not None and mpo_source is not None:
-            for k in range(len(mpo_source.cores)):
+            for k, core in enumerate(mpo_source.cores):
+                if isinstance(core, QuantizedCore):  # transformers ties no buffers, and these modules share it
+                    continue
                 tied[f"{target.removesuffix('.weight')}.cores.{k}"] = f"{source.removesuffix('.weight')}.cores.{k}"
     return tied
 

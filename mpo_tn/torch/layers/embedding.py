@@ -9,6 +9,7 @@ import torch
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.layers.packing import Held
 from mpo_tn.torch.layers.product import no_autocast
 
 # An embedding contracts so many rows at a time that the gathered slices of a core hold at most this many numbers.
@@ -18,7 +19,8 @@ _GATHERED_ENTRIES = 2**24
 class MPOEmbedding(MPOLayer):
     """A table (ids, width) held as an MPO.
 
-    Guarantee (table-never-built): only the rows asked for are contracted, forward and backward.
+    Guarantee (table-never-built): only the rows asked for are contracted, forward and backward; of cores in few bits
+    only what these rows need is unpacked.
 
     An id is read as the mixed-radix number of its out legs; each digit picks one slice of one core, and the slices of
     the unique ids are multiplied together::
@@ -67,14 +69,14 @@ class MPOEmbedding(MPOLayer):
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         with no_autocast(ids.device):
-            rows = table_rows(self.cores.forward(), ids)[:, : self.embedding_dim]
+            rows = table_rows(self.cores.forward(packed=True), ids)[:, : self.embedding_dim]
         if self.padding_idx is not None:
             padding = (ids == self.padding_idx).unsqueeze(1)
             rows = torch.where(padding, rows.detach(), rows)
         return rows
 
 
-def table_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+def table_rows(cores: Sequence[Held], rows: torch.Tensor) -> torch.Tensor:
     """Rows of the matrix of ``cores``, shape (len(rows), in), without building the matrix.
 
     Cost: about ``2 sum_k (in_1 ... in_k) bond_{k-1} bond_k`` flops a row, and one slice of every core in memory a row.
@@ -86,14 +88,17 @@ def table_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tenso
     return torch.cat([_contract_rows(cores, chunk) for chunk in rows.split(at_once)])
 
 
-def _contract_rows(cores: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+def _contract_rows(cores: Sequence[Held], rows: torch.Tensor) -> torch.Tensor:
     legs = [core.shape[1] for core in cores]
     columns = 1
-    partial = cores[0].new_ones(rows.numel(), 1, 1)  # (row, columns so far, bond)
+    # (row, columns so far, bond)
+    partial = torch.ones(rows.numel(), 1, 1, dtype=cores[0].dtype, device=cores[0].device)
     for k, core in enumerate(cores):
         digit = rows // math.prod(legs[k + 1 :]) % legs[k]
         left, _, in_, right = core.shape
-        slices = core.transpose(0, 1)[digit].reshape(rows.numel(), left, in_ * right)  # (row, bond, in_k * next bond)
+        whole = isinstance(core, torch.Tensor)
+        slices = core.transpose(0, 1)[digit] if whole else core.form.slices(core.tensors, digit)
+        slices = slices.reshape(rows.numel(), left, in_ * right)  # (row, bond, in_k * next bond)
         columns *= in_
         partial = torch.bmm(partial, slices).reshape(rows.numel(), columns, right)
     return partial.reshape(rows.numel(), columns)

@@ -16,10 +16,12 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.cost import Route, checked_mode, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
-from mpo_tn.torch.layers.cores import Cores
+from mpo_tn.torch.layers.cores import Core, Cores
 from mpo_tn.torch.layers.dense_weight import DenseWeight, NoDenseWeightError
 from mpo_tn.torch.layers.merging import dense_matrix
+from mpo_tn.torch.layers.packing import Held, apart
 from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
+from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.routes import routes_of
 
 
@@ -28,7 +30,8 @@ class MPOLayer(nn.Module):
 
     Args:
         spec: the structure; see :class:`~mpo_tn.planning.spec.ModuleSpec`.
-        cores: parameters of the spec's shapes, shared with the caller; ``None`` makes empty ones.
+        cores: parameters of the spec's shapes, and :class:`QuantizedCore` where the spec has bits; shared with the
+            caller. ``None`` makes empty ones.
         device, dtype: of the empty cores.
     """
 
@@ -38,7 +41,7 @@ class MPOLayer(nn.Module):
     def __init__(
         self,
         spec: ModuleSpec,
-        cores: Sequence[nn.Parameter] | None = None,
+        cores: Sequence[Core] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -46,10 +49,19 @@ class MPOLayer(nn.Module):
         super().__init__()
         self.spec = spec
         if cores is None:
-            cores = [nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes]
+            cores = [
+                nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                if bits is None
+                else QuantizedCore(shape, bits, spec.group, device=device, dtype=dtype)
+                for shape, bits in zip(spec.core_shapes, spec.core_bits, strict=True)
+            ]
         shapes = tuple(tuple(core.shape) for core in cores)
         if shapes != spec.core_shapes:
             raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
+        for k, (core, bits) in enumerate(zip(cores, spec.core_bits, strict=True)):
+            held = (core.bits, core.group) if isinstance(core, QuantizedCore) else (None, spec.group)
+            if held != (bits, spec.group):
+                raise MPOError(f"core {k} has bits, group = {held} where the spec has {(bits, spec.group)}")
         self.cores = Cores(cores)
 
     def dense_weight(self) -> torch.Tensor:
@@ -62,16 +74,17 @@ class MPOLayer(nn.Module):
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
         return MPO(tuple(core.detach() for core in self.cores.forward()))
 
-    def replace_cores(self, tensors: Sequence[torch.Tensor], bonds: Sequence[int]) -> None:
+    def replace_cores(self, tensors: Sequence[torch.Tensor | QuantizedCore], bonds: Sequence[int]) -> None:
         """Give the cores other values and bonds; the parameters stay the same objects, without their gradients.
 
         Modules that share the cores have to be given the same, so that their specs follow. What is passed as it is,
-        the parameter itself, is not touched. The error of a spec with new bonds is unknown.
+        the parameter or quantised core itself, is not touched. A core in bits is rounded to as many again, or takes
+        what another quantised core holds. The error of a spec with new bonds is unknown.
 
-        Guarantee (replace-refused): if a shape does not fit nothing has been changed.
+        Guarantee (replace-refused): if a shape does not fit, or entries cannot be rounded, nothing has been changed.
 
         Raises:
-            MPOError: shapes that do not fit the legs and bonds.
+            MPOError: shapes that do not fit the legs and bonds, entries that are not finite for a core in bits.
         """
         bonds = tuple(bonds)
         error = (self.spec.rel_error, self.spec.exact) if bonds == self.spec.bonds else (None, False)
@@ -79,10 +92,22 @@ class MPOLayer(nn.Module):
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         if shapes != spec.core_shapes:
             raise MPOError(f"cores have shapes {shapes} where {spec.core_shapes} are needed")
-        for core, tensor in zip(self.cores, tensors, strict=True):
+        new_cores = [
+            QuantizedCore.rounded(tensor, core.bits, core.group)
+            if isinstance(core, QuantizedCore) and isinstance(tensor, torch.Tensor)
+            else tensor
+            for core, tensor in zip(self.cores, tensors, strict=True)
+        ]
+        for core, tensor in zip(self.cores, new_cores, strict=True):
+            if isinstance(core, QuantizedCore):
+                if tensor is not core:
+                    assert isinstance(tensor, QuantizedCore)
+                    core.take(tensor)
+                continue
             core.grad = None
             if tensor is core:
                 continue
+            assert isinstance(tensor, torch.Tensor)
             new = tensor.detach().to(core.device, core.dtype, copy=True).contiguous()
             # A graph that is still alive, of a loss that somebody kept, holds the node that collects the gradient in
             # the old shape. Torch makes a new node when the dtype changes, but not when the shape does.
@@ -117,7 +142,7 @@ class MPOLayer(nn.Module):
         mode = "rebuild" if self._mode == "cached" else self._mode
         self._routes = routes_of(self._spec.core_shapes, self._size, mode)
 
-    def _cached_weight(self, cores: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    def _cached_weight(self, cores: Sequence[Held], dtype: torch.dtype) -> torch.Tensor | None:
         """The dense weight that mode ``"cached"`` keeps; None where keeping it would be wrong.
 
         While torch traces, nothing could tell the graph that a core has changed, so nothing is kept then.
@@ -127,12 +152,13 @@ class MPOLayer(nn.Module):
         if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
             self._dense = None  # about to change
             return None
-        if not DenseWeight.can_watch(cores):
+        tensors = apart(cores)[0]
+        if not DenseWeight.can_watch(tensors):
             return None
-        if self._dense is None or not self._dense.is_of(cores, dtype):
+        if self._dense is None or not self._dense.is_of(tensors, dtype):
             self._dense = None  # before the new one is made: two at once would be one too many
             with torch.inference_mode(False), torch.no_grad():
-                self._dense = DenseWeight(cores, self.dense_weight().to(dtype).contiguous())
+                self._dense = DenseWeight(tensors, self.dense_weight().to(dtype).contiguous())
         return self._dense.weight
 
     def train(self, mode: bool = True) -> Self:
@@ -164,7 +190,7 @@ class MPOLayer(nn.Module):
         spec = self.spec
         return (
             f"{spec.in_features} -> {spec.out_features}, out={spec.sites.out}, in_={spec.sites.in_}, "
-            f"bonds={spec.bonds}, kept={spec.kept:.3f}"
+            f"bonds={spec.bonds}, kept={spec.kept:.3f}" + (f", bits={spec.bits}" if spec.bits else "")
         )
 
 
@@ -186,7 +212,7 @@ class MPOLinear(MPOLayer):
     def __init__(
         self,
         spec: ModuleSpec,
-        cores: Sequence[nn.Parameter] | None = None,
+        cores: Sequence[Core] | None = None,
         bias: nn.Parameter | None = None,
         *,
         device: torch.device | str | None = None,
@@ -207,16 +233,16 @@ class MPOLinear(MPOLayer):
         """
         if x.shape[-1] != self.in_features:
             raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self.in_features}")
-        cores = self.cores.forward()
+        cores = self.cores.forward(packed=True)
         if self._mode == "cached":
             weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
             if weight is not None:
                 return functional.linear(x, weight, self.bias)
         return mpo_linear(x, self.bias, self._route(x, cores), self._size, cores)
 
-    def _route(self, x: torch.Tensor, cores: Sequence[torch.Tensor]) -> Route:
+    def _route(self, x: torch.Tensor, cores: Sequence[Held]) -> Route:
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
-        found = self._routes.of((x.device.type, cores[0].element_size(), training))
+        found = self._routes.of((x.device.type, cores[0].dtype.itemsize, training))
         if len(found.starts) == 1:
             return found.routes[0]
         if torch.compiler.is_compiling() and not _has_fixed_shape(x):

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from mpo_tn.planning.cost import Route
 from mpo_tn.torch.layers.merging import any_wanted, merge_parts, merge_tree, merged_matrix, passing_product, spread
+from mpo_tn.torch.layers.packing import Form, Held, apart, tensor_count, together
 from mpo_tn.torch.layers.workspace import give_back, workspace
 
 _NARROW = 64
@@ -113,35 +114,50 @@ def _states(x: torch.Tensor, chain: _Chain, steps: int | None = None) -> list[to
 
 
 class _Product(torch.autograd.Function):
-    """``linear(x, W, b)`` that saves ``x`` and the cores, and computes gradients for the cores that want one."""
+    """``linear(x, W, b)`` that saves ``x`` and the cores, and computes gradients for the cores that want one.
+
+    Cores in few bits are saved as they are held and dequantised again in backward.
+    """
 
     @staticmethod
     def forward(
         x: torch.Tensor, bias: torch.Tensor | None, route: Route, size: tuple[int, int], dtype: torch.dtype | None,
-        *cores: torch.Tensor,
+        forms: tuple[Form | None, ...], *tensors: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        return product(x, bias, route, size, dtype, cores)
+        return product(x, bias, route, size, dtype, forms, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, _, ctx.route, ctx.size, ctx.dtype, *cores = inputs
+        x, _, ctx.route, ctx.size, ctx.dtype, ctx.forms, *tensors = inputs
         # As for a dense layer: without a gradient for the weight, x is not needed.
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[5:]) else None, *cores)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[6:]) else None, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *cores = ctx.saved_tensors
-        want_x, want_bias, _, _, _, *want_cores = ctx.needs_input_grad
+        x, *tensors = ctx.saved_tensors
+        want_x, want_bias, _, _, _, _, *wanted = ctx.needs_input_grad
+        starts = _starts(ctx.forms) if ctx.forms else range(len(tensors))
+        want_cores = [wanted[start] for start in starts]
         g = gradients[0]
         # The backward pass of a step can run inside of autocast.
-        with no_autocast(g.device), workspace(cores[0]):
+        with no_autocast(g.device), workspace(tensors[0]):
             of_x: torch.Tensor | None = None
-            of_cores: list[torch.Tensor | None] = [None] * len(cores)
+            of_cores: list[torch.Tensor | None] = [None] * len(want_cores)
             if want_x or any(want_cores):
+                cores = together(tensors, ctx.forms)
                 backward = _rebuild_backward if ctx.route.mode == "rebuild" else _chain_backward
                 of_x = backward(ctx, g, x, cores, want_x, want_cores, of_cores)
             of_bias = g.sum(0) if want_bias else None
-        return of_x, of_bias, None, None, None, *of_cores
+        of_tensors: list[torch.Tensor | None] = [None] * len(tensors)
+        for start, of_core in zip(starts, of_cores, strict=True):
+            of_tensors[start] = of_core
+        return of_x, of_bias, None, None, None, None, *of_tensors
+
+
+def _starts(forms: Sequence[Form | None]) -> list[int]:
+    """At which tensor each core begins."""
+    counts = [tensor_count(form) for form in forms]
+    return [sum(counts[:k]) for k in range(len(counts))]
 
 
 def _rebuild_backward(
@@ -204,10 +220,12 @@ def product(
     route: Route,
     size: tuple[int, int],
     dtype: torch.dtype | None,
-    cores: Sequence[torch.Tensor],
+    forms: Sequence[Form | None],
+    tensors: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """``x`` (tokens, in) to (tokens, out), without a gradient of its own."""
-    with workspace(cores[0]):
+    """``x`` (tokens, in) to (tokens, out), without a gradient of its own; the cores as ``apart`` gives them."""
+    with workspace(tensors[0]):
+        cores = together(tensors, forms)
         if route.mode == "rebuild":
             matrix = merged_matrix(merge_parts(route.segments[0], cores), cores[0], size, dtype)
             return functional.linear(x, matrix, bias)
@@ -221,7 +239,7 @@ def mpo_linear(
     bias: torch.Tensor | None,
     route: Route,
     size: tuple[int, int],
-    cores: Sequence[torch.Tensor],
+    cores: Sequence[Held],
 ) -> torch.Tensor:
     """``y = x W^T + b`` for ``x`` (..., in), by ``route``.
 
@@ -230,9 +248,9 @@ def mpo_linear(
         bias: (out,) or None.
         route: how; see :class:`~mpo_tn.planning.cost.Route`.
         size: (out, in), the matrix cropped.
-        cores: first to last.
+        cores: first to last; those in few bits as they are held.
 
-    Guarantee (x-and-cores): what is kept for backward is ``x`` and the cores.
+    Guarantee (x-and-cores): what is kept for backward is ``x`` and the cores as they are held.
     Guarantee (frozen-for-nothing): cores that do not require a gradient get none, and no product is made for it.
     Guarantee (second-derivatives): it can be differentiated twice.
     """
@@ -242,7 +260,7 @@ def mpo_linear(
         return _mpo_linear(x, bias, route, size, None, cores)
     with no_autocast(device):
         if route.mode == "rebuild":
-            dtype = rounded if _castable(cores[0]) else None
+            dtype = rounded if _castable(cores[0].dtype) else None
             bias = None if bias is None else _cast(bias, rounded)
             return _cast(_mpo_linear(_cast(x, rounded), bias, route, size, dtype, cores), rounded)
         # A chain is contracted in the dtype of the cores as well, and the result rounded.
@@ -251,13 +269,14 @@ def mpo_linear(
 
 def _mpo_linear(
     x: torch.Tensor, bias: torch.Tensor | None, route: Route, size: tuple[int, int], dtype: torch.dtype | None,
-    cores: Sequence[torch.Tensor],
+    cores: Sequence[Held],
 ) -> torch.Tensor:  # fmt: skip
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    tensors, forms = apart(cores)
     if torch.is_grad_enabled():
-        y: torch.Tensor = _Product.apply(flat, bias, route, size, dtype, *cores)  # pyright: ignore
+        y: torch.Tensor = _Product.apply(flat, bias, route, size, dtype, forms, *tensors)  # pyright: ignore
     else:
-        y = product(flat, bias, route, size, dtype, cores)
+        y = product(flat, bias, route, size, dtype, forms, tensors)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], size[0])
 
 
@@ -269,9 +288,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _castable(value: torch.Tensor) -> bool:
-    return value.is_floating_point() and value.dtype != torch.float64
+def _castable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(dtype) if _castable(value) else value
+    return value.to(dtype) if _castable(value.dtype) else value

@@ -13,13 +13,17 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded, frobenius_norm, widen
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.cost import rebuild_route
 from mpo_tn.planning.entries import UnitPlan
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress
 from mpo_tn.sites import Sites
+from mpo_tn.torch.layers.cores import Core
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
+from mpo_tn.torch.layers.merging import dense_matrix
+from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.models.decide import plan, units_of_plan
 from mpo_tn.torch.models.host import current_host
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
@@ -119,12 +123,10 @@ def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, Modu
                 f"{unit.name}: the bonds that meet tolerance={planned.tolerance} depend on the numbers: use keep or "
                 "bond"
             )
-        cores = [
-            nn.Parameter(
-                torch.empty(shape, dtype=unit.weight.dtype, device="meta"), requires_grad=unit.weight.requires_grad
-            )
-            for shape in planned.spec.core_shapes
-        ]
+        cores = list(build(planned.spec, device="meta", dtype=unit.weight.dtype).cores)
+        for core in cores:
+            if isinstance(core, nn.Parameter):
+                core.requires_grad_(unit.weight.requires_grad)
         specs[unit.name] = _specs(unit, planned.spec)[0]
         modules |= _modules(unit, planned.spec, cores)
     for name, module in modules.items():
@@ -145,17 +147,33 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig)
         raise
 
 
-def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[nn.Parameter]]:
+def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Core]]:
     check_loaded(unit.weight, "its weight")
     sites, bonds = planned.spec.sites, planned.spec.bonds
     matrix = unit.padded(sites)
     truncation = Truncation(max_bond=bonds, rel_error=planned.tolerance)
     mpo, report = MPO.from_matrix(matrix, sites, truncation, method=_method(sites, truncation, matrix.dtype))
-    error, exact = _cropped_error(mpo, report, planned.spec.out_features, planned.spec.in_features)
+    size = planned.spec.out_features, planned.spec.in_features
+    cores: list[Core] = [
+        nn.Parameter(core.contiguous(), requires_grad=unit.weight.requires_grad)
+        if bits is None
+        else QuantizedCore.rounded(core, bits, planned.spec.group)
+        for core, bits in zip(mpo.cores, planned.spec.core_bits, strict=True)
+    ]
+    error, exact = _distance(matrix, cores, size) if planned.spec.bits else _cropped_error(mpo, report, *size)
     rel_error = error / report.norm if report.norm > 0 else 0.0
-    cores = [nn.Parameter(core.contiguous(), requires_grad=unit.weight.requires_grad) for core in mpo.cores]
     spec = replace(planned.spec, bonds=mpo.bonds, rel_error=rel_error, exact=exact)
-    return LayerReport(unit.all_names, _specs(unit, spec)[0], error, report.norm, report), cores
+    return LayerReport(unit.all_names, _specs(unit, spec)[0], error, report.norm, report, unit.storage), cores
+
+
+def _distance(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]) -> tuple[float, bool]:
+    """The norm of what the cores, as they are held, miss of the matrix; in double precision, padding cropped."""
+    wide = [core.dequantize(torch.float64) if isinstance(core, QuantizedCore) else widen(core) for core in cores]
+    shapes = tuple(tuple(core.shape) for core in wide)
+    with torch.no_grad():
+        difference = dense_matrix(wide, rebuild_route(shapes, *size).segments[0], size)
+        difference = difference - matrix[: size[0], : size[1]]
+    return frobenius_norm(difference), True
 
 
 def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
@@ -172,7 +190,7 @@ def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
     ]
 
 
-def _modules(unit: DenseUnit, spec: ModuleSpec, cores: Sequence[nn.Parameter]) -> dict[str, nn.Module]:
+def _modules(unit: DenseUnit, spec: ModuleSpec, cores: Sequence[Core]) -> dict[str, nn.Module]:
     """The MPO modules that replace those of the unit, under all their names."""
     named: dict[str, nn.Module] = {}
     for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
@@ -198,13 +216,13 @@ def _method(sites: Sites, truncation: Truncation, dtype: torch.dtype) -> Method:
 
 def build(
     spec: ModuleSpec,
-    cores: Sequence[nn.Parameter] | None = None,
+    cores: Sequence[Core] | None = None,
     *,
     bias: nn.Parameter | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> MPOLayer:
-    """The module that ``spec`` describes, on the given cores or on empty ones."""
+    """The module that ``spec`` describes, on the given cores or on empty ones; where it has bits, on quantised ones."""
     if spec.kind == "embedding":
         return MPOEmbedding(spec, cores, device=device, dtype=dtype)
     return MPOLinear(spec, cores, bias, device=device, dtype=dtype)

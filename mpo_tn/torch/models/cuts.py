@@ -39,7 +39,7 @@ def bond_spectra(model: nn.Module) -> dict[str, Spectra]:
 
 def unit_spectra(unit: MPOUnit) -> Spectra:
     """The spectra of one unit. See :func:`bond_spectra`."""
-    cores = workable(unit.cores, unit.name)
+    cores = workable(unit.tensors(), unit.name)
     lefts, rights = left_factors(cores), right_factors(cores)
     values = [singular_values(left @ right, gram=False) for left, right in zip(lefts, rights, strict=True)]
     return Spectra(values, unit.spec.sites)
@@ -48,18 +48,21 @@ def unit_spectra(unit: MPOUnit) -> Spectra:
 def cut_unit(unit: MPOUnit, k: int, new_bond: int, optimizer: OptimizerLike | None = None) -> list[str]:
     """Cut bond ``k`` of a unit, in place, with fresh factors; an optimiser's moments follow.
 
-    The parameters keep their identity and lose their gradients. Returns notes on optimiser state that could not
-    follow. See :func:`cut_bond`, :func:`~mpo_tn.torch.models.moments.map_moments`.
+    The parameters keep their identity and lose their gradients. A core in bits beside the bond is rounded to as many
+    again. Returns notes on optimiser state that could not follow. See :func:`cut_bond`,
+    :func:`~mpo_tn.torch.models.moments.map_moments`.
     """
     cores = unit.cores
-    cut = cut_bond(cores, k, new_bond, unit.name)
+    cut = cut_bond(unit.tensors(), k, new_bond, unit.name)
     bonds = [new_bond if j == k else bond for j, bond in enumerate(unit.spec.bonds)]
     tensors = [{k: cut.left, k + 1: cut.right}.get(j, core) for j, core in enumerate(cores)]
     notes: list[str] = []
     if optimizer is not None:
         # dL/dA' = dL/dA q^H and dL/dB' = p^H dL/dB, and a core has its bond last or first.
-        notes += map_moments(optimizer, cores[k], cut.q.T, axis=3, name=f"{unit.name}.cores.{k}")
-        notes += map_moments(optimizer, cores[k + 1], cut.p, axis=0, name=f"{unit.name}.cores.{k + 1}")
+        for at, matrix, axis in ((k, cut.q.T, 3), (k + 1, cut.p, 0)):
+            core = cores[at]
+            if isinstance(core, nn.Parameter):
+                notes += map_moments(optimizer, core, matrix, axis=axis, name=f"{unit.name}.cores.{at}")
     unit.replace(tensors, bonds)
     return notes
 

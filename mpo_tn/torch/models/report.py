@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mpo_tn.planning.entries import ITEMSIZES
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.truncation import Report
 
@@ -14,7 +15,8 @@ from mpo_tn.truncation import Report
 class LayerReport:
     """What one unit became. ``names`` are all the modules that use it; the first names the unit.
 
-    ``report`` is the core's report on the padded matrix.
+    ``report`` is the core's report on the padded matrix, of the truncation alone; ``error`` is also of the rounding of
+    cores that are held in bits, measured on what they stand for. ``storage`` is the dtype of the other cores.
 
     Guarantee (used-part): ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not
     counted, to ``4 eps(dtype) sqrt(size) norm``.
@@ -25,11 +27,22 @@ class LayerReport:
     error: float
     norm: float
     report: Report
+    storage: str = "float32"
 
     @property
     def name(self) -> str:
         """The name of the first occurrence."""
         return self.names[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the cores take."""
+        return self.spec.bytes(ITEMSIZES[self.storage])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits that the cores take over the number of weights."""
+        return self.spec.bits_per_weight(ITEMSIZES[self.storage])
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -39,6 +52,8 @@ class LayerReport:
             **self.spec.to_dict(),
             "kept": self.spec.kept,
             "parameters": self.spec.num_parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
             "error": self.error,
             "norm": self.norm,
             "floor": self.report.floor,
@@ -65,6 +80,16 @@ class CompressionReport:
         return sum(layer.spec.num_parameters for layer in self.layers)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Of the compressed matrices: all bits that their cores take, scales included, over their dense weights."""
+        return 8 * sum(layer.bytes for layer in self.layers) / self.matrix_before if self.matrix_before else 0.0
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether any core is held in bits."""
+        return any(layer.spec.bits for layer in self.layers)
+
+    @property
     def kept(self) -> float:
         """The kept ratio of the compressed matrices."""
         return self.matrix_after / self.matrix_before if self.matrix_before else 1.0
@@ -89,13 +114,15 @@ class CompressionReport:
             "parameters_after": self.parameters_after,
             "kept": self.kept,
             "kept_model": self.kept_model,
+            "bits_per_weight": self.bits_per_weight,
             "rel_error": self.rel_error,
         }
 
     def __str__(self) -> str:
+        bits = f", {self.bits_per_weight:.2f} bits per weight" if self.has_bits else ""
         skipped = f"; {len(self.skipped)} matched modules skipped" if self.skipped else ""
         return (
             f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
-            f"whole model ({self.parameters_before} -> {self.parameters_after}), relative error "
+            f"whole model ({self.parameters_before} -> {self.parameters_after}){bits}, relative error "
             f"{self.rel_error:.4f}{skipped}"
         )

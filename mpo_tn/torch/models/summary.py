@@ -28,7 +28,8 @@ class MatrixSummary:
     ``flatness`` is the entropy of the widest bond over its greatest possible value: 1 is flat and does not compress.
     ``needed`` of ``available`` singular values of that bond leave a relative error of at most a tenth there.
     ``auto`` says how a compressed linear layer in mode ``"auto"`` computes at 1, 128 and 2048 tokens, and its flops
-    over those of the dense layer.
+    over those of the dense layer. ``bits`` says how each core is held where any is in bits, see
+    :class:`~mpo_tn.torch.ModuleSpec`; ``bytes`` are those of the cores, None for a dense model.
     """
 
     name: str
@@ -44,6 +45,9 @@ class MatrixSummary:
     needed: int
     available: int
     auto: tuple[Prediction, ...] = ()
+    bits: tuple[int | None, ...] = ()
+    bytes: int | None = None
+    bits_per_weight: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -84,10 +88,12 @@ def inspect_model(
 
 def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:
     spec = module.spec
+    itemsize = module.cores.forward(packed=True)[0].dtype.itemsize
     return MatrixSummary(
         name, spec.kind, (spec.out_features, spec.in_features), spec.sites.out, spec.sites.in_, spec.bonds, True,
         spec.kept, spec.rel_error, *_spectrum_summary(module.mpo().spectra()),
         () if spec.kind == "embedding" else predictions(spec.core_shapes, spec.out_features, spec.in_features),
+        spec.bits, spec.bytes(itemsize), spec.bits_per_weight(itemsize),
     )  # fmt: skip
 
 

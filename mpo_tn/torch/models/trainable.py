@@ -11,7 +11,8 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import HEADS, matches
 from mpo_tn.torch.layers.cores import Cores
-from mpo_tn.torch.models.units import head_modules, mpo_units
+from mpo_tn.torch.layers.quantized import QuantizedCore
+from mpo_tn.torch.models.units import count_parameters, head_modules, mpo_units
 
 POLICIES = ("auxiliary", "central", "cores", "none")
 GROUPS = ("heads", "norms", "biases")
@@ -74,7 +75,8 @@ def freeze(
     Args:
         model: a model with MPO modules; with ``policy="none"`` any model.
         policy: the cores that stay trainable. ``"auxiliary"``, all but the central tensor, is the lightweight
-            fine-tuning of the paper; ``"central"`` is the opposite, ``"cores"`` all, ``"none"`` none.
+            fine-tuning of the paper; ``"central"`` is the opposite, ``"cores"`` all, ``"none"`` none. Cores that are
+            held in bits never train.
         also: what trains outside the cores. ``"heads"``: modules named like a task head or a pooler, and the output
             embeddings; not a weight that a module elsewhere uses too, as a tied output table is. ``"norms"``: the
             parameters of every module whose class, or a base of it, is named ``...Norm``. ``"biases"``: every
@@ -169,6 +171,8 @@ def _trainable_cores(model: nn.Module, policy: str, overrides: Mapping[str, str]
         own = next(iter(chosen), policy)
         center = unit.spec.center
         for k, core in enumerate(unit.cores):
+            if isinstance(core, QuantizedCore):  # which takes no gradient, whatever the policy
+                continue
             trains = own == "cores" or (own == "central" and k == center) or (own == "auxiliary" and k != center)
             if trainable.setdefault(core, trains) != trains:  # modules may share some cores and not others
                 raise MPOError(f"core {k} of {unit.name} trains there and not in another module that shares it")
@@ -227,13 +231,13 @@ def is_bias(name: str) -> bool:
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trainable, and how many there are; shared ones count once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    """How many parameters are trainable, and how many there are; shared ones count once, those in bits as numbers."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, count_parameters(model)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters train, in PEFT's words; shared ones count once.
+    """Print how many parameters train, in PEFT's words; shared ones count once, cores in bits as the numbers they hold.
 
     >>> import torch
     >>> print_trainable_parameters(torch.nn.Linear(9, 100))

@@ -23,7 +23,9 @@ from mpo_tn.planning.entries import ITEMSIZES, LeftDense
 from mpo_tn.planning.patterns import HEADS, matches
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
+from mpo_tn.torch.layers.cores import Core, held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.layers.quantized import QuantizedCore, quantized_cores
 
 
 @dataclass(frozen=True)
@@ -319,14 +321,19 @@ class MPOUnit:
         return self.modules[0].spec
 
     @property
-    def cores(self) -> tuple[nn.Parameter, ...]:
-        """The parameters, first site to last."""
+    def cores(self) -> tuple[Core, ...]:
+        """The parameters and quantised cores, first site to last."""
         return tuple(self.modules[0].cores)
 
-    def replace(self, tensors: Sequence[torch.Tensor], bonds: Sequence[int]) -> None:
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The cores as they are computed with, without gradients; those in bits are dequantised copies."""
+        return tuple(core.detach() for core in self.modules[0].cores.forward())
+
+    def replace(self, tensors: Sequence[torch.Tensor | QuantizedCore], bonds: Sequence[int]) -> None:
         """New cores for every module of the unit. See :meth:`~mpo_tn.torch.MPOLayer.replace_cores`."""
         for module in self.modules:
             module.replace_cores(tensors, bonds)
+            tensors = self.cores  # which all of them share
 
 
 def mpo_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOUnit]:
@@ -376,8 +383,9 @@ def cuttable_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOU
     return units
 
 
-def _check_core(core: torch.Tensor, name: str) -> None:
-    check_loaded(core, name)
+def _check_core(core: Core, name: str) -> None:
+    for own, tensor in held_tensors(core, name).items():
+        check_loaded(tensor, own)
     if hasattr(core, "placements") or core.ndim != 4:
         raise MPOError(
             f"{name} is sharded over processes, and a cut needs it whole: squeeze in one process, or without FSDP"
@@ -402,8 +410,9 @@ def _mpo_modules(model: nn.Module) -> dict[MPOLayer, list[str]]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Of the whole model, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    """Of the whole model, shared ones once, cores that are held in bits among them."""
+    counted = [*(p for p in model.parameters() if not is_lazy(p)), *quantized_cores(model).values()]
+    return sum(each.numel() for each in counted)
 
 
 def all_bonds(units: Mapping[str, MPOUnit]) -> dict[str, tuple[int, ...]]:

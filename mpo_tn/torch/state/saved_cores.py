@@ -17,6 +17,8 @@ from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.tensors import as_damaged, as_os_error
+from mpo_tn.torch.layers.cores import held_tensors
+from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.trainable import is_norm, occurrences
 from mpo_tn.torch.models.units import mpo_specs, mpo_units
 from mpo_tn.torch.state.host_values import host_copy, tensors_digest
@@ -44,8 +46,9 @@ def save_cores(
         The names of what was written, shared tensors under the first of their names.
 
     Guarantee (cores-whole): the folder is there as a whole or not at all; if it raises, an earlier one is untouched.
-    Guarantee (base-known): a digest of every frozen parameter that is not written goes along, so that a base where one
-    has other bits is refused. What is neither frozen nor written (``which="auxiliary"``) may be anything on the base.
+    Guarantee (base-known): a digest of every frozen parameter, and of every core held in bits, that is not written goes
+    along, so that a base where one has other bits is refused. What is neither frozen nor written
+    (``which="auxiliary"``) may be anything on the base.
 
     Cost: one pass over the bytes of the model, one to two seconds for a GB.
 
@@ -72,10 +75,11 @@ def save_cores(
             if which == "trainable"
             else f"the model has no MPO modules with cores for which={which!r}: compress it first"
         )
+    statistics = _statistics(model)
     frozen = [
         name
         for name, tensor in present.items()
-        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad and name not in wanted
+        if not tensor.requires_grad and name not in wanted and name not in statistics
     ]
     # Copies: safetensors refuses tensors that share memory, and a transposed one would be written with its strides.
     tensors = {name: host_copy(tensor) for name, tensor in present.items() if name in wanted}
@@ -145,15 +149,24 @@ def load_cores(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by the first of their names, and the running statistics of normalisations."""
+    """Parameters by the first of their names, cores in bits, and the running statistics of normalisations."""
     found: dict[str, torch.Tensor] = {item.names[0]: item.parameter for item in occurrences(model)}
+    for name, core in quantized_cores(model).items():
+        found |= held_tensors(core, name)
+    found |= _statistics(model)
+    for name, tensor in found.items():
+        check_loaded(tensor, name)
+    return found
+
+
+def _statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What normalisations keep running."""
+    found: dict[str, torch.Tensor] = {}
     kept = model.state_dict(keep_vars=True)
     for name, module in model.named_modules():
         if is_norm(module):
             buffers = {f"{name}.{own}".removeprefix("."): value for own, value in module.named_buffers(recurse=False)}
             found |= {full: value for full, value in buffers.items() if full in kept}
-    for name, tensor in found.items():
-        check_loaded(tensor, name)
     return found
 
 
@@ -161,15 +174,15 @@ def _wanted(model: nn.Module, which: str) -> set[str]:
     items = occurrences(model)
     if which == "trainable":
         trainable = {item.names[0] for item in items if item.parameter.requires_grad}
-        statistics = _tensors(model).keys() - {item.names[0] for item in items}
-        return trainable | statistics if trainable else set()
+        return trainable | _statistics(model).keys() if trainable else set()
     cores = {
-        core
+        id(tensor)
         for unit in mpo_units(model, required=False).values()
         for k, core in enumerate(unit.cores)
         if which == "cores" or k != unit.spec.center
+        for tensor in held_tensors(core, "").values()
     }
-    return {item.names[0] for item in items if item.parameter in cores}
+    return {name for name, tensor in _tensors(model).items() if id(tensor) in cores}
 
 
 def _structure(model: nn.Module) -> dict[str, ModuleSpec]:

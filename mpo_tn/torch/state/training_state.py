@@ -21,6 +21,7 @@ from mpo_tn.storage.files import written_beside
 from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
 from mpo_tn.torch.models.units import MPOUnit, cuttable_units
+from mpo_tn.torch.state.core_tensors import core_shapes, cores_among, kinds_of_cores
 from mpo_tn.torch.state.damage import (
     MISFITS,
     check_alike,
@@ -110,8 +111,7 @@ def restore(
     for name, unit in units.items():
         bonds, rel_error, exact = parts[name]
         if bonds != unit.spec.bonds:
-            cores = [tensors[f"model/{name}.cores.{k}"] for k in range(len(unit.cores))]
-            unit.replace(cores, bonds)
+            unit.replace(cores_among(tensors, replace(unit.spec, bonds=bonds), f"model/{name}"), bonds)
         for module in unit.modules:
             module.spec = replace(module.spec, rel_error=rel_error, exact=exact)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def _all_entries(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _entries(model: nn.Module, which: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What is saved, and what is left out."""
-    cores = {id(core) for unit in cuttable_units(model, required=False).values() for core in unit.cores}
+    cores = kinds_of_cores(model)
     saved: dict[str, torch.Tensor] = {}
     left_out: dict[str, torch.Tensor] = {}
     for name, value in _all_entries(model).items():
@@ -246,12 +246,10 @@ def _entries(model: nn.Module, which: str) -> tuple[dict[str, torch.Tensor], dic
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:
-    """Name to dtype and shape of every tensor, to tell one model from another; of a core the legs alone count."""
-    cores = {id(core) for unit in cuttable_units(model, required=False).values() for core in unit.cores}
-    return {
-        name: [str(value.dtype), list(value.shape[1:3] if id(value) in cores else value.shape)]
-        for name, value in _all_entries(model).items()
-    }
+    """Name to dtype and shape of every tensor, to tell models apart; of a core the legs and bits alone count."""
+    kinds = kinds_of_cores(model)
+    entries = _all_entries(model)
+    return {name: [str(value.dtype), kinds.get(id(value), list(value.shape))] for name, value in entries.items()}
 
 
 def _checked_model(
@@ -306,8 +304,7 @@ def _checked_units(
         if error is not None and not is_real(error):
             raise damaged(f"{where}rel_error is {shown(error)}")
         checked[name] = tuple(bonds), error, part(entry, "exact", bool, where)
-        for k, shape in enumerate(replace(unit.spec, bonds=tuple(bonds)).core_shapes):
-            shapes[f"{name}.cores.{k}"] = shape
+        shapes |= core_shapes(replace(unit.spec, bonds=tuple(bonds)), name)
     for name, shape in shapes.items():
         tensor = tensors[f"model/{name}"]
         if tuple(tensor.shape) != shape or tensor.dtype != saved[name].dtype:

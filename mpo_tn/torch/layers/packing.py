@@ -1,0 +1,169 @@
+"""Integers of few bits in words of 32, as compressed-tensors packs them, and what they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from mpo_tn.torch.layers.workspace import is_open, scratch
+
+Shape = tuple[int, int, int, int]
+
+
+def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers (rows, columns) in int8 as rows of int32 words, ``bits`` bits each and none between them.
+
+    >>> pack(torch.tensor([[-4, 3, 0]], dtype=torch.int8), 3)
+    tensor([[312]], dtype=torch.int32)
+    """
+    # Importing it takes as long as importing transformers, and only packing needs it.
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    return pack_to_int32(values, bits)
+
+
+def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The inverse of :func:`pack`, ten times as fast as that of compressed-tensors where bits are not 4 or 8.
+
+    Eight integers are ``bits`` bytes, whatever ``bits`` is: as one number of 64 bits they are spread over its bytes in
+    three steps, each of which moves the upper half of every part to where the upper half of a twice as wide one is.
+    It makes no decision by data, so it can be traced.
+
+    >>> unpack(torch.tensor([[312]], dtype=torch.int32), 3, 3)
+    tensor([[-4,  3,  0]], dtype=torch.int8)
+    """
+    rows = packed.shape[0]
+    raw = packed.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (raw ^ 0x80).view(torch.int8)[:, :columns]
+    if raw.shape[1] % bits:
+        raw = functional.pad(raw, (0, -raw.shape[1] % bits))
+    if bits in (2, 4):
+        eight = raw.view(torch.int16 if bits == 2 else torch.int32).long()
+    else:
+        eight = functional.pad(raw.view(-1, bits), (0, 8 - bits)).view(torch.int64)
+    for half in (4, 2, 1):
+        width = half * bits
+        lower = sum(((1 << width) - 1) << (16 * half * part) for part in range(4 // half))
+        upper = eight & (lower << width)
+        eight = (eight & lower) | (upper << (8 * half - width))
+    return eight.view(torch.int8).view(rows, -1)[:, :columns] - (1 << (bits - 1))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the tensors that hold a core are to be read.
+
+    Attributes:
+        shape: of the core, (left bond, out leg, in leg, right bond).
+        bits: 2 to 8, or 16 for numbers in float16.
+        group: columns of the matrix (left out, in right) that share a scale.
+        dtype: of what is computed with.
+    """
+
+    shape: Shape
+    bits: int
+    group: int
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix (left out, in right)."""
+        return self.shape[2] * self.shape[3]
+
+    def core(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The core itself, each number rounded once to the dtype; in the workspace if that is open."""
+        return self._matrix(tensors).view(self.shape)
+
+    def slices(self, tensors: Sequence[torch.Tensor], digits: torch.Tensor) -> torch.Tensor:
+        """``core[:, digit]`` for each of ``digits``, (digits, left, in right), unpacking no other rows."""
+        left, out, _, _ = self.shape
+        rows = (digits[:, None] + out * torch.arange(left, device=digits.device)).reshape(-1)
+        picked = [tensor.reshape(left * out, -1)[rows] for tensor in tensors]
+        return self._matrix(picked).view(-1, left, self.columns)
+
+    def _matrix(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.bits == 16:
+            return self._room(tensors[0]).copy_(tensors[0])
+        packed, scales = tensors
+        values = unpack(packed, self.bits, self.columns)
+        # An integer times a scale is exact in float32; in fewer digits the scale would be rounded first.
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = self._room(values, exact).copy_(values)
+        whole = self.columns // self.group
+        if whole:
+            blocks = wide[:, : whole * self.group].unflatten(1, (whole, self.group))
+            blocks.mul_(scales[:, :whole, None])
+        if whole * self.group < self.columns:
+            wide[:, whole * self.group :].mul_(scales[:, whole:])
+        return wide if self.dtype == exact else self._room(wide).copy_(wide)
+
+    def _room(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.dtype
+        if is_open():
+            return scratch.take(math.prod(like.shape), dtype).view(like.shape)
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A core that is held in few bits, as a layer computes with it: what is held, and how it is read."""
+
+    tensors: tuple[torch.Tensor, ...]
+    form: Form
+    requires_grad = False
+
+    @property
+    def shape(self) -> Shape:
+        """Of the core."""
+        return self.form.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it is read as."""
+        return self.form.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tensors[0].device
+
+    def core(self) -> torch.Tensor:
+        """The core itself."""
+        return self.form.core(self.tensors)
+
+
+Held = torch.Tensor | Packed
+"""A core as a layer holds it."""
+
+
+def apart(cores: Sequence[Held]) -> tuple[tuple[torch.Tensor, ...], tuple[Form | None, ...]]:
+    """The tensors that hold some cores, and how they are read; no forms at all if every core is a tensor itself."""
+    if all(isinstance(core, torch.Tensor) for core in cores):
+        return tuple(cores), ()  # pyright: ignore[reportReturnType]
+    tensors: list[torch.Tensor] = []
+    for core in cores:
+        tensors += [core] if isinstance(core, torch.Tensor) else core.tensors
+    return tuple(tensors), tuple(None if isinstance(core, torch.Tensor) else core.form for core in cores)
+
+
+def together(tensors: Sequence[torch.Tensor], forms: Sequence[Form | None]) -> Sequence[torch.Tensor]:
+    """The cores, from what :func:`apart` gave."""
+    if not forms:
+        return tensors
+    cores: list[torch.Tensor] = []
+    start = 0
+    for form in forms:
+        count = tensor_count(form)
+        cores.append(tensors[start] if form is None else form.core(tensors[start : start + count]))
+        start += count
+    return cores
+
+
+def tensor_count(form: Form | None) -> int:
+    """How many tensors hold a core."""
+    return 1 if form is None or form.bits == 16 else 2
