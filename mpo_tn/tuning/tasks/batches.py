@@ -124,7 +124,9 @@ def task_batches(split: Split, tokenizer: Any, *, batch_size: int, max_length: i
     return Batches(rows, split.labels, padding_of(tokenizer), batch_size, seed)
 
 
-def sentence_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int) -> Batches:
+def sentence_batches(
+    texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int, seed: int = 0
+) -> Batches:
     """Texts without labels, each a row cut to ``max_length`` tokens: to embed, to calibrate on, to measure a model on.
 
     Raises:
@@ -133,22 +135,7 @@ def sentence_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, m
     _check(batch_size, max_length)
     if not texts:
         raise MPOError("there is no text: give at least one")
-    return Batches(_encoded([texts], tokenizer, max_length), None, padding_of(tokenizer), batch_size)
-
-
-def sentence_batches(
-    texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int, seed: int = 0
-) -> Batches:
-    """Every text by itself, cut to ``max_length`` tokens, for what needs no labels.
-
-    Raises:
-        MPOError: no text, or a batch size or length that holds nothing.
-    """
-    _check(batch_size, max_length)
-    if not texts:
-        raise MPOError("there is no text: give at least one sentence")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
-    return Batches(_rows(encoded), None, padding_of(tokenizer), batch_size, seed)
+    return Batches(_encoded([texts], tokenizer, max_length), None, padding_of(tokenizer), batch_size, seed)
 
 
 def text_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_length: int, seed: int = 0) -> Batches:
