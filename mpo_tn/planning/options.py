@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,29 +84,5 @@ def ranks(out: int, in_: int) -> list[int]:
     most = min(out, in_)
     step = _STEP if most >= 4 * _STEP else max(1, most // 8)
     count = max(most // step, 1)
-    numbers = {max(1, round(count ** (k / (_RANKS - 1)))) for k in range(_RANKS)}
-    return sorted({min(step * number, most) for number in numbers} | {math.ceil(most * k / 8) // step * step or step for k in range(1, 9)})
-
-
-def size_of(text: str | int) -> int:
-    """Bytes of a size such as ``"25MB"``, ``"1.5 GB"`` or a number; MB are 10**6 and MiB 2**20.
-
-    >>> size_of("25MB"), size_of("1.5 KiB"), size_of(1000)
-    (25000000, 1536, 1000)
-    """
-    from mpo_tn.exceptions import MPOError, is_real
-
-    if not isinstance(text, str):
-        if is_real(text) and text > 0:
-            return int(text)
-        raise MPOError(f"size={text!r} is not a number of bytes, nor text such as 25MB")
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    compact = text.replace(" ", "").upper()
-    digits = compact.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    try:
-        number = float(digits) * units[compact[len(digits) :]]
-    except (ValueError, KeyError):
-        raise MPOError(f"size={text!r} is not a size: give for instance 25MB or 1.5GB") from None
-    if not (math.isfinite(number) and number >= 1):
-        raise MPOError(f"size={text!r} must be at least a byte")
-    return int(number)
+    numbers = {round(count ** (k / (_RANKS - 1))) for k in range(_RANKS)} | {round(count * k / 8) for k in range(1, 9)}
+    return sorted({min(step * max(number, 1), most) for number in numbers})

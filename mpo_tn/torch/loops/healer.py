@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.loops.feeding import Fed, Feed
 from mpo_tn.torch.loops.objectives import Measured, Objective, Targets
 from mpo_tn.torch.loops.recipe import Recipe, share_of_rate
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.trainable import parameter_groups
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 

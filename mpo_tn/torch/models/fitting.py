@@ -48,6 +48,11 @@ class Fitted:
     metric: str
     shift: torch.Tensor | None
 
+    def rebuilt(self) -> torch.Tensor:
+        """What the cores stand for, (out, in) in double precision."""
+        arrays = [_array(core, shape) for core, shape in zip(self.cores, self.spec.core_shapes, strict=True)]
+        return dense(arrays)[: self.spec.out_features, : self.spec.in_features]
+
 
 def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> Metric:
     """The metric of a layer.
@@ -78,7 +83,13 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
 
 
 def fit_matrix(
-    matrix: torch.Tensor, spec: ModuleSpec, known: Moments, *, anchor: float = 0.0, biased: bool = False, rounds: int = 2
+    matrix: torch.Tensor,
+    spec: ModuleSpec,
+    known: Moments,
+    *,
+    anchor: float = 0.0,
+    biased: bool = False,
+    rounds: int = 2,
 ) -> Fitted:
     """Fit what ``spec`` describes to a matrix (out, in), in the metric of its layer.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,7 @@ def _positions(batch: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Iterator[None]:
+def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Generator[None]:
     """The model with another matrix (out, in) in the place of a unit's, and its biases shifted; put back afterwards."""
     undo = put(unit, matrix, shift)
     try:
@@ -114,7 +114,9 @@ class Undo:
 
 def put(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Undo:
     """Another matrix in the place of a unit's; what undoes it."""
-    biases = tuple(bias.data if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules)
+    biases = tuple(
+        bias.data if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules
+    )
     undo = Undo(unit, unit.weight.data, biases)
     found = matrix.to(unit.weight.dtype)
     unit.weight.data = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()

@@ -136,8 +136,11 @@ def _tradeoff(
         values = torch.linalg.svdvals(scaled) if min(scaled.shape) <= 64 else _values(scaled)
         total = float(values.square().sum())
         reference = quantize(matrix, _REFERENCE_BITS, group).matrix()
-        rounding = _measured(lambda rows, bits: weights[rows] * (wide[rows] - quantize(matrix[rows], bits, group).matrix()),
-                             lambda rows: weights[rows] * wide[rows], len(matrix))
+        rounding = _measured(
+            lambda rows, bits: weights[rows] * (wide[rows] - quantize(matrix[rows], bits, group).matrix()),
+            lambda rows: weights[rows] * wide[rows],
+            len(matrix),
+        )
         rank = _reference_rank(matrix)
         basis = torch.linalg.eigh(scaled.T @ scaled)[1][:, -rank:]
         low = (wide @ basis) @ basis.T
@@ -149,8 +152,11 @@ def _tradeoff(
         values = torch.as_tensor(fits.values)
         total = float(values.square().sum())
         rounding = _measured(
-            lambda rows, bits: (wide[rows] - quantize(matrix[rows], bits, group, metric=metric.second).matrix()) @ metric.root,
-            lambda rows: wide[rows] @ metric.root, len(matrix),
+            lambda rows, bits: (
+                (wide[rows] - quantize(matrix[rows], bits, group, metric=metric.second).matrix()) @ metric.root
+            ),
+            lambda rows: wide[rows] @ metric.root,
+            len(matrix),
         )
         rank = min(_reference_rank(matrix), len(fits.values))
         low = dense([widen(core) for core in fits.cut(rank).cores])
@@ -196,9 +202,7 @@ def _measured(miss: object, whole: object, rows: int) -> dict[int, float]:
     return {bits: frobenius_norm(miss(chosen, bits)) ** 2 / max(size, 1e-300) for bits in _MEASURED}  # type: ignore[operator]
 
 
-def _factor(
-    matrix: torch.Tensor, fits: LowRankFits, metric: Metric, rank: int, group: int, rounding: float
-) -> float:
+def _factor(matrix: torch.Tensor, fits: LowRankFits, metric: Metric, rank: int, group: int, rounding: float) -> float:
     """How much more a pair errs by rounding, of what it holds, than the matrix by as many bits."""
     chain = fits.cut(rank)
     cores, _, report = quantize_chain(chain, matrix, (_REFERENCE_BITS,) * 2, group, metric, rounds=1)
