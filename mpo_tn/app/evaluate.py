@@ -199,7 +199,9 @@ def evaluate(
 def _row(name: str, kind: str, found: Measured, dense: Measured | None, *, is_reference: bool) -> Evaluation:
     scores: list[Score] = []
     for metric, drawn in found.drawn.items():
-        change = (None, None) if dense is None else _value_and_error(drawn - dense.drawn[metric])
+        change = (None, None)
+        if dense is not None and np.isfinite(drawn[0]):
+            change = _value_and_error(drawn - dense.drawn[metric])
         scores.append(Score(metric, *_value_and_error(drawn), *change))
     size, parameters = weight_bytes(name), dense_parameters(name)
     return Evaluation(
@@ -209,7 +211,8 @@ def _row(name: str, kind: str, found: Measured, dense: Measured | None, *, is_re
 
 
 def _value_and_error(drawn: np.ndarray) -> tuple[float, float]:
-    return float(drawn[0]), float(drawn[1:].std(ddof=1)) if len(drawn) > 2 else math.nan
+    known = len(drawn) > 2 and bool(np.isfinite(drawn).all())
+    return float(drawn[0]), float(drawn[1:].std(ddof=1)) if known else math.nan
 
 
 def _how(bench: Bench, found: Measured, kind: str, tokenizer: Any, compared: bool) -> tuple[str, ...]:

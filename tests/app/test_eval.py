@@ -216,6 +216,29 @@ def test_bad_arguments(
     assert message in " ".join(error.split())
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "tuned"])
+def test_a_model_that_gives_no_numbers_is_said_to(
+    kind: str, places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(places[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    save_model(model, places[kind], tmp_path / "broken")
+    source = {
+        "encoder": Source("STS-B", places["stsb"]), "decoder": Source(texts=places["lines"]),
+        "tuned": Source("MRPC", places["mrpc"]),
+    }[kind]  # fmt: skip
+    report = of(tmp_path / "broken", source, against=str(places[kind]))
+    row = report.rows[1]
+    assert row.distance is not None
+    assert row.distance.value == math.inf
+    assert kind == "tuned" or not math.isfinite(row.scores[0].value)
+    print_evaluation(report)
+    assert "inf" in capsys.readouterr().out
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["rows"][1]["distance"]["value"] is None
+
+
 def test_models_that_do_not_fit_the_dense_one(places: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     model = load_model(places["tuned"])
