@@ -17,9 +17,10 @@ from torch import nn
 from mpo_tn import MPOError
 from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch import SqueezeResult
-from mpo_tn.torch.loops.evaluation import evaluated, set_training, training_flags
+from mpo_tn.torch.loops.evaluation import evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.squeezer import Squeezer
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.training_state import TrainingState
 
