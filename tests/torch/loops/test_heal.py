@@ -377,6 +377,15 @@ def test_a_teacher_of_another_model() -> None:
         task.run(teacher=broken)
 
 
+def test_held_out_batches_that_are_no_numbers() -> None:
+    teacher = nn.Sequential(nn.Linear(8, 8))
+    model = copy.deepcopy(teacher)
+    compress(model, MPOConfig(sites=3, keep=0.5))
+    spoilt = [{"input": torch.full((4, 8), math.nan)}]
+    with pytest.raises(MPOError, match="is nan on dev before the first step"):
+        heal(model, teacher, [{"input": torch.randn(4, 8)}], dev=spoilt)
+
+
 def test_a_model_that_has_nothing_to_train() -> None:
     with pytest.raises(MPOError, match="no MPO modules"):
         heal(tiny("bert"), tiny("bert"), BATCHES)
