@@ -125,6 +125,16 @@ def test_a_loss_that_is_no_number_names_the_step() -> None:
     assert bits(task.model) == before
 
 
+def test_the_rate_of_cores_follows_the_length_of_the_chains() -> None:
+    batches = [{"input": torch.randn(4, 12)}]
+    for sites, train, expected in [("low-rank", "cores", 3e-3), (3, "cores", 1e-3), (3, "auxiliary", 5e-3)]:
+        teacher = nn.Sequential(nn.Linear(12, 12))
+        model = copy.deepcopy(teacher)
+        compress(model, MPOConfig(sites=sites, keep=0.5))
+        result = heal(model, teacher, batches, train=train, steps=1)
+        assert (result.lr, result.tensor_lr) == (1e-3, expected)
+
+
 def test_without_held_out_batches_the_last_state_is_kept() -> None:
     task, again = Task(), Task()
     result, other = task.run(dev=None), again.run(every=12)
