@@ -137,9 +137,15 @@ class Healer:
             self.notes.append(f"{recipe.minutes:g} minutes are {self.steps} steps here, at {step:.3f} s")
 
     def begin(self) -> None:
-        """Measure the held-out batches before the first step; the model as it is is the best so far."""
+        """Measure the held-out batches before the first step; the model as it is is the best so far.
+
+        Raises:
+            MPOError: what is measured is not finite.
+        """
         value = self._measure_dev()
         if value is not None:
+            if not math.isfinite(value):
+                raise MPOError(f"{self.objective.unit} is {value} on dev before the first step: look for NaN in there")
             self.done.held_out.append((0, value))
         self.best = self.captured()
 
