@@ -69,7 +69,7 @@ def plan_for_budget(
         calibration = source
     else:
         calibration = calibrate(
-            model, source.batches, target_modules=[unit.name for unit in found.units],
+            model, source.batches, target_modules=[unit.name for unit in found.units], gradients=True,
             progress=doing("calibrating", tell),
         )  # fmt: skip
     judge = None if samples is None else Judge(model, samples.held_back, _JUDGE_TOKENS)

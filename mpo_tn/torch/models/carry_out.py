@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def fit_units(
         trial = Trial(None, source, {})
     elif isinstance(source, Samples):
         found = calibrate(
-            model, source.batches, target_modules=names, progress=doing("calibrating", progress)
+            model, source.batches, target_modules=names, gradients=True, progress=doing("calibrating", progress)
         )  # fmt: skip
         trial = Trial(source, found, {})
     else:
@@ -53,7 +54,7 @@ def fit_units(
     if trial.samples is None:
         return alone
     judge = Judge(model, trial.samples.held_back)
-    anchored = _block_by_block(model, pairs, trial.samples, progress)
+    anchored = _block_by_block(model, pairs, trial, trial.samples, progress)
     scores = [_judged(pairs, found, judge) for found in (alone, anchored)]
     return alone if scores[0] <= scores[1] else anchored
 
@@ -66,7 +67,9 @@ def _alone(pairs: Pairs, trial: Trial, progress: Progress) -> dict[str, Fitted]:
     return fits
 
 
-def _block_by_block(model: nn.Module, pairs: Pairs, samples: Samples, progress: Progress) -> dict[str, Fitted]:
+def _block_by_block(
+    model: nn.Module, pairs: Pairs, trial: Trial, samples: Samples, progress: Progress
+) -> dict[str, Fitted]:
     planned = {unit.name: (plan, unit) for plan, unit in pairs}
     fits: dict[str, Fitted] = {}
     undo: list[Undo] = []
@@ -75,7 +78,8 @@ def _block_by_block(model: nn.Module, pairs: Pairs, samples: Samples, progress: 
             for name in step.calibration.units:
                 progress(len(fits), len(planned), f"fitting {name} after what came before")
                 plan, unit = planned[name]
-                known = step.calibration.of(name) or Moments(0)
+                known, dense = step.calibration.of(name) or Moments(0), trial.calibration.of(name)
+                known = replace(known, outer=None if dense is None else dense.outer)
                 with torch.no_grad():
                     fits[name] = fit_matrix(unit.matrix(), plan.spec, known, anchor=ANCHOR, biased=is_biased(unit))
                 undo.append(put(unit, fits[name].rebuilt(), fits[name].shift))

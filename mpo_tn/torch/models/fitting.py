@@ -76,10 +76,10 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
         raise MPOError("its inputs are the same for every token: calibrate with more than one text")
     held = second + ridge * torch.eye(len(second), dtype=second.dtype)
     if cross is None or anchor == 0:
-        return Metric(held)
+        return Metric(held, outer=known.outer)
     if mean is not None and known.dense_mean is not None:
         cross = cross - torch.outer(known.dense_mean, mean)
-    return Metric(held, held + anchor * (cross - second))
+    return Metric(held, held + anchor * (cross - second), known.outer)
 
 
 def fit_matrix(

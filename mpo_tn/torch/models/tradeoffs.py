@@ -15,10 +15,10 @@ import torch
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.fit.activation import LowRankFits
-from mpo_tn.fit.metric import Metric, dense
+from mpo_tn.fit.metric import dense
 from mpo_tn.fit.quantized import quantize_chain
 from mpo_tn.linalg import frobenius_norm, widen
-from mpo_tn.planning.options import BITS, LOW_RANK, Option
+from mpo_tn.planning.options import BITS, Option
 from mpo_tn.progress import Progress
 from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.fitting import metric_of, row_weights
@@ -122,96 +122,117 @@ def tradeoffs(
     return found
 
 
+class _Layer:
+    """A matrix whose layer gets inputs of a known metric."""
+
+    def __init__(self, unit: DenseUnit, known: Moments, group: int) -> None:
+        self.matrix, self.wide, self.group = unit.matrix(), widen(unit.matrix()), group
+        biased = is_biased(unit)
+        self.mean = known.mean if biased else None
+        self.metric = metric_of(known, centred=biased)
+        self.fits = LowRankFits(self.matrix, self.metric)
+        self.values = self.fits.values
+
+    def rounded(self, bits: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        part = self.matrix if rows is None else self.matrix[rows]
+        return quantize(part, bits, self.group, metric=self.metric.second).matrix()
+
+    def missed(self, there: torch.Tensor) -> float:
+        """The squared error of a whole matrix."""
+        return self.metric.weighed(self.wide - there) ** 2
+
+    def missed_rows(self, there: torch.Tensor, rows: torch.Tensor) -> float:
+        return frobenius_norm((self.wide[rows] - there) @ self.metric.root) ** 2
+
+    def cut(self, rank: int) -> torch.Tensor:
+        return dense([widen(core) for core in self.fits.cut(rank).cores])
+
+    def shift(self, there: torch.Tensor) -> torch.Tensor | None:
+        return None if self.mean is None else (self.wide - there) @ self.mean
+
+    def factor(self, rank: int, rounding: float) -> float:
+        """How much more a pair errs by rounding, of what it holds, than the matrix by as many bits."""
+        cut = self.fits.error(rank) ** 2
+        report = quantize_chain(
+            self.fits.cut(rank), self.matrix, (_REFERENCE_BITS,) * 2, self.group, self.metric, rounds=1
+        )[2]  # fmt: skip
+        held = self.fits.norm**2 - cut
+        return max(report.error**2 - cut, 0.0) / max(held * rounding, 1e-300)
+
+
+class _Table:
+    """A matrix of whose rows it is known how often they are read, or nothing at all."""
+
+    def __init__(self, unit: DenseUnit, known: Moments | None, group: int) -> None:
+        self.matrix, self.wide, self.group = unit.matrix(), widen(unit.matrix()), group
+        self.weights = row_weights(known or Moments(0), len(self.matrix))
+        scaled = self.weights * self.wide
+        values, self.basis = torch.linalg.eigh(scaled.T @ scaled)
+        self.values = values.flip(0).clamp(min=0).sqrt().numpy()
+
+    def rounded(self, bits: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        part = self.matrix if rows is None else self.matrix[rows]
+        return quantize(part, bits, self.group).matrix()
+
+    def missed(self, there: torch.Tensor) -> float:
+        return frobenius_norm(self.weights * (self.wide - there)) ** 2
+
+    def missed_rows(self, there: torch.Tensor, rows: torch.Tensor) -> float:
+        return frobenius_norm(self.weights[rows] * (self.wide[rows] - there)) ** 2
+
+    def cut(self, rank: int) -> torch.Tensor:
+        basis = self.basis[:, -rank:]
+        return (self.wide @ basis) @ basis.T
+
+    def shift(self, there: torch.Tensor) -> None:
+        return None
+
+    def factor(self, rank: int, rounding: float) -> float:
+        """Both factors are rounded, and each row of the product takes part of both errors."""
+        return 2.0
+
+
 def _tradeoff(
     unit: DenseUnit, options: tuple[Option, ...], known: Moments | None, judge: Judge | None, group: int,
     factors: dict[str, float],
 ) -> Tradeoff:  # fmt: skip
-    matrix = unit.matrix()
-    wide = widen(matrix)
-    biased = is_biased(unit)
-    if known is None or known.second is None:
-        # A table, or a layer that no text reached: rows weigh what is known of them, columns alike.
-        weights = row_weights(known if known is not None else Moments(0), len(matrix))
-        scaled = weights * wide
-        values = torch.linalg.svdvals(scaled) if min(scaled.shape) <= 64 else _values(scaled)
-        total = float(values.square().sum())
-        reference = quantize(matrix, _REFERENCE_BITS, group).matrix()
-        rounding = _measured(
-            lambda rows, bits: weights[rows] * (wide[rows] - quantize(matrix[rows], bits, group).matrix()),
-            lambda rows: weights[rows] * wide[rows],
-            len(matrix),
-        )
-        rank = _reference_rank(matrix)
-        basis = torch.linalg.eigh(scaled.T @ scaled)[1][:, -rank:]
-        low = (wide @ basis) @ basis.T
-        shifts = (None, None)
-        metric = None
-    else:
-        metric = metric_of(known, centred=biased)
-        fits = LowRankFits(matrix, metric)
-        values = torch.as_tensor(fits.values)
-        total = float(values.square().sum())
-        rounding = _measured(
-            lambda rows, bits: (
-                (wide[rows] - quantize(matrix[rows], bits, group, metric=metric.second).matrix()) @ metric.root
-            ),
-            lambda rows: wide[rows] @ metric.root,
-            len(matrix),
-        )
-        rank = min(_reference_rank(matrix), len(fits.values))
-        low = dense([widen(core) for core in fits.cut(rank).cores])
-        reference = quantize(matrix, _REFERENCE_BITS, group, metric=metric.second).matrix()
-        mean = known.mean if biased else None
-        shifts = tuple(None if mean is None else (wide - there) @ mean for there in (reference, low))
-        pattern = re.sub(r"\d+", "*", unit.name)
-        if pattern not in factors:
-            factors[pattern] = _factor(matrix, fits, metric, rank, group, rounding[_REFERENCE_BITS])
-    tails = np.append(np.cumsum(values.square().numpy()[::-1])[::-1], 0.0) / max(total, 1e-300)
-    factor = factors.get(re.sub(r"\d+", "*", unit.name), 2.0)
-    errors = Errors(rounding, tails, factor)
+    here = _Table(unit, known, group) if known is None or known.second is None else _Layer(unit, known, group)
+    squares = np.asarray(here.values, dtype=np.float64) ** 2
+    total = max(float(squares.sum()), 1e-300)
+    tails = np.append(np.cumsum(squares[::-1])[::-1], 0.0) / total
+    out, in_ = here.matrix.shape
+    # About half of what would take as many numbers as the matrix.
+    rank = min(max(1, round(out * in_ / (out + in_) / 2)), len(squares))
+    reference, low = here.rounded(_REFERENCE_BITS), here.cut(rank)
+    rounding = _rounding(here, reference, total)
+    pattern = re.sub(r"\d+", "*", unit.name)
+    if pattern not in factors:  # alike in all blocks
+        factors[pattern] = here.factor(rank, rounding[_REFERENCE_BITS])
+    errors = Errors(rounding, tails, factors[pattern])
     if judge is None:
-        size = total if metric is not None else 1.0
-        return Tradeoff(unit, options, errors, Sensitivity(size, size))
-    with replaced(unit, reference, shifts[0]):
+        return Tradeoff(unit, options, errors, Sensitivity(total, total))
+    with replaced(unit, reference, here.shift(reference)):
         by_rounding = judge()
-    with replaced(unit, low, shifts[1]):
+    with replaced(unit, low, here.shift(low)):
         by_cutting = judge()
     if not (np.isfinite(by_rounding) and np.isfinite(by_cutting)):
         raise MPOError(f"{unit.name}: the model gives no numbers once it is rounded to {_REFERENCE_BITS} bits")
-    cut = max(float(tails[min(rank, len(tails) - 1)]), 1e-12)
+    cut = max(float(tails[rank]), 1e-12)
     return Tradeoff(
         unit, options, errors, Sensitivity(by_rounding / max(rounding[_REFERENCE_BITS], 1e-12), by_cutting / cut)
     )
 
 
-def _values(scaled: torch.Tensor) -> torch.Tensor:
-    small = scaled.T @ scaled if scaled.shape[0] >= scaled.shape[1] else scaled @ scaled.T
-    return torch.linalg.eigvalsh(small).clamp(min=0).flip(0).sqrt()
+def _rounding(here: _Layer | _Table, reference: torch.Tensor, total: float) -> dict[int, float]:
+    """Squared relative rounding errors by bits: of every row for the reference, of some rows how it goes with bits.
 
-
-def _reference_rank(matrix: torch.Tensor) -> int:
-    """About half of what would take as many numbers as the matrix."""
-    out, in_ = matrix.shape
-    return max(1, round(out * in_ / (out + in_) / 2))
-
-
-def _measured(miss: object, whole: object, rows: int) -> dict[int, float]:
-    """Squared relative rounding errors by bits, over rows spread evenly."""
+    Rows are rounded one by one, and a few of them may hold most of the norm.
+    """
+    rows = len(here.matrix)
     chosen = torch.arange(0, rows, max(1, rows // _ROWS))[:_ROWS]
-    size = frobenius_norm(whole(chosen)) ** 2  # type: ignore[operator]
-    return {bits: frobenius_norm(miss(chosen, bits)) ** 2 / max(size, 1e-300) for bits in _MEASURED}  # type: ignore[operator]
-
-
-def _factor(matrix: torch.Tensor, fits: LowRankFits, metric: Metric, rank: int, group: int, rounding: float) -> float:
-    """How much more a pair errs by rounding, of what it holds, than the matrix by as many bits."""
-    chain = fits.cut(rank)
-    cores, _, report = quantize_chain(chain, matrix, (_REFERENCE_BITS,) * 2, group, metric, rounds=1)
-    del cores
-    held = fits.norm**2 - fits.error(rank) ** 2
-    noise = max(report.error**2 - fits.error(rank) ** 2, 0.0)
-    return noise / max(held * rounding, 1e-300)
-
-
-def families_of(options: Sequence[Option]) -> set[str]:
-    """Those there are."""
-    return {option.family for option in options if option.family in (BITS, LOW_RANK)}
+    of = {
+        bits: here.missed_rows(here.rounded(bits, chosen), chosen) for bits in _MEASURED if bits != _REFERENCE_BITS
+    }  # fmt: skip
+    of[_REFERENCE_BITS] = max(here.missed_rows(reference[chosen], chosen), 1e-300)
+    whole = here.missed(reference) / total
+    return {bits: whole * value / of[_REFERENCE_BITS] for bits, value in of.items()}
