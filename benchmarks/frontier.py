@@ -35,7 +35,7 @@ import torch
 import transformers
 from torch import nn
 
-from mpo_tn import plot
+from mpo_tn import MPOError, plot
 from mpo_tn.app.demo import ENCODER, demo_model
 from mpo_tn.app.measuring import Bench, Measured, spread
 from mpo_tn.planning.config import MPOConfig
@@ -47,7 +47,7 @@ from mpo_tn.torch.loops.feeding import Feed
 from mpo_tn.torch.loops.healer import Healer, lent
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import Recipe
-from mpo_tn.torch.models import auto
+from mpo_tn.torch.models import auto, fitting
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import count_trainable
@@ -59,9 +59,9 @@ SEED = 0
 CALIBRATION, HELD_OUT, COMPARED = 1024, 256, 512
 """Sentences to calibrate on, to stop healing by, and that D is taken on."""
 BUDGETS = (8.1, 4.1, 3.1, 2.3, 1.65, 1.25, 0.85, 0.63)
-ROUNDED = ((8, 128), (4, 128), (3, 128), (2, 32), (2, 128))
+ROUNDED = ((8, 128), (4, 128), (3, 128), (2, 128), (2, 32))
 """Bits and columns a scale; the finer groups are for the budget of 2.3, which 2 bits in groups of 128 do not use up."""
-FACTORS = (None, 4, 3, 2)
+FACTORS = (4, None, 3, 2)
 WHOLE = ENCODER + r"|embeddings\.(word|position|token_type)_embeddings|pooler\.dense"
 SIZES = ((23, 8), (11, 4), (6, 2))
 """MB, and the bits of everything that come nearest."""
@@ -166,6 +166,9 @@ def encoder_jobs(lab: Lab) -> Iterator[Job]:
     def job(method: str, make: Callable[[], Made], **key: Any) -> Job:
         return Job("encoder", method, key, make)
 
+    def uniform(method: str, config: MPOConfig, budget: float, calibrated: str = "") -> Job:
+        return job(method, lambda: carried_out(lab, at_size(lab, config, budget), calibrated=calibrated), budget=budget)
+
     yield job(DENSE, lambda: (lab.new(), 32.0, {}))
     yield job(FLOOR, lambda: zeroed(lab))
     for budget in BUDGETS:
@@ -174,19 +177,15 @@ def encoder_jobs(lab: Lab) -> Iterator[Job]:
         config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
         yield job("rounding", lambda c=config: carried_out(lab, c), bits=bits, group=group)
         yield job("GPTQ", lambda c=config: carried_out(lab, c, calibrated="blocks"), bits=bits, group=group)
-    for bits in (8, 4):
-        rows = MPOConfig(ENCODER, sites=1, bits=bits, group=1536)
-        yield job(f"int{bits}, a scale per row", lambda c=rows: carried_out(lab, c), bits=bits)
     for bits in FACTORS:
         name = "low rank" if bits is None else f"low rank in {bits} bits"
         for budget in BUDGETS:
-            start = MPOConfig(ENCODER, sites="low-rank", keep=1.0, bits=bits)
-            if (sized := at_size(lab, start, budget)) is not None:
-                yield job(name, lambda c=sized: carried_out(lab, c, calibrated="alone"), budget=budget)
+            yield uniform(name, MPOConfig(ENCODER, sites="low-rank", bits=bits), budget, "alone")
     for budget in BUDGETS:
-        chain = at_size(lab, MPOConfig(ENCODER, sites=5, keep=1.0), budget)
-        if chain is not None:
-            yield job("MPO, 5 sites, Frobenius", lambda c=chain: carried_out(lab, c), budget=budget)
+        yield uniform("MPO, 5 sites, Frobenius", MPOConfig(ENCODER, sites=5), budget)
+    for bits in (8, 4):
+        rows = MPOConfig(ENCODER, sites=1, bits=bits, group=1536)
+        yield job(f"int{bits}, a scale per row", lambda c=rows: carried_out(lab, c), bits=bits)
 
 
 def whole_jobs(lab: Lab) -> Iterator[Job]:
@@ -225,14 +224,15 @@ def healed_jobs(lab: Lab, minutes: float) -> Iterator[Job]:
     def job(method: str, make: Callable[[], Made], **key: Any) -> Job:
         return Job("healed", method, {**key, "minutes": minutes}, make)
 
+    def low_rank(budget: float) -> Made:
+        config = at_size(lab, MPOConfig(ENCODER, sites="low-rank"), budget)
+        return carried_out(lab, config, calibrated="alone")
+
     for budget in HEALED:
         yield job("planned", lambda b=budget: healed(lab, planned(lab, ENCODER, bits_per_weight=b), minutes),
                   budget=budget)  # fmt: skip
     for budget in HEALED:
-        low = at_size(lab, MPOConfig(ENCODER, sites="low-rank", keep=1.0), budget)
-        if low is not None:
-            yield job("low rank", lambda c=low: healed(lab, carried_out(lab, c, calibrated="alone"), minutes),
-                      budget=budget)  # fmt: skip
+        yield job("low rank", lambda b=budget: healed(lab, low_rank(b), minutes), budget=budget)
     for bits, group in ((2, 32),):
         config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
         yield job("rounding", lambda c=config: healed(lab, carried_out(lab, c), minutes), bits=bits, group=group)
@@ -277,16 +277,21 @@ def zeroed(lab: Lab) -> Made:
     return model, 0.0, {"megabytes": left / 1e6}
 
 
-def at_size(lab: Lab, config: MPOConfig, budget: float) -> MPOConfig | None:
-    """The least kept ratio of at least so many bits per weight; None where even full bonds take fewer."""
+def at_size(lab: Lab, config: MPOConfig, budget: float) -> MPOConfig:
+    """The least kept ratio of at least so many bits per weight.
+
+    Raises:
+        MPOError: even full bonds take fewer.
+    """
     low, high = 0.0, 1.25
-    if plan(lab.dense, replace(config, keep=high)).bits_per_weight < budget:
-        return None
-    while high - low > 1e-4:
+    most = plan(lab.dense, replace(config, keep=high)).bits_per_weight
+    if most < budget:
+        raise MPOError(f"it takes {most:.2f} bits per weight at the most")
+    while high - low > 2e-4:
         middle = (low + high) / 2
         try:
             fits = plan(lab.dense, replace(config, keep=middle)).bits_per_weight >= budget
-        except ValueError:  # not even bonds of one
+        except MPOError:  # not even bonds of one
             fits = False
         low, high = (low, middle) if fits else (middle, high)
     return replace(config, keep=high)
@@ -295,15 +300,17 @@ def at_size(lab: Lab, config: MPOConfig, budget: float) -> MPOConfig | None:
 class Remembered:
     """A part of the planner that says the same for every budget: it is asked once, and its seconds count for each."""
 
-    def __init__(self, name: str, key: Callable[..., Any]) -> None:
-        self.ask, self.key = getattr(auto, name), key
+    def __init__(self, module: Any, name: str, key: Callable[..., Any]) -> None:
+        self.ask, self.key = getattr(module, name), key
         self.held: dict[Any, tuple[Any, float]] = {}
         self.saved = 0.0
-        setattr(auto, name, self)
+        setattr(module, name, self)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """What it says."""
         key = self.key(*given, **named)
+        if key is None:
+            return self.ask(*given, **named)
         if key in self.held:
             found, seconds = self.held[key]
             self.saved += seconds
@@ -314,12 +321,16 @@ class Remembered:
         return found
 
 
+def _same(matrix: torch.Tensor, *more: Any) -> Any:
+    return float(matrix.double().sum()), tuple(matrix.shape), more
+
+
 REMEMBERED = (
-    Remembered("calibrate", lambda _model, _batches, *, target_modules, **_: str(target_modules)),
-    Remembered(
-        "tradeoffs", lambda units, choices, *_: tuple((u.name, len(c)) for u, c in zip(units, choices, strict=True))
-    ),
-    Remembered("fit_matrix", lambda matrix, spec, _known, **named: (spec, float(matrix.double().sum()), str(named))),
+    Remembered(auto, "calibrate", lambda _model, _batches, *, target_modules, **_: str(target_modules)),
+    Remembered(auto, "tradeoffs", lambda units, choices, *_: (tuple(u.name for u in units), tuple(map(len, choices)))),
+    Remembered(auto, "fit_matrix", lambda matrix, spec, _known, **named: _same(matrix, spec, str(named))),
+    # Block by block the metric is another one every time.
+    Remembered(fitting, "LowRankFits", lambda matrix, metric: _same(matrix) if metric.cross is None else None),
 )
 
 
@@ -436,7 +447,7 @@ def repaired_lora(lab: Lab, rate: float, seed: int, steps: int) -> Made:
     dev = Feed(lab.batches(lab.text.held_out), seed, "dev")
     began = time.perf_counter()
     with lent(base, lab.dense):
-        freeze(base, "none", also=(), train=r"re:lora_")
+        freeze(base, "none", also=(), train=".*lora_.*")
         healer = Healer(base, lab.dense, goal, recipe, train, dev, 2**28)
         healer.begin()
         trainable, total = count_trainable(base)
@@ -462,6 +473,7 @@ def run(
     parts: Sequence[str],
     again: Sequence[str],
     only: Sequence[str],
+    budgets: Sequence[float],
     minutes: float,
     steps: int,
 ) -> None:
@@ -477,14 +489,18 @@ def run(
     where = surroundings()
     for part in parts:
         for job in jobs[part]():
-            if only and job.method not in only:
+            if (only and job.method not in only) or (budgets and job.key.get("budget") not in (None, *budgets)):
                 continue
             if any(_is(row, job) for row in read(results, part)) and job.method not in again:
                 continue
             for part_of_planner in REMEMBERED:
                 part_of_planner.saved = 0.0
             began = common.clock()
-            model, bits, more = job.make()
+            try:
+                model, bits, more = job.make()
+            except MPOError as error:
+                print(f"{part}: {job.method} {dict(job.key)}: {error}", flush=True)
+                continue
             seconds = common.clock() - began + sum(part_of_planner.saved for part_of_planner in REMEMBERED)
             row = {
                 "part": part, "method": job.method, **job.key, "bits_per_weight": bits, "seconds": seconds,
@@ -686,6 +702,7 @@ def main() -> None:
     make.add_argument("--parts", nargs="+", default=["encoder", "whole", "confirm", "healed", "repair"])
     make.add_argument("--again", nargs="*", default=[], help="methods whose rows are made anew")
     make.add_argument("--only", nargs="*", default=[], help="methods that are made, if not all")
+    make.add_argument("--budgets", nargs="*", type=float, default=[], help="of the rows that have one, if not all")
     make.add_argument("--minutes", type=float, default=10.0, help="of healing")
     make.add_argument("--steps", type=int, default=300, help="of repairing a hard quantisation")
     show = commands.add_parser("table")
