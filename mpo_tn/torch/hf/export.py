@@ -348,7 +348,8 @@ def _quantization_config(dense: Any, kept: Iterable[ExportedMatrix]) -> Any:
             },
             "format": _LAYOUT,
         }
-        # The most bits first: with dequantize=True transformers 5 reads all by the first, and so it cannot fail silently.
+        # The most bits first: asked to dequantize, transformers 5 reads all by the first group, and fails rather than
+        # reads too few bits.
         for k, ((bits, group), names) in enumerate(sorted(schemes.items(), reverse=True))
     }  # fmt: skip
     return transformers.CompressedTensorsConfig(
