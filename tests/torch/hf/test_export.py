@@ -212,6 +212,7 @@ def test_tables_and_shared_weights_say_why_they_are_dense(tmp_path: Path) -> Non
         (table,) = planned.multiplied_out
         assert reason in table.note
         assert len(table.names) == 1 + tied
+        assert table.bytes == 101 * 32 * 4  # what is tied is written once
         assert planned.bytes == tensor_bytes(tmp_path / f"{tied}")
 
 
