@@ -262,25 +262,19 @@ def _panel(ax: Any, task: str, runs: Runs) -> None:
     floor = {} if None in constant.values() else {"a constant answer": float(np.mean(list(constant.values())))}
     ax.set_title(task)
     plot.frontier(
-        [plot.Point(row, *_mean_of(by_seed)) for row, steps in lines.items() for by_seed in steps]
-        + [plot.Point(row, *_mean_of(runs[row, None])) for row in ("lora", "last-layers")],
-        ylabel=f"mean of {' and\n'.join(constant)}" if len(constant) > 1 else next(iter(constant)),
-        dense=plot.Point("full", *_mean_of(runs["full", None])), floor=floor, zero="", labels=False,
+        [_point(row, by_seed) for row, steps in lines.items() for by_seed in steps]
+        + [_point(row, runs[row, None]) for row in ("lora", "last-layers")],
+        ylabel="mean of " + " and\n".join(constant) if len(constant) > 1 else next(iter(constant)),
+        dense=_point("full", runs["full", None]), floor=floor, zero="", labels=False,
         ax=ax,
     )  # fmt: skip
-    for row, steps in lines.items():
-        colour = plot.LIGHT.colours[plot.look(row).colour]
-        for by_seed in steps:
-            scores = [run["headline"] or 0.0 for run in by_seed.values()]
-            ax.plot([_mean_of(by_seed)[0]] * len(scores), scores, "_", color=colour, markersize=9, alpha=0.6,
-                    clip_on=False)  # fmt: skip
 
 
-def _mean_of(by_seed: dict[int, dict[str, Any]]) -> tuple[float, float]:
-    """MB of all weights in float32, and the score."""
-    runs = by_seed.values()
-    size, score = np.mean([[4e-6 * run["total"], run["headline"] or 0.0] for run in runs], axis=0)
-    return float(size), float(score)
+def _point(row: str, by_seed: dict[int, dict[str, Any]]) -> plot.Point:
+    """The mean over the seeds, and MB of all weights in float32."""
+    scores = [run["headline"] or 0.0 for run in by_seed.values()]
+    size = float(np.mean([4e-6 * run["total"] for run in by_seed.values()]))
+    return plot.Point(row, size, float(np.mean(scores)), each=tuple(scores))
 
 
 def main() -> None:

@@ -22,13 +22,15 @@ class Point:
         name: short or shown, see :data:`~mpo_tn.plot.LOOKS`.
         size: in the unit of the axis.
         value: what is compared.
-        error: the standard error of ``value``.
+        error: the standard error of ``value``, drawn as a bar.
+        each: what ``value`` is the mean of, such as one score a seed, drawn as dashes.
     """
 
     name: str
     size: float
     value: float
     error: float | None = None
+    each: tuple[float, ...] = ()
 
 
 def frontier(
@@ -122,12 +124,14 @@ def _draw(ax: Any, shape: Look, points: list[Point]) -> None:
         label=shape.name, color=colour, marker=shape.marker, ls="--" if shape.open else "-", zorder=3,
         mfc=theme.paper if shape.open else colour, mec=colour, mew=1.3, elinewidth=1.1, capsize=0, clip_on=False,
     )  # fmt: skip
+    for p in points:
+        ax.plot([p.size] * len(p.each), p.each, "_", color=colour, ms=9, alpha=0.6, zorder=2)
 
 
 def _limits(ax: Any, rows: list[Point], dense: Point | None, floor: dict[str, float], log: str, zero: str) -> None:
     """Room for every point and label; from zero where that was asked for."""
     sizes = [point.size for point in [*rows, *([dense] if dense else [])]]
-    ends = [p.value + sign * (p.error or 0.0) for p in rows for sign in (-1, 1)]
+    ends = [end for p in rows for end in (p.value - (p.error or 0.0), p.value + (p.error or 0.0), *p.each)]
     values = [*ends, *floor.values(), *([dense.value] if dense else [])]
     for axis, found in (("x", sizes), ("y", values)):
         low, high = min(found), max(found)

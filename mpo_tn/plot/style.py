@@ -32,13 +32,13 @@ DARK = Theme(
 )  # fmt: skip
 
 
-def style(dark: bool = False) -> dict[str, Any]:
+def style(dark: bool = False) -> dict[Any, Any]:
     """Matplotlib's settings for the figures of this library: ``pyplot.rcParams.update(plot.style())``.
 
     Args:
         dark: light lines on dark paper.
     """
-    from matplotlib import cycler
+    from matplotlib.rcsetup import cycler
 
     theme = DARK if dark else LIGHT
     return {
