@@ -192,7 +192,8 @@ def _difference(one: tuple[str, float | None], other: tuple[str, float | None], 
     if not seeds or any(value is None for pair in scores for value in pair):
         return ()
     at = "" if one[1] is None else f", kept {one[1]:g}"
-    return f"{one[0]} - {other[0]}{at}", _spread([a - b for a, b in scores], "+"), ", ".join(map(str, seeds))
+    what = f"{shown(one[0])} minus {shown(other[0])}{at}"
+    return what, _spread([a - b for a, b in scores], "+"), ", ".join(map(str, seeds))
 
 
 def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> tuple[str, ...]:
@@ -202,9 +203,14 @@ def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> 
     if len(metrics) > 1:
         scores.append(_spread([run["headline"] for run in runs]))
     return (
-        row, f"{kept:.3f}", *scores, ", ".join(map(str, sorted(by_seed))),
+        shown(row), f"{kept:.3f}", *scores, ", ".join(map(str, sorted(by_seed))),
         _count(runs, "matrix_trainable"), _count(runs, "trainable"), f"{np.mean([run['steps'] for run in runs]):.0f}",
     )  # fmt: skip
+
+
+def shown(row: str) -> str:
+    """The name of a row that a stranger understands."""
+    return plot.look(row).name
 
 
 def table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:

@@ -28,14 +28,14 @@ LOOKS: dict[str, Look] = {
     "planned": Look("planned", 3, "^", open=True),
     "healed": Look("planned and healed", 3, "^"),
     # Ways to tune.
-    "full": Look("everything trained", 5, "*"),
-    "lfa": Look("MPO, outer cores trained", 2, "D", open=True),
-    "lfa-cores": Look("MPO, all cores trained", 2, "D"),
+    "full": Look("dense, all trained", 5, "*"),
+    "lfa": Look("MPO, auxiliary trained", 2, "D", open=True),
+    "lfa-cores": Look("MPO, all trained", 2, "D"),
     "lora": Look("LoRA", 4, "P"),
-    "last-layers": Look("last layers trained", 0, "v"),
-    "squeeze": Look("squeezed, outer cores trained", 3, "^", open=True),
-    "squeeze-cores": Look("squeezed, all cores trained", 3, "^"),
-    "one-shot": Look("cut at once, outer cores trained", 2, "D", open=True),
+    "last-layers": Look("dense, last layers trained", 0, "v"),
+    "squeeze": Look("squeezed, auxiliary trained", 3, "^", open=True),
+    "squeeze-cores": Look("squeezed, all trained", 3, "^"),
+    "one-shot": Look("cut at once, auxiliary trained", 2, "D", open=True),
 }
 """Every look by the short name that options, files and code use."""
 
