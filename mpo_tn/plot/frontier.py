@@ -81,14 +81,14 @@ def frontier(
             _draw(ax, shape, points)
             drawn.append(([p.size for p in points], [p.value for p in points]))
             if labels:
-                named.append(Label(name, line_ends(*drawn[-1]), theme_now().ink))
+                named.append(Label(name, line_ends(*drawn[-1]), theme_now().texts[shape.colour], len(drawn) - 1))
         _limits(ax, rows, dense, floor, log, zero)
         ax.set(xlabel="size of the weights, MB" if unit == "MB" else unit, ylabel=ylabel)
         marked_axes(ax)
         for text, (x, y) in _references(ax, dense, unit, floor, log).items():
             drawn.append((x, y))
             spots = reference_spots(x, y[0], log="x" in log) if y[0] == y[1] else [(x[1], y[1]), (x[0], y[0])]
-            named.append(Label(text, spots, theme_now().muted))
+            named.append(Label(text, spots, theme_now().muted, len(drawn) - 1))
         place_labels(ax, named, drawn)
     return ax
 

@@ -12,11 +12,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Label:
-    """A text, and the points in data coordinates that it may stand beside, the best one first."""
+    """A text, and the points in data coordinates that it may stand beside, the best one first.
+
+    ``own`` says which of the lines it names, by its place among them.
+    """
 
     text: str
     at: Sequence[tuple[float, float]]
     colour: str
+    own: int
 
 
 def line_ends(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
@@ -41,8 +45,12 @@ _SIDES = (
 )  # fmt: skip
 
 
+# Pixels: a name that is nearer to another line may be taken for its name.
+_APART = 16.0
+
+
 def place_labels(ax: Any, labels: Iterable[Label], lines: Iterable[tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Write the labels, one after the other, each where the fewest points, lines and other labels are below it.
+    """Write the labels, one after the other, each where little is below it, and no line nearer than its own.
 
     Args:
         ax: axes whose limits are final.
@@ -51,19 +59,21 @@ def place_labels(ax: Any, labels: Iterable[Label], lines: Iterable[tuple[Sequenc
     """
     # Where things are on the paper is known once the layout is.
     ax.figure.canvas.figure.draw_without_rendering()
-    busy = np.concatenate([_spots(ax, *line) for line in lines])
+    spots = [_spots(ax, *line) for line in lines]
+    busy, owner = np.concatenate(spots), np.repeat(np.arange(len(spots)), [len(part) for part in spots])
     frame = ax.get_window_extent()
     taken: list[Any] = []
     for label in (label for label in labels if label.at):
         text = ax.annotate(label.text, (0, 0), (0, 0), textcoords="offset points", color=label.colour, zorder=5)
         text.set_fontsize(9)
         text.set_in_layout(False)
+        own, foreign = busy[owner == label.own], busy[owner != label.own]
         best: tuple[float, Any, Any] | None = None
         for far, at in enumerate(label.at):
             for odd, side in enumerate(_SIDES):
                 _move(text, at, side)
                 box = text.get_window_extent()
-                cost = _cost(box, busy, taken, frame) + 0.15 * odd + 0.4 * far
+                cost = _cost(box, own, foreign, taken, frame) + 0.15 * odd + 0.4 * far
                 if best is None or cost < best[0]:
                     best = cost, at, side
         assert best is not None
@@ -85,14 +95,20 @@ def _spots(ax: Any, x: Sequence[float], y: Sequence[float]) -> np.ndarray:
     return np.concatenate([*along, np.repeat(corners, 4, axis=0)])
 
 
-def _cost(box: Any, busy: np.ndarray, taken: Sequence[Any], frame: Any) -> float:
-    inside = (
-        (busy[:, 0] > box.x0 - 2) & (busy[:, 0] < box.x1 + 2) & (busy[:, 1] > box.y0 - 1) & (busy[:, 1] < box.y1 + 1)
-    )
+def _cost(box: Any, own: np.ndarray, foreign: np.ndarray, taken: Sequence[Any], frame: Any) -> float:
+    to_own, to_others = _distances(box, own), _distances(box, foreign)
+    below = int((to_own < 1.5).sum() + (to_others < 1.5).sum())
+    nearest, other = float(to_own.min(initial=np.inf)), float(to_others.min(initial=np.inf))
+    mistaken = 0.4 * max(0.0, _APART - other) + max(0.0, nearest + 3 - other)
     hidden = sum(
-        max(0.0, min(box.x1, other.x1) + 3 - max(box.x0, other.x0))
-        * max(0.0, min(box.y1, other.y1) + 1 - max(box.y0, other.y0))
-        for other in taken
+        max(0.0, min(box.x1, there.x1) + 3 - max(box.x0, there.x0))
+        * max(0.0, min(box.y1, there.y1) + 1 - max(box.y0, there.y0))
+        for there in taken
     )
     outside = max(0.0, frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0, box.y1 - frame.y1)
-    return float(inside.sum()) + 3 * hidden + 20 * outside
+    return below + mistaken + 3 * hidden + 20 * outside
+
+
+def _distances(box: Any, spots: np.ndarray) -> np.ndarray:
+    """From the edge of a box to points, 0 for those inside."""
+    return np.hypot(*np.maximum(np.maximum((box.x0, box.y0) - spots, spots - (box.x1, box.y1)), 0.0).T)

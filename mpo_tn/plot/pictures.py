@@ -106,11 +106,20 @@ def curves(
         ax.set(xlabel=xlabel, ylabel=ylabel, ylim=ylim)
         marked_axes(ax, "y")
         across = ax.get_xlim()
-        names = [Label(shapes[label].name, line_ends(x, y), theme.ink) for label, (x, y) in lines.items() if len(x)]
-        levels = [Label(text, reference_spots(across, value), theme.muted) for text, value in references.items()]
-        drawn = [(x, y) for x, y in lines.values() if len(x)]
-        spans = [(across, (value, value)) for value in references.values()]
-        place_labels(ax, [*(names if len(lines) > 1 else []), *levels], [*drawn, *spans])
+        drawn: list[tuple[Sequence[float], Sequence[float]]] = []
+        labels: list[Label] = []
+        for label, (x, y) in lines.items():
+            if len(x):
+                drawn.append((x, y))
+                labels.append(
+                    Label(shapes[label].name, line_ends(x, y), theme.texts[shapes[label].colour], len(labels))
+                )
+        if len(lines) == 1:
+            labels = []
+        for text, value in references.items():
+            drawn.append((across, (value, value)))
+            labels.append(Label(text, reference_spots(across, value), theme.muted, len(drawn) - 1))
+        place_labels(ax, labels, drawn)
     return ax
 
 

@@ -20,6 +20,21 @@ class Theme:
     grid: str
     colours: tuple[str, ...]
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The colours for names beside lines, half way to the ink: contrast above 4.5."""
+        return tuple(_between(colour, self.ink) for colour in self.colours)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every colour that a figure may have, in one order for all themes."""
+        return (self.paper, self.ink, self.muted, self.grid, *self.colours, *self.texts)
+
+
+def _between(one: str, other: str) -> str:
+    halves = ((int(one[k : k + 2], 16) + int(other[k : k + 2], 16)) // 2 for k in (1, 3, 5))
+    return "#" + "".join(f"{half:02x}" for half in halves)
+
 
 # Found by a search for six hues far apart for every kind of colour blindness, with a contrast to the paper above 3.
 LIGHT = Theme(
@@ -125,11 +140,7 @@ def svg(figure: Any, *, title: str = "", alone: bool = False) -> str:
 
 def dark_css() -> str:
     """The rules that turn figures in the light style dark, for the style sheet of a page."""
-    pairs = zip(
-        (LIGHT.paper, LIGHT.ink, LIGHT.muted, LIGHT.grid, *LIGHT.colours),
-        (DARK.paper, DARK.ink, DARK.muted, DARK.grid, *DARK.colours),
-        strict=True,
-    )
+    pairs = zip(LIGHT.all, DARK.all, strict=True)
     # By what Matplotlib writes, not by variables: a colour stays a colour where nobody reads the rules. Without "svg"
     # before it, which the copies that <use> makes of a marker are not below.
     rules = "".join(

@@ -44,6 +44,8 @@ def test_colours_are_read_and_told_apart_by_everybody(theme: plot.Theme) -> None
     assert contrast(theme.ink, theme.paper) > 7
     assert contrast(theme.muted, theme.paper) > 4.5
     assert all(contrast(colour, theme.paper) > 3 for colour in theme.colours)
+    assert all(contrast(colour, theme.paper) > 4.5 for colour in theme.texts)
+    assert len(set(theme.all)) == len(theme.all)
     for eyes in EYES.values():
         seen = [lab(np.clip(eyes @ linear(colour), 0, 1)) for colour in theme.colours]
         # A difference of 2 can just be seen (CIE 1976).
@@ -61,6 +63,8 @@ def drawn(alone: bool) -> str:
 def test_every_colour_of_a_figure_has_a_dark_one() -> None:
     found = set(re.findall(r"(?:fill|stroke): (#\w+)", drawn(alone=False)))
     assert {plot.LIGHT.paper, plot.LIGHT.ink, plot.LIGHT.grid, plot.LIGHT.colours[0]} <= found
+    # The copies of a marker that <use> makes are below no svg, so that no rule may ask for one.
+    assert "svg" not in plot.dark_css()
     for colour in found:
         assert f'fill: {colour}"]{{fill:#' in plot.dark_css()
 
