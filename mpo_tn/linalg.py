@@ -387,9 +387,7 @@ def pivoted_qr(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pivoted_cholesky(matrix: np.ndarray) -> np.ndarray:
     """``L`` (n, rank) with ``matrix == L L^T`` on the host, but for pivots below ``n eps`` of the largest."""
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(matrix, lower=1)  # type: ignore[attr-defined]
-    root = np.empty((len(matrix), rank))
-    root[order - 1] = np.tril(factor)[:, :rank]
-    return root
+    return np.tril(factor)[np.argsort(order), :rank]
 
 
 def qr(matrix: Array) -> tuple[Array, Array]:

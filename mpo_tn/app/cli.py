@@ -10,6 +10,7 @@ import typer
 
 from mpo_tn import __version__
 from mpo_tn.app.cli_eval import evaluate_models
+from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.terminal import (
@@ -58,6 +59,7 @@ app.command("eval")(evaluate_models)
 app.command()(finetune)
 app.command()(squeeze)
 app.command()(heal)
+app.command()(export)
 
 
 def _show_version(wanted: bool) -> None:

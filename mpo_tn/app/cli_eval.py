@@ -23,7 +23,8 @@ def evaluate_models(
     texts: Annotated[
         Path | None, typer.Option(help="Or your own text: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Of a table: the column of the text (default: text).")] = None,
+    text: Annotated[str | None, typer.Option(help="Of a table: the column of the text, or two: A,B.")] = None,
+    label: Annotated[str | None, typer.Option(help="Its column of labels, to score the models on them.")] = None,
     sample: Annotated[int, typer.Option(help="How many of the texts they are compared with DENSE on.")] = 256,
     batch_size: Annotated[int | None, typer.Option(help="Texts at a time (default: 32; 4 blocks).")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text, or of a block of text.")] = None,
@@ -38,8 +39,8 @@ def evaluate_models(
         from mpo_tn.app.evaluate import Source, evaluate
 
         report = evaluate(
-            models, Source(task, data_dir, texts, text), against=against, batch_size=batch_size, max_length=max_length,
-            sample=sample, device=device, progress=progress,
+            models, Source(task, data_dir, texts, text, label), against=against, batch_size=batch_size,
+            max_length=max_length, sample=sample, device=device, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(report.to_dict())

@@ -19,10 +19,12 @@ from mpo_tn.torch.hf.folder import check_source, dense_parameters, load_model, l
 from mpo_tn.torch.models.distance import Distance
 from mpo_tn.tuning import Settings, TaskData, load_task, read_texts
 from mpo_tn.tuning.result import plain
-from mpo_tn.tuning.tasks.batches import unknown_share
+from mpo_tn.tuning.tasks.batches import first_token, unknown_share
+from mpo_tn.tuning.tasks.data import load_labelled
 
 # Texts that models are compared on: of MiniLM's D the standard error is then a few percent.
 SAMPLE = 256
+_WITH_ARTICLE = {"encoder": "an encoder", "classifier": "a classifier", "language model": "a language model"}
 
 
 @dataclass(frozen=True)
@@ -77,27 +79,34 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class Source:
-    """What models are measured on: the dev set of a GLUE task, or the texts of a file."""
+    """What models are measured on: the dev set of a GLUE task, or the texts of a file, with labels or without."""
 
     task: str | None = None
     data_dir: Path | None = None
     texts: Path | None = None
     text: str | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if (self.task is None) == (self.texts is None):
             raise MPOError("models are measured on a task or on texts: give one of --task and --texts FILE")
-        if self.text is not None and self.texts is None:
-            raise MPOError("--text names a column of the file that --texts names: give that, too")
+        if self.texts is None and (self.text is not None or self.label is not None):
+            raise MPOError("--text and --label name columns of the file that --texts names: give that, too")
         if self.data_dir is not None and self.task is None:
             raise MPOError("--data-dir is the folder of a task: give --task, too")
 
-    def read(self, kind: str) -> tuple[tuple[str, ...], TaskData | None, str]:
+    def read(self, kind: str, model: Any) -> tuple[tuple[str, ...], TaskData | None, str]:
         """The texts or the task, and what to call them. A language model reads a ``.txt`` file as one text.
+
+        The classes of a file's labels are those that the model was tuned on.
 
         Raises:
             MPOError: they cannot be read, or are nothing for models of this kind.
         """
+        if self.texts is not None and self.label is not None:
+            classes = list(model.config.id2label.values()) if kind == "classifier" else []
+            own = load_labelled(self.texts, self.text, self.label, classes if len(classes) > 1 else ())
+            return (), self._checked(own, kind), own.source
         if self.texts is not None:
             return read_texts(self.texts, self.text, whole=kind == "language model"), None, str(self.texts)
         data = load_task(self.task or "", self.data_dir)
@@ -105,14 +114,17 @@ class Source:
             if kind != "language model":
                 raise MPOError("the task text is for language models: give --texts FILE")
             return data.valid, None, f"the validation text of {data.source}"
+        return (), self._checked(data, kind), f"the dev set of {data.name}"
+
+    def _checked(self, data: TaskData, kind: str) -> TaskData:
         if kind == "language model":
             raise MPOError(f"a language model has no head for {data.name}: give --texts FILE, or tune it on the task")
         if kind == "encoder" and not (data.task.is_regression and len(data.task.text) == 2):
             raise MPOError(
                 f"a model without a head is measured on pairs with a score, as those of STS-B: tune it on {data.name} "
-                "with mpo-tn finetune, or give --texts FILE"
+                "with mpo-tn finetune, or give --texts FILE without labels"
             )
-        return (), data, f"the dev set of {data.name}"
+        return data
 
 
 def evaluate(
@@ -158,23 +170,24 @@ def evaluate(
         model, tokenizer = load_model(name).to(device), load_tokenizer(name)
         kind = kind_of(model)
         if bench is None or report is None:
-            texts, data, called = source.read(kind)
+            texts, data, called = source.read(kind, model)
             if data is None and kind != "language model" and against is None:
-                raise MPOError(f"on text alone a {kind} has no score: name the dense model with --against")
+                raise MPOError(f"on text alone {_WITH_ARTICLE[kind]} has no score: name the dense model with --against")
             length = max_length or reading_length(model, tokenizer)
             size = batch_size or (4 if kind == "language model" else 32)
             bench = Bench(texts, data, Settings(batch_size=size, max_length=length, device=device), sample)
             report = EvalReport(kind, called, (), torch.get_num_threads(), device)
         elif kind != report.kind:
-            raise MPOError(f"{names[0]} is a {report.kind} and {name} a {kind}: measure models of one kind together")
+            raise MPOError(
+                f"{names[0]} is {_WITH_ARTICLE[report.kind]} and {name} {_WITH_ARTICLE[kind]}: measure them apart"
+            )
         say(done, len(names), f"measuring {name}")
         try:
             found = bench.measure(model, tokenizer, reference)
         except MPOError as error:
             raise MPOError(f"{name}: {error}") from error
         if not report.rows:
-            unknown = unknown_share(found.batches.rows, tokenizer)
-            report = replace(report, how=_how(bench, found, kind, unknown, against is not None))
+            report = replace(report, how=_how(bench, found, kind, tokenizer, against is not None))
         report.rows.append(_row(name, kind, found, reference, is_reference=name == against))
         if name == against:
             reference = found
@@ -186,7 +199,9 @@ def evaluate(
 def _row(name: str, kind: str, found: Measured, dense: Measured | None, *, is_reference: bool) -> Evaluation:
     scores: list[Score] = []
     for metric, drawn in found.drawn.items():
-        change = (None, None) if dense is None else _value_and_error(drawn - dense.drawn[metric])
+        change = (None, None)
+        if dense is not None and np.isfinite(drawn[0]):
+            change = _value_and_error(drawn - dense.drawn[metric])
         scores.append(Score(metric, *_value_and_error(drawn), *change))
     size, parameters = weight_bytes(name), dense_parameters(name)
     return Evaluation(
@@ -196,19 +211,23 @@ def _row(name: str, kind: str, found: Measured, dense: Measured | None, *, is_re
 
 
 def _value_and_error(drawn: np.ndarray) -> tuple[float, float]:
-    return float(drawn[0]), float(drawn[1:].std(ddof=1)) if len(drawn) > 2 else math.nan
+    known = len(drawn) > 2 and bool(np.isfinite(drawn).all())
+    return float(drawn[0]), float(drawn[1:].std(ddof=1)) if known else math.nan
 
 
-def _how(bench: Bench, found: Measured, kind: str, unknown: float, compared: bool) -> tuple[str, ...]:
+def _how(bench: Bench, found: Measured, kind: str, tokenizer: Any, compared: bool) -> tuple[str, ...]:
     """What was done, in sentences."""
     count, length = len(found.batches.rows), bench.settings.max_length
     some = min(count, bench.sample)
     if kind == "language model":
         tokens = sum(len(row["input_ids"]) - 1 for row in found.batches.rows)
-        first = found.batches.rows[0]["input_ids"][0]
+        first = first_token(tokenizer)
+        begin = (
+            "Nothing is put before a text" if first is None else f"Each text begins with {tokenizer.decode([first])}"
+        )
         said = (
             f"{tokens:,} tokens in {count:,} blocks of {length} that share one token (a stride of {length - 1}): each "
-            f"is scored once, from what is before it in its block. Each text begins with token {first}.",
+            f"is scored once, from what is before it in its block. {begin}.",
             f"D: mean KL(dense || model) of next tokens, in nats, on {some:,} of the blocks.",
         )
     elif kind == "classifier":
@@ -223,6 +242,7 @@ def _how(bench: Bench, found: Measured, kind: str, unknown: float, compared: boo
             "embeddings, shared ten nearest neighbours and rank correlation of similarities are taken, too.",
         )
     said = said if compared else said[:1]
+    unknown = unknown_share(found.batches.rows, tokenizer)
     if unknown > 0.1:
         said += (f"{unknown:.0%} of the tokens are unknown to the tokenizer.",)
     return said

@@ -17,8 +17,6 @@ from mpo_tn.tuning.scoring import losses_of, perplexities, predictions_of
 from mpo_tn.tuning.tasks.batches import Batches, sentence_batches, task_batches, text_batches
 from mpo_tn.tuning.tasks.glue import METRICS
 
-KINDS = ("encoder", "classifier", "language model")
-
 # A standard error from so many draws is good to 4 %.
 _DRAWS = 300
 # Fidelity looks at the ten nearest texts, so that there have to be more.
@@ -139,7 +137,7 @@ class Bench:
 
 
 def kind_of(model: Any) -> str:
-    """One of :data:`KINDS`: what is measured of a model.
+    """What is measured of a model: ``"encoder"``, ``"classifier"`` or ``"language model"``.
 
     Raises:
         MPOError: a model that reads one text and writes another.

@@ -13,7 +13,7 @@ from mpo_tn.fit.local_problem import column_moment, reduced_rows
 from mpo_tn.fit.metric import Metric, like, refuse_complex
 from mpo_tn.fit.sweeps import FitReport, best_core
 from mpo_tn.fit.targets import Target, one, target_of, to_right
-from mpo_tn.linalg import Array, eps, namespace, restored
+from mpo_tn.linalg import Array, adjoint, eps, namespace, restored, widen
 from mpo_tn.truncate.quantize import GROUP, Integers, check_bits, quantize
 from mpo_tn.truncate.spectra import float_floor
 
@@ -75,7 +75,9 @@ def quantize_chain(
     bits = _checked_bits(bits, group, len(chain))
     refuse_complex(chain.cores[0], "the chain")
     goal = target_of(matrix, chain, metric)
-    work = _Rounding(goal, canonicalize(wide_chain(chain), len(chain) - 1), bits, group, metric, eps(chain.cores[0]))
+    start = canonicalize(wide_chain(chain), len(chain) - 1)
+    pair = _Pair(matrix, metric) if is_low_rank(chain) else None
+    work = _Rounding(goal, start, bits, group, metric, eps(chain.cores[0]), pair)
     errors = [goal.error(list(wide_chain(chain).cores))]
     best: tuple[float, tuple[Integers | Array, ...]] | None = None
     for turn in range(number):
@@ -99,8 +101,10 @@ class _Rounding:
     """Cores in double precision, and the integers of those that have been rounded."""
 
     def __init__(
-        self, goal: Target, chain: Chain, bits: list[int | None], group: int, metric: Metric | None, precision: float
-    ) -> None:
+        self, goal: Target, chain: Chain, bits: list[int | None], group: int, metric: Metric | None, precision: float,
+        pair: _Pair | None,
+    ) -> None:  # fmt: skip
+        self.pair = pair
         self.goal, self.bits, self.group, self.precision = goal, bits, group, precision
         self.cores: list[Array] = list(chain.cores)
         self.integers: list[Integers | None] = [None] * len(bits)
@@ -128,6 +132,9 @@ class _Rounding:
 
     def refit(self, k: int) -> None:
         """The best core for the others as they are."""
+        if self.pair is not None:
+            self.cores[k] = self.pair.best(self.cores, k)
+            return
         self.cores[k] = best_core(self.goal, self.cores, k, self.precision, _REFIT_STEPS)
 
     def round(self, k: int) -> None:
@@ -154,6 +161,46 @@ class _Rounding:
             shape = (core.shape[0], core.shape[1] * right.shape[1], core.shape[2] * right.shape[2])
             right = xp.reshape(joined, shape)
         return left, reduced_rows(right)
+
+
+def is_low_rank(chain: Chain) -> bool:
+    """Whether it is a pair with legs (out, 1), (1, in)."""
+    return len(chain) == 2 and chain.cores[0].shape[2] == 1 and chain.cores[1].shape[1] == 1
+
+
+class _Pair:
+    """The two factors A (out, r) and B (r, in) of low rank: either is best for the other in closed form.
+
+    ``A = T S B^T (B S B^T)^-1``, whatever G is, and ``B = (A^T G A)^-1 A^T G T``, whatever S is.
+    """
+
+    def __init__(self, matrix: Array, metric: Metric | None) -> None:
+        self.target = widen(matrix) if metric is None else metric.target(matrix)
+        self.second = None if metric is None else like(metric.second, self.target)
+        outer = None if metric is None else metric.outer
+        self.outer = None if outer is None else like(outer, self.target)
+        self.weighted = self.target if self.second is None else self.target @ self.second
+
+    def best(self, cores: list[Array], k: int) -> Array:
+        """The best core ``k`` for the other one."""
+        xp = namespace(self.target)
+        if k == 0:
+            b = cores[1][:, 0, :, 0]
+            normal = b @ adjoint(b if self.second is None else b @ self.second)
+            a = adjoint(_solved(normal, adjoint(self.weighted @ adjoint(b))))
+            return xp.reshape(a, (1, a.shape[0], 1, a.shape[1]))
+        a = cores[0][0, :, 0, :]
+        left = adjoint(a) if self.outer is None else adjoint(a) @ self.outer
+        b = _solved(left @ a, left @ self.target)
+        return xp.reshape(b, (b.shape[0], 1, b.shape[1], 1))
+
+
+def _solved(normal: Array, right: Array) -> Array:
+    """The solution of normal equations; directions that hold nothing are damped away."""
+    xp = namespace(normal)
+    ridge = 1e-10 * float(xp.mean(xp.linalg.diagonal(normal))) or 1.0
+    eye = xp.eye(normal.shape[0], dtype=normal.dtype, device=array_api_compat.device(normal))
+    return xp.linalg.solve(normal + ridge * eye, right)
 
 
 def _dequantized(cores: tuple[Integers | Array, ...], chain: ChainT) -> ChainT:

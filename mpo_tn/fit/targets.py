@@ -17,12 +17,14 @@ from mpo_tn.fit.metric import Metric, dense, like
 from mpo_tn.linalg import (
     Array,
     adjoint,
+    binary_exponent,
     check_matrix,
     conjugate,
     describe,
     frobenius_norm,
     is_single,
     namespace,
+    times_power_of_two,
     widen,
 )
 from mpo_tn.sites import Sites
@@ -160,8 +162,8 @@ class MetricTarget:
     def __init__(self, matrix: Array, metric: Metric) -> None:
         self.matrix = metric.target(matrix)
         self.weight, self.metric = metric, metric.name
-        self.second = like(metric.second, self.matrix)
-        self.outer = None if metric.outer is None else like(metric.outer, self.matrix)
+        self.second = _scaled(like(metric.second, self.matrix))
+        self.outer = None if metric.outer is None else _scaled(like(metric.outer, self.matrix))
         self.norm = metric.weighed(self.matrix)
         self.single = is_single(matrix)
 
@@ -195,6 +197,11 @@ class MetricTarget:
     def error(self, cores: list[Array]) -> float:
         """The weighted norm of the difference."""
         return self.weight.weighed(self.matrix - dense(cores))
+
+
+def _scaled(moment: Array) -> Array:
+    """A moment divided by a power of two, so that single precision holds it: no step depends on its scale."""
+    return times_power_of_two(moment, -binary_exponent(frobenius_norm(moment)))
 
 
 def target_of(target: Array | Chain, chain: Chain, metric: Metric | None = None) -> Target:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.patterns import matches
+from mpo_tn.planning.sizes import size_of
 from mpo_tn.planning.spec import ModuleSpec, check_core_bits, sites_from_json, sites_to_json
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.quantize import GROUP
 from mpo_tn.truncation import Truncation
 
 _SIZES = ("keep", "bond", "tolerance")
-_OVERRIDABLE = ("sites", *_SIZES, "bits", "group")
+_BUDGETS = ("size", "bits_per_weight")
+_BOUNDS = ("min_bits_per_weight", "max_bits_per_weight")
+_OVERRIDABLE = ("sites", *_SIZES, "bits", "group", *_BOUNDS)
+_FRACTIONS = ("bits_per_weight", "max_flops", *_BOUNDS)
 _PARTS = ("central", "auxiliary")
 
 
@@ -37,11 +42,18 @@ class MPOConfig:
             the dtype of the weight. One number for all cores, or ``{"central": 4, "auxiliary": 8}``, either of which
             may be left out. With ``sites=1`` it is the dense matrix that is held so. Cores in bits do not train.
         group: columns of a core's matrix (left out, in right) that share a scale.
-        overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``, ``bits``, ``group``; the
-            first match wins. A replaced size drops the general one; ``{"keep": None}`` makes the match exact.
+        size: a budget, in bytes or as text such as ``"25MB"``, for the parameters of the whole model. Structure and
+            bits are then chosen for each matrix (``sites`` is not looked at); that takes a calibration.
+        bits_per_weight: the same for the matrices that ``target_modules`` means, all bits over their dense weights.
+        max_flops: with a budget, flops of the forward pass through the matrices as a fraction of the dense ones.
+        min_bits_per_weight: with a budget, the least that a matrix may be given, and
+        max_bits_per_weight: the most; for single matrices in ``overrides``.
+        overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``, ``bits``, ``group``, and
+            the bounds of bits per weight; the first match wins. A replaced size drops the general one; ``{"keep":
+            None}`` makes the match exact.
 
-    At most one of ``keep``, ``bond`` and ``tolerance``; none means exact. ``keep=1.0`` is not exact: full bonds hold a
-    few per cent more numbers than the matrix.
+    At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none means exact. ``keep=1.0``
+    is not exact: full bonds hold a few per cent more numbers than the matrix.
 
     Raises:
         MPOError: two sizes at once, a size or bits out of range, an unknown override.
@@ -58,14 +70,20 @@ class MPOConfig:
     tolerance: float | None = None
     bits: int | Mapping[str, int | None] | None = None
     group: int = GROUP
+    size: int | str | None = None
+    bits_per_weight: float | None = None
+    max_flops: float | None = None
+    min_bits_per_weight: float | None = None
+    max_bits_per_weight: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
-        given = [name for name in _SIZES if getattr(self, name) is not None]
+        given = [name for name in (*_SIZES, *_BUDGETS) if getattr(self, name) is not None]
         if len(given) > 1:
             raise MPOError(f"{' and '.join(given)} are given together: use exactly one of them, or none for exact")
         if self.keep is not None and not (is_real(self.keep) and 0 < self.keep <= 2):
             raise MPOError(f"keep={self.keep!r} is not a fraction of the dense parameters: use for instance keep=0.6")
+        self._check_budget()
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name)
             if not isinstance(patterns, str) and not all(isinstance(pattern, str) for pattern in patterns):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -79,6 +97,8 @@ class MPOConfig:
             "sites": _plain_sites(self.sites),
             "bits": _plain_bits(self.bits, self.group),
             "group": check_core_bits(16, self.group)[1],
+            "size": None if self.size is None else size_of(self.size),
+            **{name: None if (value := getattr(self, name)) is None else float(value) for name in _FRACTIONS},
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -93,6 +113,24 @@ class MPOConfig:
             overrides[pattern] = {key: getattr(own, key) for key in override}
         object.__setattr__(self, "overrides", overrides)
 
+    def _check_budget(self) -> None:
+        for name in _FRACTIONS:
+            value = getattr(self, name)
+            if value is not None and not (is_real(value) and 0 < value < math.inf):
+                raise MPOError(f"{name}={value!r} must be a positive number")
+        low, high = self.min_bits_per_weight, self.max_bits_per_weight
+        if low is not None and high is not None and low > high:
+            raise MPOError(f"min_bits_per_weight={low} is above max_bits_per_weight={high}: nothing is between")
+        if self.has_budget and self.bits is not None:
+            raise MPOError(f"bits={self.bits!r} with a budget, for which bits are chosen: leave one of them out")
+        if self.max_flops is not None and not self.has_budget:
+            raise MPOError(f"max_flops={self.max_flops!r} goes with a budget: give size or bits_per_weight as well")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether structure and bits of each matrix are to be chosen for a budget of bytes."""
+        return any(getattr(self, name) is not None for name in _BUDGETS)
+
     def for_module(self, name: str) -> MPOConfig:
         """The configuration of one module, with the first matching override applied."""
         for pattern, override in self.overrides.items():
@@ -101,7 +139,7 @@ class MPOConfig:
         return replace(self, overrides={})
 
     def _overridden(self, override: Mapping[str, Any]) -> MPOConfig:
-        sizes = dict.fromkeys(_SIZES) if set(override) & set(_SIZES) else {}
+        sizes = dict.fromkeys((*_SIZES, *_BUDGETS, "max_flops")) if set(override) & set(_SIZES) else {}
         return replace(self, **{**sizes, **override, "overrides": {}})
 
     def core_bits(self, spec: ModuleSpec) -> tuple[int | None, ...]:

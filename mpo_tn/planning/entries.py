@@ -10,6 +10,9 @@ from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.planning.spec import ModuleSpec, sites_from_json, sites_to_json
 from mpo_tn.truncate.quantize import GROUP
 
+FROBENIUS, ACTIVATION = "frobenius", "activation"
+"""In what the error of a matrix is made small: its entries, or what it does to the outputs on calibration text."""
+
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 """Bytes a number, by storage."""
 
@@ -26,6 +29,7 @@ class UnitPlan:
         tolerance: the relative Frobenius error up to which bonds may be cut further, if there is one.
         bias: numbers that the modules hold beside the matrix.
         bias_bytes: and what they take; those of the storage if not given.
+        metric: in what its error is made small, ``"frobenius"``, or ``"activation"``, which takes a calibration.
 
     Raises:
         MPOError: an unknown storage, a tolerance out of range, legs that multiply to more than twice a side, or bonds
@@ -38,6 +42,7 @@ class UnitPlan:
     tolerance: float | None = None
     bias: int = 0
     bias_bytes: int | None = None
+    metric: str = FROBENIUS
 
     def __post_init__(self) -> None:
         if not self.names or not all(isinstance(name, str) and name for name in self.names):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -50,6 +55,10 @@ class UnitPlan:
             raise MPOError(f"tolerance={self.tolerance!r} must be a number above 0 and below 1, or null")
         if self.tolerance is not None:  # of whatever library, JSON takes it
             object.__setattr__(self, "tolerance", float(self.tolerance))
+        if self.metric not in (FROBENIUS, ACTIVATION):
+            raise MPOError(f"metric={self.metric!r} is neither {FROBENIUS} nor {ACTIVATION}")
+        if self.metric == ACTIVATION and self.tolerance is not None:
+            raise MPOError("a tolerance is a Frobenius error: leave it out, or set the metric to frobenius")
         _check_count("bias", self.bias)
         if self.bias_bytes is None:
             object.__setattr__(self, "bias_bytes", self.bias * self.itemsize)
@@ -110,6 +119,7 @@ class UnitPlan:
             **self.spec.bits_to_dict(),
             "storage": self.storage,
             "tolerance": self.tolerance,
+            **({} if self.metric == FROBENIUS else {"metric": self.metric}),
             "bias": self.bias,
             "bias_bytes": self.bias_bytes,
             "parameters": self.parameters,
@@ -131,7 +141,10 @@ class UnitPlan:
         name = str(names[0])
         keys = {"names", "kind", "out_features", "in_features", "sites", "bonds", "storage", "bias"}
         check_keys(
-            f"unit {name}", values, keys, keys | {"tolerance", "bits", "group", "bias_bytes", "parameters", "bytes"}
+            f"unit {name}",
+            values,
+            keys,
+            keys | {"tolerance", "bits", "group", "metric", "bias_bytes", "parameters", "bytes"},
         )
         try:
             spec = ModuleSpec(
@@ -143,7 +156,7 @@ class UnitPlan:
                 bits=tuple(values.get("bits", ())),
                 group=values.get("group", GROUP),
             )
-            beside = values["bias"], values.get("bias_bytes")
+            beside = values["bias"], values.get("bias_bytes"), values.get("metric", FROBENIUS)
             unit = cls(tuple(names), spec, values["storage"], values.get("tolerance"), *beside)
         except MPOError as error:
             raise MPOError(f"{name}: {error}") from error
@@ -228,3 +241,42 @@ def _check_count(what: str, value: object) -> None:
     number = whole_number(value)
     if number is None or number < 0:
         raise MPOError(f"{what}={value!r} must be a whole number of at least 0")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A plan that was compared with the one that was chosen.
+
+    Args:
+        name: what it is: ``"joint"``, ``"dense in 4 bits"``, ``"low rank in 3 bits"``, ...
+        bytes: of the planned matrices.
+        distance: D on held-back text once it is carried out; None if it was not.
+        expected: what it was expected to be; None if nothing was.
+    """
+
+    name: str
+    bytes: int
+    distance: float | None = None
+    expected: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("bytes", self.bytes)
+        for name in ("distance", "expected"):
+            value = getattr(self, name)
+            if value is not None and not is_real(value):
+                raise MPOError(f"{name}={value!r} of the alternative {self.name!r} is no number")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {"name": self.name, "bytes": self.bytes, "distance": self.distance, "expected": self.expected}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Alternative:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            MPOError: something is missing, unknown or no number.
+        """
+        keys = {"name", "bytes", "distance", "expected"}
+        check_keys("an alternative", values, keys, keys)
+        return cls(str(values["name"]), values["bytes"], values["distance"], values["expected"])

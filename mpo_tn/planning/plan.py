@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.entries import LeftDense, UnitPlan, check_keys
+from mpo_tn.planning.entries import ACTIVATION, Alternative, LeftDense, UnitPlan, check_keys
 from mpo_tn.storage.files import write_whole
 
 PLAN_VERSION = 1
@@ -33,6 +33,8 @@ class Plan:
         units: the matrices, in the order in which they occur.
         left: the modules whose parameters stay as they are. Together the two name every module with parameters of its
             own, by which a plan of another model is told.
+        considered: the plans it was compared with, the chosen one first, if a calibration chose it.
+        calibration: what it was decided on, for whoever carries it out; not saved.
 
     Guarantee (plan-round-trip): ``Plan.load`` of what :meth:`save` wrote is equal to the plan, and saving that writes
     the same bytes.
@@ -53,6 +55,8 @@ class Plan:
     config: MPOConfig
     units: tuple[UnitPlan, ...]
     left: tuple[LeftDense, ...]
+    considered: tuple[Alternative, ...] = ()
+    calibration: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -117,6 +121,11 @@ class Plan:
         return any(unit.spec.bits for unit in self.units)
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether a matrix is to be fitted in the metric of its layer."""
+        return any(unit.metric == ACTIVATION for unit in self.units)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the counts are what will come out; with a tolerance they are the most that can."""
         return all(unit.tolerance is None for unit in self.units)
@@ -138,6 +147,7 @@ class Plan:
             "config": self.config.to_dict(),
             "units": [unit.to_dict() for unit in self.units],
             "left": [part.to_dict() for part in self.left],
+            **({"considered": [other.to_dict() for other in self.considered]} if self.considered else {}),
         }
 
     @classmethod
@@ -156,7 +166,7 @@ class Plan:
                 "upgrade mpo-tn, or make the plan anew"
             )
         keys = {"format", "version", "model", "config", "units", "left"}
-        check_keys("the plan", values, keys, keys)
+        check_keys("the plan", values, keys, keys | {"considered"})
         if not isinstance(values["model"], str):
             raise MPOError(f"model={values['model']!r} is not the name of a class")
         try:
@@ -165,6 +175,7 @@ class Plan:
                 MPOConfig.from_dict(values["config"]),
                 tuple(UnitPlan.from_dict(unit) for unit in values["units"]),
                 tuple(LeftDense.from_dict(part) for part in values["left"]),
+                tuple(Alternative.from_dict(other) for other in values.get("considered", ())),
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise MPOError(f"it is damaged, something in it is of the wrong kind: {error}") from error

@@ -217,6 +217,17 @@ def test_killed_and_resumed(
 
 MISTAKES = {
     "unknown task": (("finetune", "{encoder}", "--task", "SNLI", "--data-dir", "{mrpc}"), "unknown task 'SNLI'"),
+    "no task": (("finetune", "{encoder}"), "nothing to tune on: give --task, or your own examples"),
+    "two tasks": (
+        ("finetune", "{encoder}", "--task", "MRPC", "--train-file", "{text}/valid.txt"),
+        "--train-file and --task both say what to tune on",
+    ),
+    "columns of a task": (
+        ("finetune", "{encoder}", "--task", "MRPC", "--label", "y"), "--label says how to read your own examples"
+    ),
+    "no table": (
+        ("squeeze", "{encoder}", "--train-file", "{text}/valid.txt", "--label", "y"), "has no columns, which"
+    ),
     "unknown method": (("finetune", "{encoder}", "--task", "MRPC", "--method", "magic"), "unknown method 'magic'"),
     "another task's files": (
         ("finetune", "{encoder}", "--task", "RTE", "--data-dir", "{mrpc}"),
@@ -254,6 +265,40 @@ def test_a_mistake_is_one_sentence_and_code_2(
     assert printed == ""
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in places["mrpc"].iterdir()) == ["dev.tsv", "train.tsv"]
+
+
+def test_examples_of_ones_own(mpo_tn: Any, places: dict[str, Path], tmp_path: Path) -> None:
+    """A table of texts and classes is tuned on, squeezed on and scored on; the model knows the classes by name."""
+    (tmp_path / "own.csv").write_text(
+        "text,verdict\n" + "".join(f"red {('dog', 'cat')[k % 2]} runs,{('bark', 'meow')[k % 2]}\n" for k in range(40))
+    )
+    own = ("--train-file", tmp_path / "own.csv", "--dev-file", tmp_path / "own.csv", "--label", "verdict", *SMALL)
+    code, printed, _ = mpo_tn("finetune", places["encoder"], *own, "--max-steps", "2", "--out", tmp_path / "tuned")
+    assert code == 0
+    words = " ".join(printed.split())
+    assert "majority class 50.0" in words
+    assert "own.csv is a choice of 2 classes (bark, meow), told from the labels in column 'verdict'" in words
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert model.config.id2label == {0: "bark", 1: "meow"}
+    result = json.loads((tmp_path / "tuned" / "result.json").read_text())
+    code, printed, _ = mpo_tn(
+        "eval", tmp_path / "tuned", "--texts", tmp_path / "own.csv", "--label", "verdict", "--json"
+    )  # fmt: skip
+    assert code == 0
+    # In other batches what is too close to call may turn: the sentences are two.
+    found = json.loads(printed)["rows"][0]["scores"][0]["value"]
+    assert found == pytest.approx(result["headline"], abs=50.1)
+    cut = ("--delta", "200", "--max-rounds", "1", "--cuts-per-round", "5", "--tune-steps", "1")
+    code, printed, _ = mpo_tn("squeeze", tmp_path / "tuned", *own, *cut, "--out", tmp_path / "small")
+    assert code == 0
+    assert "5 cuts" in printed
+    (tmp_path / "a.txt").write_text("red dog runs . " * 40)
+    code, printed, _ = mpo_tn(
+        "finetune", places["decoder"], "--train-file", tmp_path / "a.txt", "--max-steps", "1", *SMALL, "--out",
+        tmp_path / "language",
+    )  # fmt: skip
+    assert code == 0
+    assert "perplexity" in printed
 
 
 def test_the_page_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

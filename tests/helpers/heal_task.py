@@ -45,7 +45,7 @@ class Task:
         self.model, self.teacher = copy.deepcopy(_made(family))
 
     def run(self, **options: Any) -> HealResult:
-        given: dict[str, Any] = {"batches": BATCHES, "dev": DEV, "steps": 12, **options}
+        given: dict[str, Any] = {"batches": BATCHES, "dev": DEV, "steps": 12, "tensor_lr": 3e-3, **options}
         return heal(self.model, given.pop("teacher", self.teacher), given.pop("batches"), **given)
 
 

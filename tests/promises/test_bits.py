@@ -213,6 +213,18 @@ def test_another_process_reads_the_same_bits_and_the_file_has_the_planned_bytes(
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_modules_that_transformers_keeps_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("bert", **CONFIGS["centre in 3 bits"])
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.BertForMaskedLM, "_keep_in_fp32_modules_strict", {"intermediate"})
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layer = loaded.bert.encoder.layer[0].intermediate.dense
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+    before, after = bits_held(model), bits_held(loaded)
+    assert all(torch.equal(value, after[name]) and value.dtype == after[name].dtype for name, value in before.items())
+    assert layer.dense_weight().dtype == torch.float32
+
+
 def test_a_base_model_in_a_head_and_back(tmp_path: Path) -> None:
     masked = small("bert", **CONFIGS["all in bits"])
     masked.save_pretrained(tmp_path / "masked")

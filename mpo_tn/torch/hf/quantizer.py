@@ -334,7 +334,7 @@ def _tied_layers(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[MPOL
     """The MPO modules that use the cores of another, with that other."""
     found: dict[MPOLayer, MPOLayer] = {}
     for name, spec in specs.items():
-        if spec.tied_to in specs:
+        if spec.tied_to is not None and spec.tied_to in specs:
             tied, source = model.get_submodule(name), model.get_submodule(spec.tied_to)
             assert isinstance(tied, MPOLayer)
             assert isinstance(source, MPOLayer)

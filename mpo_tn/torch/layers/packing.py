@@ -93,7 +93,7 @@ class Form:
         values = unpack(packed, self.bits, self.columns)
         # An integer times a scale is exact in float32; in fewer digits the scale would be rounded first.
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
-        wide = self._room(values, exact).copy_(values)
+        wide, scales = self._room(values, exact).copy_(values), scales.to(exact)
         whole = self.columns // self.group
         if whole:
             blocks = wide[:, : whole * self.group].unflatten(1, (whole, self.group))

@@ -102,7 +102,7 @@ class QuantizedCore(nn.Module):
                 f"{(left * out, in_ * right)}"
             )
         core.weight_packed, core.weight_scale = pack(values, core.bits), scales
-        core.check("a quantized core")
+        core.check("a core from integers", "no matrix can be read from them")
         return core if device is None else core.to(device)
 
     @classmethod
@@ -119,9 +119,11 @@ class QuantizedCore(nn.Module):
             return cls.from_integers(integers, core.shape, dtype=dtype)  # pyright: ignore[reportReturnType]
         if core.is_complex():
             raise MPOError("a complex core cannot be held in 16 bits")
+        largest = float(core.abs().max())
+        if not largest <= torch.finfo(torch.float16).max:
+            raise MPOError(f"entries of size {largest:.3g} are beyond float16: leave the core in {dtype}, or scale it")
         made = cls(core.shape, bits, group, device=core.device, dtype=dtype)
         made.weight = core.to(torch.float16).contiguous()
-        made.check("a core in float16")
         return made
 
     @property
@@ -155,15 +157,15 @@ class QuantizedCore(nn.Module):
             buffer.data = value.to(buffer.device, copy=True)
         self.shape = other.shape
 
-    def check(self, name: str) -> None:
-        """Refuse buffers that no core can be read from; those on the meta device pass.
+    def check(self, name: str, why: str = "the file is damaged, or of another model") -> None:
+        """Refuse buffers that no core can be read from, and say ``why``; those on the meta device pass.
 
         Raises:
             MPOError: one of another shape or dtype than is due, scales that are zero, NaN or infinite; it is named.
         """
         for own, buffer in self.named_buffers():
             if (wrong := self._damage(own, buffer)) is not None:
-                raise MPOError(f"{name}.{own} {wrong}: the file is damaged, or of another model")
+                raise MPOError(f"{name}.{own} {wrong}: {why}")
 
     def _damage(self, name: str, value: torch.Tensor) -> str | None:
         size, kind = buffer_kinds(self.shape, self.bits, self.group)[name]
@@ -180,18 +182,14 @@ class QuantizedCore(nn.Module):
         return "has scales of zero" if name == "weight_scale" and bool((value == 0).any()) else None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # What a cast would do is asked of an empty tensor, and only what moves them reaches the buffers: as integers,
-        # which no cast to a floating dtype touches.
+        # What a cast would do is asked of an empty tensor; only what moves them reaches the buffers.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         for name, buffer in self.named_buffers():
-            bits = buffer.view(torch.int16) if buffer.dtype == torch.float16 else buffer
-            moved = fn(bits)
-            if moved is bits:
-                continue
-            moved = moved if moved.dtype == bits.dtype else bits.to(moved.device)
-            self._buffers[name] = moved.view(buffer.dtype)
+            moved = fn(buffer)
+            if moved is not buffer:
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
     def _load_from_state_dict(

@@ -18,14 +18,16 @@ from mpo_tn.torch.loops.log_folder import LogFolder, counts, expect
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import TRAINED, HealResult, Recipe
 from mpo_tn.torch.models.trainable import count_trainable, freeze
+from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.host_values import tensors_digest
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 
 LOG_VERSION = 1
 
 _STEPS = 500
-_RATES = {"auxiliary": (1e-3, 3e-3), "cores": (1e-3, 3e-3)}
-"""Of everything but cores, and of cores; the best of those tried on MiniLM."""
+_RATE = 1e-3
+_RATES = {"two sites": 3e-3, "cores": 1e-3, "auxiliary": 5e-3}
+"""Of norms and biases, and of cores: the best of those tried on MiniLM (docs/healing.md), or between the two best."""
 
 
 def heal(
@@ -75,8 +77,10 @@ def heal(
         steps: how many, 500 if ``minutes`` is not given either.
         minutes: about how long instead. A few steps are timed (and undone) to make it a number of steps, so another
             call may get another number; give ``steps`` for the same bits every time.
-        lr: of norms, biases and dense weights, at its highest. By default what was best on a sentence encoder.
-        tensor_lr: of cores.
+        lr: of norms, biases and dense weights, at its highest; 1e-3 by default.
+        tensor_lr: of cores. By default what was best on a sentence encoder: 3e-3 where all chains have two sites, as
+            low rank has; else 1e-3 for all cores (at three times that, five sites collapsed) and 5e-3 for auxiliary
+            tensors alone.
         warmup: share of the steps in which the rates rise.
         clip: longest gradient.
         temperature: of ``objective="logits"``.
@@ -123,11 +127,11 @@ def heal(
     """
     if train not in TRAINED:
         raise MPOError(f"train={train!r} is not one of {', '.join(TRAINED)}")
-    rates = _RATES[train]
     recipe = Recipe(
         objective=objective, train=train, also=(also,) if isinstance(also, str) else tuple(also),
         steps=_STEPS if steps is None and minutes is None else steps, minutes=minutes,
-        lr=rates[0] if lr is None else lr, tensor_lr=rates[1] if tensor_lr is None else tensor_lr, warmup=warmup,
+        lr=_RATE if lr is None else lr, tensor_lr=_tensor_rate(model, train) if tensor_lr is None else tensor_lr,
+        warmup=warmup,
         clip=clip, temperature=temperature, blocks=blocks, every=every, precision=precision, seed=seed,
     )  # fmt: skip
     goal = objective_of(objective, temperature=temperature, blocks=blocks)
@@ -247,6 +251,12 @@ class _Run:
     def _line(self, loss: float) -> str:
         held_out = self.healer.done.held_out
         return f"healing: loss {loss:.4g}" + (f", held-out {held_out[-1][1]:.4g}" if held_out else "")
+
+
+def _tensor_rate(model: nn.Module, train: str) -> float:
+    """The learning rate of cores: a product of more factors moves further for the same step of each."""
+    longest = max((len(unit.spec.sites.out) for unit in mpo_units(model, required=False).values()), default=0)
+    return _RATES["two sites" if longest <= 2 else train]
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module | None, objective: str) -> None:

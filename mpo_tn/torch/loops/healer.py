@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.loops.feeding import Fed, Feed
 from mpo_tn.torch.loops.objectives import Measured, Objective, Targets
 from mpo_tn.torch.loops.recipe import Recipe, share_of_rate
+from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.trainable import parameter_groups
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 
@@ -137,9 +137,15 @@ class Healer:
             self.notes.append(f"{recipe.minutes:g} minutes are {self.steps} steps here, at {step:.3f} s")
 
     def begin(self) -> None:
-        """Measure the held-out batches before the first step; the model as it is is the best so far."""
+        """Measure the held-out batches before the first step; the model as it is is the best so far.
+
+        Raises:
+            MPOError: what is measured is not finite.
+        """
         value = self._measure_dev()
         if value is not None:
+            if not math.isfinite(value):
+                raise MPOError(f"{self.objective.unit} is {value} on dev before the first step: look for NaN in there")
             self.done.held_out.append((0, value))
         self.best = self.captured()
 

@@ -18,6 +18,7 @@ from mpo_tn.torch.models.feeding import entries_of
 FORMAT = "mpo_tn.calibration"
 VERSION = 1
 _LISTED = 3  # so many differences are spelled out
+_BY_INPUT = ("second", "cross", "mean", "dense_mean")
 _SAMPLED = 1024
 """So many entries of a parameter, evenly spread, tell it from another."""
 
@@ -33,6 +34,8 @@ class Moments:
             so that ``Cx = S``.
         outer: ``G``, (out, out), of the gradients at its output.
         rows: (out,), how often each id of a table was read: the weights of its rows.
+        mean: ``E[x]``, (in,), and
+        dense_mean: ``E[y]``, (in,), None where y is x: by them a bias takes up the mean of an error.
     """
 
     tokens: int
@@ -40,6 +43,8 @@ class Moments:
     cross: torch.Tensor | None = None
     outer: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    dense_mean: torch.Tensor | None = None
 
     @property
     def most_rank(self) -> int:
@@ -162,9 +167,8 @@ class Calibration:
         tensors: dict[str, torch.Tensor] = {}
         for key, known in self.moments.items():
             assert known.second is not None
-            tensors[f"second.{key}"] = known.second
-            if known.cross is not None:
-                tensors[f"cross.{key}"] = known.cross
+            found = {kind: getattr(known, kind) for kind in _BY_INPUT}
+            tensors |= {f"{kind}.{key}": tensor for kind, tensor in found.items() if tensor is not None}
         tensors |= {f"outer.{unit}": outer for unit, outer in self.outers.items()}
         tensors |= {f"rows.{unit}": counts for unit, counts in self.rows.items()}
         print_ = self.fingerprint
@@ -195,12 +199,12 @@ class Calibration:
         arrays, record = read_tensors(Path(path), FORMAT, VERSION)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:
-            parts: dict[str, dict[str, torch.Tensor]] = {"second": {}, "cross": {}, "outer": {}, "rows": {}}
+            parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*_BY_INPUT, "outer", "rows")}
             for name, tensor in tensors.items():
                 kind, _, key = name.partition(".")
                 parts[kind][key] = tensor
             moments = {
-                key: Moments(int(count), parts["second"][key], parts["cross"].get(key))
+                key: Moments(int(count), **{kind: parts[kind].get(key) for kind in _BY_INPUT})
                 for key, count in record["counted"].items()
             }
             parameters = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,21 +15,27 @@ from mpo_tn.linalg import check_loaded, frobenius_norm, widen
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import rebuild_route
-from mpo_tn.planning.entries import UnitPlan
+from mpo_tn.planning.entries import ACTIVATION, UnitPlan
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
-from mpo_tn.progress import Progress
+from mpo_tn.progress import Progress, silent
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.cores import Core
 from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.quantized import QuantizedCore
-from mpo_tn.torch.models.decide import plan, units_of_plan
+from mpo_tn.torch.models.calibration import Calibration
+from mpo_tn.torch.models.carry_out import fit_units
+from mpo_tn.torch.models.decide import plan, samples_of, units_of_plan
+from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.host import current_host
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
+from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.units import DenseUnit, count_parameters
 from mpo_tn.truncate.basis import Method
+from mpo_tn.truncate.quantize import Integers
+from mpo_tn.truncate.spectra import float_floor
 from mpo_tn.truncation import Report, Truncation
 
 _HOOKS = (
@@ -43,13 +50,20 @@ _HOOKS = (
 )
 
 
-def compress(model: nn.Module, config: MPOConfig | Plan, *, progress: Progress | None = None) -> CompressionReport:
+def compress(
+    model: nn.Module,
+    config: MPOConfig | Plan,
+    *,
+    calibration: Iterable[Any] | Calibration | Samples | None = None,
+    progress: Progress | None = None,
+) -> CompressionReport:
     """Replace linear layers and embeddings of ``model`` by their MPOs, in place, as a configuration or a plan says.
 
     Args:
         model: any ``torch.nn.Module``. Layers that share a module or a weight are decomposed once and still share.
         config: which modules, which legs, how much to keep; or a :class:`~mpo_tn.torch.Plan`, edited or not. With a
             configuration it is ``compress(model, plan(model, config))``.
+        calibration: as for :func:`plan`; of a plan that was made with one and not loaded from a file it is known.
         progress: called before each unit and once when all are decomposed, with how many units are done, how many
             there are, and the name of the next (or last) one.
 
@@ -71,8 +85,19 @@ def compress(model: nn.Module, config: MPOConfig | Plan, *, progress: Progress |
     >>> report.kept <= 0.5, [type(layer).__name__ for layer in model]
     (True, ['MPOLinear', 'ReLU', 'MPOLinear'])
     """
-    decided = config if isinstance(config, Plan) else plan(model, config)
+    if isinstance(config, Plan):
+        decided, source = config, config.calibration if calibration is None else samples_of(calibration)
+    else:
+        decided = plan(model, config, calibration=calibration, progress=progress)
+        source = decided.calibration
     units = units_of_plan(model, decided)
+    in_metric = [(planned, unit) for planned, unit in units if planned.metric == ACTIVATION]
+    if in_metric and source is None:
+        raise MPOError(
+            f"the plan fits {in_metric[0][1].name} to what its layer is given, and nothing is known of that: give "
+            "calibration=batches, the text that the plan was made with"
+        )
+    fits = {} if source is None else fit_units(model, in_metric, source, progress or silent)
     before = count_parameters(model)
     layers: list[LayerReport] = []
     modules: dict[str, nn.Module] = {}
@@ -80,11 +105,14 @@ def compress(model: nn.Module, config: MPOConfig | Plan, *, progress: Progress |
         if progress:
             progress(done, len(units), unit.name)
         try:
-            layer, cores = _factorise(planned, unit)
+            if unit.name in fits:
+                layer, cores, shift = _fitted(planned, unit, fits[unit.name])
+            else:
+                layer, cores, shift = *_factorise(planned, unit), None
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
         layers.append(layer)
-        modules |= _modules(unit, layer.spec, cores)
+        modules |= _modules(unit, layer.spec, cores, shift)
     if progress and units:
         progress(len(units), len(units), units[-1][1].name)
     _swap(model, modules, decided.config)
@@ -166,6 +194,25 @@ def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Co
     return LayerReport(unit.all_names, _specs(unit, spec)[0], error, report.norm, report, unit.storage), cores
 
 
+def _fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerReport, list[Core], torch.Tensor | None]:
+    """What a fit in the metric of the layer gave, as modules hold it."""
+    cores: list[Core] = []
+    for core, shape, bits in zip(found.cores, found.spec.core_shapes, found.spec.core_bits, strict=True):
+        if isinstance(core, Integers):
+            cores.append(QuantizedCore.from_integers(core, shape, dtype=unit.weight.dtype))
+        elif bits is not None:
+            cores.append(QuantizedCore.rounded(core, bits, found.spec.group))
+        else:
+            cores.append(nn.Parameter(core, requires_grad=unit.weight.requires_grad))
+    floor = float_floor(unit.storage, len(found.spec.sites), found.norm)
+    report = Report(found.error, found.norm, (), None, None, floor)
+    layer = LayerReport(
+        unit.all_names, _specs(unit, found.spec)[0], found.error, found.norm, report, unit.storage, found.metric,
+        found.weighted,
+    )  # fmt: skip
+    return layer, cores, found.shift
+
+
 def _distance(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]) -> tuple[float, bool]:
     """The norm of what the cores, as they are held, miss of the matrix; in double precision, padding cropped."""
     wide = [core.dequantize(torch.float64) if isinstance(core, QuantizedCore) else widen(core) for core in cores]
@@ -190,11 +237,16 @@ def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
     ]
 
 
-def _modules(unit: DenseUnit, spec: ModuleSpec, cores: Sequence[Core]) -> dict[str, nn.Module]:
-    """The MPO modules that replace those of the unit, under all their names."""
+def _modules(
+    unit: DenseUnit, spec: ModuleSpec, cores: Sequence[Core], shift: torch.Tensor | None = None
+) -> dict[str, nn.Module]:
+    """The MPO modules that replace those of the unit, under all their names; their biases moved by ``shift``."""
     named: dict[str, nn.Module] = {}
     for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
-        built = build(own, cores, bias=getattr(module, "bias", None))
+        bias = getattr(module, "bias", None)
+        if bias is not None and shift is not None:
+            bias = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
+        built = build(own, cores, bias=bias)
         for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
             built.__dict__[table] = module.__dict__[table]
         built.train(module.training)

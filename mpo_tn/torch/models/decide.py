@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.entries import LeftDense, UnitPlan
+from mpo_tn.planning.entries import ACTIVATION, FROBENIUS, LeftDense, UnitPlan
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.planning.structure import structure
+from mpo_tn.progress import Progress
 from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.models.auto import plan_for_budget
+from mpo_tn.torch.models.calibration import Calibration
+from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.units import DenseUnit, survey, survey_named
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 
-def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
+def plan(
+    model: nn.Module,
+    config: MPOConfig,
+    *,
+    spectra: bool = False,
+    calibration: Iterable[Any] | Calibration | Samples | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Decide what every matrix of ``model`` becomes; the model stays as it is.
 
     Args:
@@ -27,6 +39,11 @@ def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
         config: which modules, which legs, how much to keep.
         spectra: for a ``tolerance``, look at the singular values for the widest bonds that it can leave; without, those
             are the full bonds. Costs about as much as compressing; nothing is looked at where there is no tolerance.
+        calibration: batches (mappings of tensors, as a tokenizer gives them), of which every fifth is held back to
+            judge by; or a :class:`~mpo_tn.torch.Calibration`. Matrices are then fitted in the metric of what their
+            layers get, and for a budget (``size``, ``bits_per_weight``) structure and bits of each are chosen by what
+            the model does on the text that was held back; without text errors alone choose.
+        progress: told of every step.
 
     Returns:
         The :class:`Plan`: legs, bonds, parameters and bytes of every matrix, and for every other module with parameters
@@ -34,9 +51,12 @@ def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
 
     Guarantee (plan-is-what-comes): with ``keep``, one ``bond`` for all, or full bonds, the parameters and bytes are
     those that come out. With a tolerance, or bonds given one by one, they are the most that can.
+    Guarantee (never-worse): for a budget, the plan is the one of least D on held-back text among the plans compared;
+    the best uniform plan of integers and that of low rank are always among them.
 
     Raises:
-        MPOError: a pattern that matches nothing, legs that do not fit, a ratio that cannot be reached (the message
+        MPOError: a budget without a calibration, or one that cannot be met or is more than the model takes; a pattern
+            that matches nothing, legs that do not fit, a ratio that cannot be reached (the message
             names the module), or a model that holds MPO modules already.
 
     >>> import torch
@@ -47,6 +67,12 @@ def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
     ((4, 45, 45, 4), 0.494, [('1', 'a LayerNorm is not a linear layer or an embedding')])
     """
     refuse_compressed(model)
+    source = samples_of(calibration)
+    if config.has_budget:
+        if source is None:
+            raise MPOError("a budget is spent by what the model does on text: give calibration=batches")
+        return plan_for_budget(model, config, source, progress)
+    metric = FROBENIUS if source is None else ACTIVATION
     found = survey(model, config.target_modules, config.exclude_modules)
     units: list[UnitPlan] = []
     for unit in found.units:
@@ -56,10 +82,16 @@ def plan(model: nn.Module, config: MPOConfig, *, spectra: bool = False) -> Plan:
             spec = structure(unit.kinds[0], out, in_, own)
             if spectra and own.tolerance is not None:
                 spec = _within(unit, spec, own.tolerance)
-            units.append(UnitPlan(unit.all_names, spec, unit.storage, own.tolerance, *found.beside[unit.name]))
+            beside = found.beside[unit.name]
+            units.append(UnitPlan(unit.all_names, spec, unit.storage, own.tolerance, *beside, metric))
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
-    return Plan(type(model).__name__, config, tuple(units), found.left)
+    return Plan(type(model).__name__, config, tuple(units), found.left, calibration=source)
+
+
+def samples_of(given: Iterable[Any] | Calibration | Samples | None) -> Calibration | Samples | None:
+    """Text or moments to decide on, from what a caller gave."""
+    return given if given is None or isinstance(given, Calibration | Samples) else Samples.of(given)
 
 
 def units_of_plan(model: nn.Module, decided: Plan) -> list[tuple[UnitPlan, DenseUnit]]:

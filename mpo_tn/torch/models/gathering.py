@@ -107,7 +107,7 @@ class Gatherer:
         moments: dict[str, Moments] = {}
         for key in reached:
             total = self._sums.pop(key)
-            moments[key] = Moments(total.tokens, *total.means())
+            moments[key] = Moments(total.tokens, **total.means())
         inputs = {unit: key for unit, key in self._listener.inputs.items() if key in moments}
         tokens = max((known.tokens for known in moments.values()), default=0) if self._tokens is None else self._tokens
         text = replace(fingerprint, text=bytes_digest(self._digests))

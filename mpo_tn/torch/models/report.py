@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mpo_tn.planning.entries import ITEMSIZES
+from mpo_tn.planning.entries import FROBENIUS, ITEMSIZES
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.truncation import Report
 
@@ -17,6 +17,8 @@ class LayerReport:
 
     ``report`` is the core's report on the padded matrix, of the truncation alone; ``error`` is also of the rounding of
     cores that are held in bits, measured on what they stand for. ``storage`` is the dtype of the other cores.
+    Where the matrix was fitted to what its layer is given, ``metric`` says how and ``weighted`` is the relative error
+    there; ``error`` is Frobenius in any case.
 
     Guarantee (used-part): ``error`` and ``norm`` are Frobenius norms of the weight as the module uses it, padding not
     counted, to ``4 eps(dtype) sqrt(size) norm``.
@@ -28,6 +30,8 @@ class LayerReport:
     norm: float
     report: Report
     storage: str = "float32"
+    metric: str = FROBENIUS
+    weighted: float | None = None
 
     @property
     def name(self) -> str:
@@ -57,6 +61,8 @@ class LayerReport:
             "error": self.error,
             "norm": self.norm,
             "floor": self.report.floor,
+            "metric": self.metric,
+            "weighted_error": self.weighted,
         }
 
 

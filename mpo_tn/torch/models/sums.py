@@ -30,6 +30,8 @@ class InputSum:
         self.tokens = 0
         self._second = _zeros(width, device)
         self._cross: torch.Tensor | None = None
+        self._sum = self._second.new_zeros(width)
+        self._dense_sum: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor, name: str, dense: torch.Tensor | None = None) -> None:
         """Take in the rows of ``x`` (tokens, width), and those of the dense model for the same tokens if they differ.
@@ -43,21 +45,26 @@ class InputSum:
         if dense is not None:
             dense = dense.to(self._second.device)
             if self._cross is None and not torch.equal(dense, x):
-                self._cross = self._whole()
+                self._cross, self._dense_sum = self._whole(), self._sum.clone()
         for start in range(0, x.shape[0], step):
             part = x[start : start + step].double()
             for low in range(0, width, _BLOCK):
                 high = min(low + _BLOCK, width)
                 self._second[low:high, low:].addmm_(part[:, low:high].T, part[:, low:])
-            if self._cross is not None:
+            self._sum += part.sum(0)
+            if self._cross is not None and self._dense_sum is not None:
                 there = part if dense is None else dense[start : start + step].double()
                 self._cross.addmm_(there.T, part)
+                self._dense_sum += there.sum(0)
         self.tokens += x.shape[0]
 
-    def means(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``S = E[x x^T]``, exactly symmetric, and ``Cx = E[y x^T]``, on the host; None if y was x throughout."""
-        second = self._whole().div_(self.tokens).cpu()
-        return second, None if self._cross is None else (self._cross / self.tokens).cpu()
+    def means(self) -> dict[str, torch.Tensor | None]:
+        """Of :class:`~mpo_tn.torch.models.calibration.Moments` what depends on x and y; on the host.
+
+        ``S = E[x x^T]`` is exactly symmetric; ``Cx = E[y x^T]`` and ``E[y]`` are None if y was x throughout.
+        """
+        sums = {"second": self._whole(), "cross": self._cross, "mean": self._sum, "dense_mean": self._dense_sum}
+        return {name: None if total is None else (total / self.tokens).cpu() for name, total in sums.items()}
 
     def _whole(self) -> torch.Tensor:
         """The sum with the blocks below the diagonal filled in."""

@@ -145,7 +145,7 @@ def text_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_l
         MPOError: the text is shorter than two tokens.
     """
     _check(batch_size, max_length)
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    start = first_token(tokenizer)
     ids: list[int] = []
     for text in texts:
         ids += [] if start is None else [start]
@@ -156,6 +156,11 @@ def text_batches(texts: Sequence[str], tokenizer: Any, *, batch_size: int, max_l
     rows = [{"input_ids": block, "attention_mask": [1] * len(block)} for block in blocks]
     _check_known(rows, tokenizer)
     return Batches(rows, None, padding_of(tokenizer), batch_size, seed)
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """What is put before every text, as context alone: the token that begins texts, or ends them, if there is one."""
+    return next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
 
 
 def text_bytes(data: TextData) -> int:

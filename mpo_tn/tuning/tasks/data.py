@@ -13,7 +13,7 @@ import numpy as np
 from mpo_tn.exceptions import MPOError
 from mpo_tn.tuning.tasks.files import last_tenth, task_from_folder, task_from_hub, text_from_folder
 from mpo_tn.tuning.tasks.glue import METRICS, Split, Task, find_task
-from mpo_tn.tuning.tasks.own_files import read_texts, task_from_files
+from mpo_tn.tuning.tasks.own_files import examples_for, read_texts, task_from_files
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,16 @@ def load_files(
     if dev is None:
         return TextData(*last_tenth(texts), str(train))
     return TextData(texts, read_texts(dev, text, whole=True), f"{train}, {dev}")
+
+
+def load_labelled(path: str | Path, text: str | Sequence[str] | None, label: str, classes: Sequence[str]) -> TaskData:
+    """Examples to score a model on that is tuned already and knows these classes; none if it gives scores.
+
+    Raises:
+        MPOError: what :func:`load_files` raises.
+    """
+    task, rows = examples_for(path, text, label, classes)
+    return TaskData(task, rows, {"dev": rows}, f"{path}: {','.join(task.text)} -> {label}")
 
 
 def _check_limit(limit: int | None) -> None:

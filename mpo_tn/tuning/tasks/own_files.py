@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import math
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
@@ -72,16 +74,11 @@ def task_from_files(
     """
     train = _existing(train)
     columns = _columns(train, text)
-    if len(columns) > 2:
-        raise MPOError(f"--text {','.join(columns)} names {len(columns)} columns: a model reads one text, or a pair")
     texts, written, left_out = _examples(train, columns, label)
     classes = _classes(written)
-    task = Task(
-        train.name, columns, label, "", columns, labels=classes,
-        metrics=("accuracy",) if classes else ("pearson", "spearman"), note=_kind(classes, label),
-    )  # fmt: skip
     if len(set(written)) == 1:
         raise MPOError(f"{train}: all labels are {written[0]!r}: there is nothing to learn")
+    task = _task(train, columns, label, classes)
     rows = Split(tuple(texts), _labels(train, written, classes))
     read = f"{','.join(columns)} -> {label}"
     if dev is None:
@@ -91,6 +88,28 @@ def task_from_files(
     dev_texts, dev_written, more = _examples(dev, columns, label)
     held = Split(tuple(dev_texts), _labels(dev, dev_written, classes))
     return task, (rows, {"dev": held}, f"{train}, {dev}: {read}", left_out + more)
+
+
+def examples_for(
+    path: str | Path, text: str | Sequence[str] | None, label: str, classes: Sequence[str]
+) -> tuple[Task, Split]:
+    """The examples of one file, for a model that knows these classes (none: one that gives scores).
+
+    Raises:
+        MPOError: what :func:`task_from_files` raises.
+    """
+    path = _existing(path)
+    columns = _columns(path, text)
+    texts, written, _ = _examples(path, columns, label)
+    return _task(path, columns, label, tuple(classes)), Split(tuple(texts), _labels(path, written, tuple(classes)))
+
+
+def _task(path: Path, columns: tuple[str, ...], label: str, classes: tuple[str, ...]) -> Task:
+    if len(columns) > 2:
+        raise MPOError(f"--text {','.join(columns)} names {len(columns)} columns: a model reads one text, or a pair")
+    metrics = ("accuracy",) if classes else ("pearson", "spearman")
+    note = _kind(classes, label)
+    return Task(path.name, columns, label, "", columns, labels=classes, metrics=metrics, note=note)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -106,30 +125,28 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
         )
     if path.stat().st_size == 0:
         raise MPOError(f"{path} is empty")
-    with _explained(path):
+    # In memory and from a cache of its own: the common one would keep a copy of every file.
+    with _explained(path), TemporaryDirectory() as cache:
         import datasets
 
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
         if TABLES[ending] == "csv":
-            options = _csv_options(path, ending, columns, datasets)
-        # Streamed: otherwise a copy of every file would stay in the cache of the package.
+            options |= _csv_options(path, ending, columns, datasets)
         files = glob.escape(str(path.absolute()))
-        table: Any = datasets.load_dataset(TABLES[ending], data_files=files, split="train", streaming=True, **options)
-        first = next(iter(table), None)
-        if first is None:
-            return []
-        _check_columns(path, columns, list(first))
-        batches: Any = table.select_columns(list(columns)).batch(1000)
-        return [row for batch in batches for row in zip(*(batch[name] for name in columns), strict=True)]
+        try:
+            table: Any = datasets.load_dataset(TABLES[ending], data_files=files, split="train", **options)
+        except ValueError as error:
+            if "corresponds to no data" in str(error):  # no rows, or of one column blank ones
+                return []
+            raise
+        _check_columns(path, columns, table.column_names)
+        return list(zip(*(table[name][:] for name in columns), strict=True))
 
 
 def _csv_options(path: Path, ending: str, columns: Sequence[str], datasets: Any) -> dict[str, Any]:
+    """How the package has to read it: as text. What it guesses turns 007 into 7 and the text null into nothing."""
     quotes: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file, delimiter=quotes.get("sep", ","), quoting=quotes.get("quoting", csv.QUOTE_MINIMAL))
-        there = next(lines, [])
-    _check_columns(path, columns, there)
-    # What the package guesses would turn "007" into 7 and the text "null" into nothing.
+    _check_csv(path, columns, quotes)
     features = datasets.Features({name: datasets.Value("string") for name in dict.fromkeys(columns)})
     return {
         "features": features,
@@ -140,28 +157,57 @@ def _csv_options(path: Path, ending: str, columns: Sequence[str], datasets: Any)
     }
 
 
+def _check_csv(path: Path, columns: Sequence[str], quotes: dict[str, Any]) -> None:
+    """Find the columns, and lines that are too long or short, in which the package would take one cell for another."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        lines = csv.reader(
+            io.StringIO(read_utf8(path), newline=""), delimiter=quotes.get("sep", ","),
+            quoting=quotes.get("quoting", csv.QUOTE_MINIMAL),
+        )  # fmt: skip
+        there = next(lines, [])
+        _check_columns(path, columns, there)
+        rows = 0
+        for cells in lines:
+            rows += bool(cells)
+            if cells and len(cells) != len(there):
+                raise MPOError(
+                    f"{path}, line {lines.line_num}: {len(cells)} cells where the first line has {len(there)}: texts "
+                    "that hold the separator need quotes"
+                )
+        if not rows:
+            raise MPOError(f"{path} holds no text: it ends after the names of its columns")
+    finally:
+        csv.field_size_limit(limit)
+
+
 @contextmanager
 def _explained(path: Path) -> Generator[None]:
     """Whatever the package raises is said in one way, and once: it would log it, too."""
     try:
-        from datasets.utils import logging
+        from datasets.exceptions import DatasetsError
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
     except ImportError:
         raise MPOError(
             f"reading {path} needs the datasets package: pip install datasets, or give a .txt file"
         ) from None
-    before = logging.get_verbosity()
+    bars, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     except MPOError:
         raise
-    except UnicodeDecodeError as error:
-        raise MPOError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from None
-    except (OSError, ValueError, TypeError, RuntimeError, csv.Error) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+    except (OSError, ValueError, TypeError, RuntimeError, csv.Error, DatasetsError) as error:
+        reason = error.__cause__ or error
+        if isinstance(reason, UnicodeDecodeError):
+            raise MPOError(f"{path} is not UTF-8 at byte {reason.start}: convert it first") from None
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
         raise MPOError(f"{path} cannot be read as a table: {lines[0]}") from error
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
 
 
 def _existing(path: str | Path) -> Path:
@@ -184,7 +230,7 @@ def _check_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> N
     if missing:
         raise MPOError(
             f"{path} has no column {' and no '.join(map(repr, missing))}; it has {', '.join(map(repr, there[:20]))}: "
-            "name its columns with --text and --label"
+            "name one of these"
         )
     twice = [name for name, count in Counter(there).items() if count > 1 and name in wanted]
     if twice:
@@ -251,7 +297,7 @@ def _labels(path: Path, written: Sequence[str], classes: tuple[str, ...]) -> tup
     for name in written:
         label = place.get(name) if classes else _number(name)
         if label is None or not math.isfinite(label):
-            there = f"not one of the classes of the training file, {_some(classes)}" if classes else "no number"
+            there = f"not one of the classes that are known, {_some(classes)}" if classes else "no number"
             raise MPOError(f"{path}: the label {name!r} is {there}")
         labels.append(label)
     return tuple(labels)

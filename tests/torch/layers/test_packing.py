@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from helpers.in_bits import read_core
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mpo_tn.torch import QuantizedCore
@@ -35,6 +35,7 @@ def test_unpacking_is_that_of_compressed_tensors(bits: int, rows: int, columns: 
     st.sampled_from([*BITS, 16]), st.tuples(*[st.integers(1, 5)] * 4), st.sampled_from([8, 11, 128]),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 99),
 )  # fmt: skip
+@example(bits=7, shape=(3, 2, 5, 4), group=8, dtype=torch.bfloat16, seed=0)
 def test_a_core_is_read_with_one_rounding(
     bits: int, shape: tuple[int, int, int, int], group: int, dtype: torch.dtype, seed: int
 ) -> None:

@@ -125,6 +125,16 @@ def test_a_loss_that_is_no_number_names_the_step() -> None:
     assert bits(task.model) == before
 
 
+def test_the_rate_of_cores_follows_the_length_of_the_chains() -> None:
+    batches = [{"input": torch.randn(4, 12)}]
+    for sites, train, expected in [("low-rank", "cores", 3e-3), (3, "cores", 1e-3), (3, "auxiliary", 5e-3)]:
+        teacher = nn.Sequential(nn.Linear(12, 12))
+        model = copy.deepcopy(teacher)
+        compress(model, MPOConfig(sites=sites, keep=0.5))
+        result = heal(model, teacher, batches, train=train, steps=1)
+        assert (result.lr, result.tensor_lr) == (1e-3, expected)
+
+
 def test_without_held_out_batches_the_last_state_is_kept() -> None:
     task, again = Task(), Task()
     result, other = task.run(dev=None), again.run(every=12)
@@ -375,6 +385,15 @@ def test_a_teacher_of_another_model() -> None:
         broken.bert.encoder.layer[0].output.dense.weight.fill_(math.nan)
     with pytest.raises(MPOError, match="is nan before the first step"):
         task.run(teacher=broken)
+
+
+def test_held_out_batches_that_are_no_numbers() -> None:
+    teacher = nn.Sequential(nn.Linear(8, 8))
+    model = copy.deepcopy(teacher)
+    compress(model, MPOConfig(sites=3, keep=0.5))
+    spoilt = [{"input": torch.full((4, 8), math.nan)}]
+    with pytest.raises(MPOError, match="is nan on dev before the first step"):
+        heal(model, teacher, [{"input": torch.randn(4, 8)}], dev=spoilt)
 
 
 def test_a_model_that_has_nothing_to_train() -> None:

@@ -1,0 +1,151 @@
+"""Which plans to compare under one budget: chosen together, of one family, and the uniform ones that people use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.budget import Point, spend
+from mpo_tn.planning.options import BITS, DENSE, FACTOR_WIDTHS, LOW_RANK, WIDTHS, Option
+
+
+@dataclass(frozen=True)
+class Priced:
+    """One option of one matrix: bytes, flops of a token, and the expected cost."""
+
+    option: Option
+    size: int
+    flops: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan to compare: of each matrix one option, by its place in the list."""
+
+    name: str
+    chosen: tuple[int, ...]
+    size: int
+    expected: float
+
+
+def candidates(priced: Sequence[Sequence[Priced]], budget: int, *, max_flops: float | None = None) -> list[Candidate]:
+    """The plans that fit a budget of bytes: the joint one first, then those of one family, then uniform ones.
+
+    Args:
+        priced: the options of each matrix.
+        budget: bytes for all matrices together.
+        max_flops: flops of a token for all of them together, if they are limited.
+
+    Returns:
+        At least the joint plan. Uniform plans give every matrix as many bits, or as much of its size.
+
+    Raises:
+        MPOError: nothing fits.
+    """
+    every = [list(range(len(row))) for row in priced]
+    found = [_joint("joint", priced, every, budget, max_flops)]
+    for family, name in ((BITS, "integers, bits chosen by matrix"), (LOW_RANK, "low rank, rank and bits by matrix")):
+        allowed = [[k for k in own if priced[i][k].option.family == family] or own for i, own in enumerate(every)]
+        found.append(_joint(name, priced, allowed, budget, max_flops))
+    for bits in sorted(WIDTHS, reverse=True):
+        uniform = _pick(priced, lambda option, bits=bits: option.family == BITS and option.width == bits)
+        found.append(_candidate(f"integers, {bits} bits", priced, uniform))
+    for bits in FACTOR_WIDTHS:
+        name = "low rank" if bits is None else f"low rank in {bits} bits"
+        found.append(_candidate(name, priced, _uniform_rank(priced, bits, budget)))
+    kept = [plan for plan in found if plan is not None and _fits(plan, priced, budget, max_flops)]
+    distinct = {plan.chosen: plan for plan in reversed(kept)}
+    if not kept:
+        least = sum(min(option.size for option in row) for row in priced)
+        raise MPOError(
+            f"the smallest plan takes {least} bytes and the budget is {budget}: give more, or plan less of the model"
+        )
+    return [plan for plan in kept if distinct[plan.chosen] is plan]
+
+
+def _fits(plan: Candidate, priced: Sequence[Sequence[Priced]], budget: int, max_flops: float | None) -> bool:
+    flops = sum(row[k].flops for row, k in zip(priced, plan.chosen, strict=True))
+    return plan.size <= budget and (max_flops is None or flops <= max_flops * (1 + 1e-9))
+
+
+def _candidate(name: str, priced: Sequence[Sequence[Priced]], chosen: Sequence[int] | None) -> Candidate | None:
+    if chosen is None:
+        return None
+    picked = [row[k] for row, k in zip(priced, chosen, strict=True)]
+    return Candidate(name, tuple(chosen), sum(p.size for p in picked), sum(p.cost for p in picked))
+
+
+def _joint(
+    name: str, priced: Sequence[Sequence[Priced]], allowed: Sequence[Sequence[int]], budget: int,
+    max_flops: float | None,
+) -> Candidate | None:  # fmt: skip
+    """The cheapest choice; where flops are limited, at the least price of a flop for which they fit."""
+
+    def at(price: float) -> list[int] | None:
+        tables = [
+            [Point(row[k].size, row[k].cost + price * row[k].flops) for k in own]
+            for row, own in zip(priced, allowed, strict=True)
+        ]
+        if sum(min(point.size for point in table) for table in tables) > budget:
+            return None
+        return [own[k] for own, k in zip(allowed, spend(tables, budget), strict=True)]
+
+    def flops(chosen: Sequence[int]) -> float:
+        return sum(row[k].flops for row, k in zip(priced, chosen, strict=True))
+
+    chosen = at(0.0)
+    if chosen is None or max_flops is None or flops(chosen) <= max_flops:
+        return _candidate(name, priced, chosen)
+    low, high = 0.0, max(p.cost for row in priced for p in row) / max(min(p.flops for p in row) for row in priced)
+    best: list[int] | None = None
+    for _ in range(30):
+        middle = (low + high) / 2
+        chosen = at(middle)
+        assert chosen is not None
+        if flops(chosen) <= max_flops:
+            best, high = chosen, middle
+        else:
+            low = middle
+    return _candidate(name, priced, best)
+
+
+def _pick(priced: Sequence[Sequence[Priced]], wanted: Callable[[Option], bool]) -> list[int] | None:
+    """The option wanted of every matrix; one that does not have it is left dense if it may be."""
+    chosen: list[int] = []
+    for row in priced:
+        places = [k for k, p in enumerate(row) if wanted(p.option)]
+        places = places or [k for k, p in enumerate(row) if p.option.family == DENSE]
+        if not places:
+            return None
+        chosen.append(places[0])
+    return chosen
+
+
+def _uniform_rank(priced: Sequence[Sequence[Priced]], bits: int | None, budget: int) -> list[int] | None:
+    """Of every matrix the largest rank within one share of its largest size, the share as large as fits."""
+
+    def at(share: float) -> list[int] | None:
+        chosen: list[int] = []
+        for row in priced:
+            own = [k for k, p in enumerate(row) if p.option.family == LOW_RANK and p.option.width == bits]
+            own = own or [k for k, p in enumerate(row) if p.option.family == DENSE]
+            if not own:
+                return None
+            limit = share * max(p.size for p in row)
+            within = [k for k in own if row[k].size <= limit] or [min(own, key=lambda k: row[k].size)]
+            chosen.append(max(within, key=lambda k: row[k].size))
+        return chosen
+
+    low, high, best = 0.0, 1.0, None
+    for _ in range(40):
+        middle = (low + high) / 2
+        chosen = at(middle)
+        if chosen is None:
+            return None
+        if sum(row[k].size for row, k in zip(priced, chosen, strict=True)) <= budget:
+            low, best = middle, chosen
+        else:
+            high = middle
+    return best

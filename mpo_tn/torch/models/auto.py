@@ -1,0 +1,216 @@
+"""A plan for a budget of bytes: structure and bits of every matrix chosen together, judged by what the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.entries import ACTIVATION, ITEMSIZES, Alternative, LeftDense, UnitPlan
+from mpo_tn.planning.options import Option, options
+from mpo_tn.planning.plan import Plan
+from mpo_tn.planning.search import Candidate, Priced, candidates
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.progress import Progress, doing, silent
+from mpo_tn.torch.models.calibrate import calibrate
+from mpo_tn.torch.models.calibration import Calibration, Moments
+from mpo_tn.torch.models.fitting import Fitted, fit_matrix
+from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
+from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
+from mpo_tn.torch.models.units import DenseUnit, Survey, survey, survey_named
+
+_JUDGE_TOKENS = 600
+"""Tokens on which single matrices are tried."""
+
+_COMPARED = 5
+"""So many plans are carried out and compared, the joint one among them."""
+
+LEFT_BY_PLAN = "left dense by the plan: within the budget it is worth its bytes"
+
+
+@dataclass(eq=False)
+class Trial:
+    """What was found out on the way to a plan, and what carrying it out can use again.
+
+    Attributes:
+        samples: the text, if there is any.
+        calibration: of the dense model.
+        fits: of units in structures, from the moments of the dense model.
+    """
+
+    samples: Samples | None
+    calibration: Calibration
+    fits: dict[tuple[str, ModuleSpec], Fitted]
+
+    def fit(self, unit: DenseUnit, spec: ModuleSpec) -> Fitted:
+        """A unit fitted on its own, in the metric of what its layer gets in the dense model."""
+        key = unit.name, spec
+        if key not in self.fits:
+            known = self.calibration.of(unit.name) or Moments(0)
+            with torch.no_grad():
+                self.fits[key] = fit_matrix(unit.matrix(), spec, known, biased=is_biased(unit), rounds=1)
+        return self.fits[key]
+
+
+def plan_for_budget(
+    model: nn.Module, config: MPOConfig, source: Samples | Calibration, progress: Progress | None = None
+) -> Plan:
+    """Choose structure and bits of every matrix for a budget. See :func:`~mpo_tn.torch.plan`."""
+    tell = progress or silent
+    found = survey(model, config.target_modules, config.exclude_modules)
+    budget = _budget(found, config)
+    samples = source if isinstance(source, Samples) else None
+    if isinstance(source, Calibration):
+        source.check(model)
+        calibration = source
+    else:
+        calibration = calibrate(
+            model, source.batches, target_modules=[unit.name for unit in found.units], gradients=True,
+            progress=doing("calibrating", tell),
+        )  # fmt: skip
+    judge = None if samples is None else Judge(model, samples.held_back, _JUDGE_TOKENS)
+    choices = [_options(unit, config.for_module(unit.name)) for unit in found.units]
+    _check_budget(found, choices, budget, config)
+    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    priced = [_priced(tradeoff) for tradeoff in measured]
+    dense_flops = sum(2.0 * unit.matrix().numel() for unit in found.units)
+    limit = None if config.max_flops is None else config.max_flops * dense_flops
+    plans = candidates(priced, budget, max_flops=limit)
+    trial = Trial(samples, calibration, {})
+    if samples is None:
+        best, considered = plans[0], [_alternative(plan) for plan in plans]
+    else:
+        best, considered = _compare(model, found, measured, plans, trial, tell)
+    return _plan(model, config, found, measured, best, considered, trial)
+
+
+def _budget(found: Survey, config: MPOConfig) -> int:
+    """Bytes for the cores of all units."""
+    if config.bits_per_weight is not None:
+        return int(config.bits_per_weight * sum(unit.matrix().numel() for unit in found.units) / 8)
+    assert isinstance(config.size, int)
+    beside = sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
+    return config.size - beside
+
+
+def _options(unit: DenseUnit, own: MPOConfig) -> list[Option]:
+    out, in_ = (int(size) for size in unit.matrix().shape)
+    itemsize = ITEMSIZES[unit.storage]
+    found = options(unit.kinds[0], out, in_, itemsize=itemsize, group=own.group)
+    low, high = own.min_bits_per_weight or 0.0, own.max_bits_per_weight or float("inf")
+    within = [o for o in found if low <= 8 * o.bytes(out * in_ * itemsize, itemsize) / (out * in_) <= high]
+    if not within:
+        raise MPOError(
+            f"{unit.name}: nothing that a matrix {out} x {in_} can become has from {low} to {high} bits per weight: "
+            "widen the bounds"
+        )
+    return within
+
+
+def _sizes(unit: DenseUnit, choices: Sequence[Option]) -> list[int]:
+    itemsize = ITEMSIZES[unit.storage]
+    return [option.bytes(unit.matrix().numel() * itemsize, itemsize) for option in choices]
+
+
+def _check_budget(found: Survey, choices: Sequence[Sequence[Option]], budget: int, config: MPOConfig) -> None:
+    least = sum(min(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
+    most = sum(max(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
+    beside = sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
+    asked = f"size={config.size}" if config.size is not None else f"bits_per_weight={config.bits_per_weight}"
+    if budget < least:
+        raise MPOError(
+            f"{asked} leaves {max(budget, 0)} bytes for {len(found.units)} matrices, and the least they can take is "
+            f"{least}, beside {beside} bytes of everything else: give at least {least + beside} bytes"
+            + (", or name more of the model (word tables have to be named)" if config.size is not None else "")
+        )
+    if budget > most:
+        raise MPOError(
+            f"{asked} is more than the {most} bytes that the matrices take at the most"
+            + (f", {most + beside} with everything else" if config.size is not None else "")
+            + ": nothing has to be compressed; give less"
+        )
+
+
+def _priced(tradeoff: Tradeoff) -> list[Priced]:
+    weights = tradeoff.unit.matrix().numel()
+    sizes = _sizes(tradeoff.unit, tradeoff.options)
+    return [
+        Priced(option, size, 2.0 * min(weights, option.spec.num_parameters if option.spec else weights),
+               tradeoff.cost(option))
+        for option, size in zip(tradeoff.options, sizes, strict=True)
+    ]  # fmt: skip
+
+
+def _alternative(plan: Candidate, distance: float | None = None) -> Alternative:
+    return Alternative(plan.name, plan.size, distance, plan.expected)
+
+
+def _compare(
+    model: nn.Module, found: Survey, measured: Sequence[Tradeoff], plans: Sequence[Candidate], trial: Trial,
+    tell: Progress,
+) -> tuple[Candidate, list[Alternative]]:  # fmt: skip
+    """Carry out the plans that may be best, and let held-back text choose."""
+    assert trial.samples is not None
+    judge = Judge(model, trial.samples.held_back)
+    promising = sorted(plans[1:], key=lambda plan: plan.expected)[: _COMPARED - 1]
+    # The best uniform plan of each family is a baseline, whatever is expected of it.
+    for start in ("integers, ", "low rank"):
+        own = [plan for plan in plans if plan.name.startswith(start) and "by matrix" not in plan.name]
+        best = min(own, key=lambda plan: plan.expected, default=None)
+        if best is not None and best not in promising and best is not plans[0]:
+            promising.append(best)
+    results: list[tuple[float, Candidate]] = []
+    tried = [plans[0], *promising]
+    for done, plan in enumerate(tried):
+        tell(done, len(tried), f"trying {plan.name}")
+        results.append((_tried(found, measured, plan, trial, judge), plan))
+    tell(len(tried), len(tried), "trying")
+    results.sort(key=lambda result: result[0])
+    rest = [plan for plan in plans if plan not in tried]
+    return results[0][1], [*(_alternative(plan, d) for d, plan in results), *(_alternative(plan) for plan in rest)]
+
+
+def _tried(found: Survey, measured: Sequence[Tradeoff], plan: Candidate, trial: Trial, judge: Judge) -> float:
+    undo: list[Undo] = []
+    try:
+        for unit, tradeoff, k in zip(found.units, measured, plan.chosen, strict=True):
+            option = tradeoff.options[k]
+            if option.spec is not None:
+                fitted = trial.fit(unit, option.spec)
+                undo.append(put(unit, fitted.rebuilt(), fitted.shift))
+        return judge()
+    finally:
+        for step in reversed(undo):
+            step.back()
+
+
+def _plan(
+    model: nn.Module, config: MPOConfig, found: Survey, measured: Sequence[Tradeoff], best: Candidate,
+    considered: Sequence[Alternative], trial: Trial,
+) -> Plan:  # fmt: skip
+    units: list[UnitPlan] = []
+    stays: set[str] = set()
+    kept: dict[tuple[str, ModuleSpec], Fitted] = {}
+    for unit, tradeoff, k in zip(found.units, measured, best.chosen, strict=True):
+        option = tradeoff.options[k]
+        if option.spec is None:
+            stays.update(unit.all_names)
+            continue
+        beside = found.beside[unit.name]
+        units.append(UnitPlan(unit.all_names, option.spec, unit.storage, None, *beside, ACTIVATION))
+        key = unit.name, option.spec
+        if key in trial.fits:
+            kept[key] = trial.fits[key]
+    reasons = {part.name: part for part in found.left}
+    left: list[LeftDense] = []
+    for part in survey_named(model, {name for unit in units for name in unit.names}).left:
+        if part.name in stays:
+            left.append(replace(part, reason=LEFT_BY_PLAN, matched=False))
+        else:
+            left.append(reasons.get(part.name, part))
+    trial.fits = kept
+    return Plan(type(model).__name__, config, tuple(units), tuple(left), tuple(considered), trial)

@@ -1,0 +1,213 @@
+"""One matrix fitted in the metric of its layer: what it becomes, and what its bias takes up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mpo_tn.chains.chain import Chain
+from mpo_tn.exceptions import MPOError
+from mpo_tn.fit.activation import LowRankFits
+from mpo_tn.fit.metric import Metric, dense
+from mpo_tn.fit.quantized import quantize_chain
+from mpo_tn.linalg import frobenius_norm, widen
+from mpo_tn.mpo import MPO
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.models.calibration import Moments
+from mpo_tn.truncate.quantize import Integers, quantize
+from mpo_tn.truncation import Truncation
+
+RIDGE = 1e-3
+"""What is added to the diagonal of S, as a fraction of its mean: what a calibration has not seen still counts a little,
+and every rank can be had."""
+
+_SWEEPS = 2
+"""Of alternating least squares for chains other than low rank: the first two gain most."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a matrix (out, in) became.
+
+    Attributes:
+        cores: integers, or tensors in the dtype of the matrix.
+        spec: with the bonds that came out, and the error.
+        error: ``|W - W'|``, Frobenius, of what is stored.
+        norm: ``|W|``.
+        weighted: the same in the metric, relative to the weighted norm of W.
+        metric: its name.
+        shift: (out,), what is to be added to the bias; None where there is no bias, or nothing is known of means.
+    """
+
+    cores: tuple[Integers | torch.Tensor, ...]
+    spec: ModuleSpec
+    error: float
+    norm: float
+    weighted: float
+    metric: str
+    shift: torch.Tensor | None
+
+    def rebuilt(self) -> torch.Tensor:
+        """What the cores stand for, (out, in) in double precision."""
+        arrays = [_array(core, shape) for core, shape in zip(self.cores, self.spec.core_shapes, strict=True)]
+        return dense(arrays)[: self.spec.out_features, : self.spec.in_features]
+
+
+def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> Metric:
+    """The metric of a layer.
+
+    Args:
+        known: of its inputs.
+        anchor: from 0, the goal is W itself on what the layer gets, to 1, it is what the dense layer gave.
+        centred: whether a bias takes up the mean of the error, so that only what varies counts.
+
+    Raises:
+        MPOError: nothing is known of the inputs.
+    """
+    if known.second is None:
+        raise MPOError("a table has counts of ids and no metric of its inputs")
+    second, cross = known.second, known.cross
+    mean = known.mean if centred else None
+    if mean is not None:
+        second = second - torch.outer(mean, mean)
+    ridge = RIDGE * float(second.diagonal().mean())
+    if not ridge > 0:
+        raise MPOError("its inputs are the same for every token: calibrate with more than one text")
+    held = second + ridge * torch.eye(len(second), dtype=second.dtype)
+    if cross is None or anchor == 0:
+        return Metric(held, outer=known.outer)
+    if mean is not None and known.dense_mean is not None:
+        cross = cross - torch.outer(known.dense_mean, mean)
+    return Metric(held, held + anchor * (cross - second), known.outer)
+
+
+def fit_matrix(
+    matrix: torch.Tensor,
+    spec: ModuleSpec,
+    known: Moments,
+    *,
+    anchor: float = 0.0,
+    biased: bool = False,
+    rounds: int = 2,
+) -> Fitted:
+    """Fit what ``spec`` describes to a matrix (out, in), in the metric of its layer.
+
+    Low rank has a closed form; other chains start there or from singular values and are improved by alternating least
+    squares; cores in bits are rounded with error feedback, and the others fitted to what that did. Tables are weighted
+    by how often each id was read.
+
+    Args:
+        matrix: W, floating point.
+        spec: its structure, bits included.
+        known: of the inputs of its layer.
+        anchor: see :func:`metric_of`.
+        biased: whether there is a bias that takes up the mean of the error.
+        rounds: how often cores in bits are rounded and the others refitted.
+
+    Raises:
+        MPOError: entries or moments that are not finite, nothing known of the inputs.
+
+    Source: GPTQ for integers, Swift-SVD (arXiv 2604.01609) for low rank, AA-SVD (arXiv 2604.02119) for the anchor.
+    """
+    bits = [None if number == 16 else number for number in spec.core_bits]
+    if known.second is None:
+        cores, weights, name = *_fit_table(matrix, spec, known, bits), "rows"
+        metric = None
+    else:
+        metric = metric_of(known, anchor=anchor, centred=biased)
+        cores, weights, name = _fit_layer(matrix, spec, metric, bits, rounds), None, metric.name
+    wide = widen(matrix)
+    arrays = [_array(core, shape) for core, shape in zip(cores, _shapes(cores, spec), strict=True)]
+    rebuilt = dense(arrays)[: matrix.shape[0], : matrix.shape[1]]
+    difference = wide - rebuilt
+    error, norm = frobenius_norm(difference), frobenius_norm(wide)
+    if metric is not None:
+        size = metric.weighed(wide)
+        weighted = metric.weighed(difference) / size if size > 0 else 0.0
+    else:
+        assert weights is not None
+        size = frobenius_norm(weights * wide)
+        weighted = frobenius_norm(weights * difference) / size if size > 0 else 0.0
+    bonds = tuple(int(array.shape[3]) for array in arrays[:-1])
+    found = replace(spec, bonds=bonds, rel_error=error / norm if norm > 0 else 0.0, exact=True)
+    return Fitted(cores, found, error, norm, weighted, name, _shift(wide, rebuilt, known) if biased else None)
+
+
+def _shift(wide: torch.Tensor, rebuilt: torch.Tensor, known: Moments) -> torch.Tensor | None:
+    if known.mean is None:
+        return None
+    there = known.mean if known.dense_mean is None else known.dense_mean
+    return wide @ there.to(wide.device) - rebuilt @ known.mean.to(wide.device)
+
+
+def _fit_layer(
+    matrix: torch.Tensor, spec: ModuleSpec, metric: Metric, bits: list[int | None], rounds: int
+) -> tuple[Integers | torch.Tensor, ...]:
+    in_bits = any(number is not None for number in bits)
+    if len(spec.sites) == 1:
+        target = metric.target(matrix)
+        if bits[0] is None:
+            return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
+        return (quantize(target, bits[0], spec.group, metric=metric.second),)
+    legs = (spec.sites.out[1:], spec.sites.in_[:1])
+    if len(spec.sites) == 2 and legs == ((1,), (1,)):
+        chain: Chain = LowRankFits(matrix, metric).cut(spec.bonds[0])
+    else:
+        rows, columns = spec.sites.shape
+        if (rows, columns) != tuple(matrix.shape):
+            raise MPOError(f"legs multiply to {rows} x {columns}, and a fit in a metric has no padding: choose others")
+        start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
+        chain, _ = start.fit(matrix, sweeps=_SWEEPS, metric=metric)
+    if not in_bits:
+        return tuple(core.contiguous() for core in chain.cores)
+    return quantize_chain(chain, matrix, bits, spec.group, metric, rounds=rounds)[0]
+
+
+def _fit_table(
+    matrix: torch.Tensor, spec: ModuleSpec, known: Moments, bits: list[int | None]
+) -> tuple[tuple[Integers | torch.Tensor, ...], torch.Tensor]:
+    """A table (ids, width): rows weigh what their ids are read, those that were not read a little."""
+    wide = widen(matrix)
+    weights = row_weights(known, len(matrix)).to(wide.device)
+    if len(spec.sites) == 1:
+        core = wide[None, :, :, None]
+        cores: tuple[torch.Tensor, ...] = (core,)
+    elif len(spec.sites) == 2 and spec.sites.out[1] == 1 and spec.sites.in_[0] == 1:
+        weighted = weights * wide
+        _, vectors = torch.linalg.eigh(weighted.T @ weighted)
+        right = vectors[:, -spec.bonds[0] :].T
+        left = wide @ right.T
+        cores = (left[None, :, None, :], right[:, None, :, None])
+    else:
+        start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
+        cores = tuple(widen(core) for core in start.cores)
+    held: list[Integers | torch.Tensor] = []
+    for core, number in zip(cores, bits, strict=True):
+        left, out, in_, right = core.shape
+        if number is None:
+            held.append(core.to(matrix.dtype).contiguous())
+        else:
+            held.append(quantize(core.reshape(left * out, in_ * right), number, spec.group))
+    return tuple(held), weights
+
+
+def row_weights(known: Moments, rows: int) -> torch.Tensor:
+    """The square roots of how often each id is read, as a column; ids that were not read count as half a time."""
+    counts = torch.zeros(rows, dtype=torch.float64) if known.rows is None else known.rows[:rows].double()
+    return ((counts + 0.5) / (counts + 0.5).sum()).sqrt()[:, None]
+
+
+def _shapes(cores: tuple[Integers | torch.Tensor, ...], spec: ModuleSpec) -> list[tuple[int, int, int, int]]:
+    """The shapes of cores whose bonds may have become narrower than planned."""
+    found: list[tuple[int, int, int, int]] = []
+    left = 1
+    for core, (out, in_) in zip(cores, spec.sites, strict=True):
+        right = core.values.shape[1] // in_ if isinstance(core, Integers) else core.shape[3]
+        found.append((left, out, in_, int(right)))
+        left = int(right)
+    return found
+
+
+def _array(core: Integers | torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    return widen(core) if isinstance(core, torch.Tensor) else core.matrix().reshape(shape)

@@ -1,0 +1,135 @@
+"""Sample text for deciding: what a calibration is made of, and what is held back to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.models.calibration import Calibration
+from mpo_tn.torch.models.distance import distance, outputs
+from mpo_tn.torch.models.units import DenseUnit
+
+_HELD_BACK = 5
+"""Every fifth batch is held back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Batches to calibrate on, and others to judge by.
+
+    Args:
+        batches: for moments.
+        held_back: on which alternatives are compared; what is fitted never sees them.
+    """
+
+    batches: tuple[Mapping[str, Any], ...]
+    held_back: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[Any]) -> Samples:
+        """Every fifth batch is held back, the second of two, and a single one serves for both.
+
+        Raises:
+            MPOError: no batches, or batches that are no mappings of tensors.
+        """
+        given = tuple(batches)
+        if not given:
+            raise MPOError("there is no batch to calibrate on: give at least two")
+        for batch in given:
+            if not isinstance(batch, Mapping):
+                raise MPOError(
+                    f"a batch is a {type(batch).__name__}: give mappings of tensors, as a tokenizer does, so that the "
+                    "distance to the dense model can be measured"
+                )
+        if len(given) == 1:
+            return cls(given, given)
+        last = _HELD_BACK - 1 if len(given) >= _HELD_BACK else 1
+        held = tuple(batch for k, batch in enumerate(given) if k % _HELD_BACK == last)
+        return cls(tuple(batch for k, batch in enumerate(given) if k % _HELD_BACK != last), held)
+
+
+class Judge:
+    """The distance to the dense model on text that is held back.
+
+    Args:
+        model: the dense model, as it is now.
+        batches: to judge on; taken until there are ``tokens``.
+        tokens: so many at least, if there are.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], tokens: int | None = None) -> None:
+        self.model = model
+        self.batches: list[Mapping[str, Any]] = []
+        count = 0
+        for batch in batches:
+            if tokens is not None and count >= tokens:
+                break
+            self.batches.append(batch)
+            count += _positions(batch)
+        self._wanted = list(outputs(model, self.batches))
+
+    def __call__(self) -> float:
+        """D of the model as it is by now."""
+        return float(distance(self.model, self._wanted, self.batches))
+
+
+def _positions(batch: Mapping[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor):
+        return int(mask.sum())
+    return next((value.numel() for value in batch.values() if isinstance(value, torch.Tensor)), 0)
+
+
+@contextmanager
+def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Generator[None]:
+    """The model with another matrix (out, in) in the place of a unit's, and its biases shifted; put back afterwards."""
+    undo = put(unit, matrix, shift)
+    try:
+        yield
+    finally:
+        undo.back()
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What is needed to put a unit back."""
+
+    unit: DenseUnit
+    weight: torch.Tensor
+    biases: tuple[torch.Tensor | None, ...]
+
+    def back(self) -> None:
+        """The unit as it was, in the same memory."""
+        self.unit.weight.data = self.weight
+        for module, bias in zip(self.unit.modules, self.biases, strict=True):
+            if bias is not None:
+                module.bias.data = bias  # type: ignore[union-attr]
+
+
+def put(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Undo:
+    """Another matrix in the place of a unit's; what undoes it."""
+    biases = tuple(
+        bias.data if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules
+    )
+    undo = Undo(unit, unit.weight.data, biases)
+    found = matrix.to(unit.weight.dtype)
+    unit.weight.data = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
+    if shift is not None:
+        for module, bias in zip(unit.modules, biases, strict=True):
+            if bias is not None:
+                module.bias.data = bias + shift.to(bias.dtype)  # type: ignore[union-attr]
+    return undo
+
+
+def is_biased(unit: DenseUnit) -> bool:
+    """Whether every module of the unit has a bias of its own, which can take up the mean of an error."""
+    return all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules)
+
+
+Source = Samples | Calibration
