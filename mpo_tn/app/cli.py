@@ -230,15 +230,17 @@ def main() -> None:
 
 
 def _print_demo(result: DemoResult) -> None:
-    table = new_table(
-        ("structure", "left"), ("kept\nmatrices", "right"), ("kept\nmodel", "right"), ("relative\nerror", "right"),
-        ("cosine", "right"), ("worst\ncosine", "right"), ("neigh-\nbours", "right"), ("rank\ncorr.", "right"),
-    )  # fmt: skip
-    for r in result.rows:
-        table.add_row(
-            r.structure, f"{r.kept:.3f}", f"{r.kept_model:.3f}", f"{r.rel_error:.3f}", f"{r.fidelity.cosine:.3f}",
-            f"{r.fidelity.worst_cosine:.3f}", f"{r.fidelity.neighbours:.3f}", f"{r.fidelity.rank_correlation:.3f}",
-        )  # fmt: skip
+    from mpo_tn.app.demo_page import COLUMNS
+
+    short = {"bits per weight": "bits per\nweight", "neighbours": "neigh-\nbours", "rank correlation": "rank\ncorr."}
+    table = new_table((COLUMNS[0], "left"), *((short.get(name, name), "right") for name in COLUMNS[1:]))
+    for place, (_, rows) in enumerate(result.groups):
+        if place:
+            table.add_row()
+        for row in rows:
+            table.add_row(*row.cells)
+    out.print(result.headline(), highlight=False)
+    out.print()
     out.print(f"[bold]{result.model}[/bold]: {result.matrices} matrices, {result.sentences} sentences\n")
     out.print(table)
     for sentence in result.findings():
