@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.fit.activation import LowRankFits
 from mpo_tn.fit.metric import Metric, dense
@@ -140,7 +140,7 @@ class Fitter:
                 return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
             return (quantize(target, bits[0], spec.group, metric=metric.second),)
         if len(spec.sites) == 2 and (spec.sites.out[1], spec.sites.in_[0]) == (1, 1):
-            chain: Chain = self.low_rank.cut(spec.bonds[0])
+            chain: Any = self.low_rank.cut(spec.bonds[0])
         else:
             rows, columns = spec.sites.shape
             if (rows, columns) != tuple(matrix.shape):
