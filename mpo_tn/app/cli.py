@@ -10,6 +10,7 @@ import typer
 
 from mpo_tn import __version__
 from mpo_tn.app.cli_eval import evaluate_models
+from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.terminal import (
@@ -58,6 +59,7 @@ app.command("eval")(evaluate_models)
 app.command()(finetune)
 app.command()(squeeze)
 app.command()(heal)
+app.command()(export)
 
 
 def _show_version(wanted: bool) -> None:
@@ -228,15 +230,17 @@ def main() -> None:
 
 
 def _print_demo(result: DemoResult) -> None:
-    table = new_table(
-        ("structure", "left"), ("kept\nmatrices", "right"), ("kept\nmodel", "right"), ("relative\nerror", "right"),
-        ("cosine", "right"), ("worst\ncosine", "right"), ("neigh-\nbours", "right"), ("rank\ncorr.", "right"),
-    )  # fmt: skip
-    for r in result.rows:
-        table.add_row(
-            r.structure, f"{r.kept:.3f}", f"{r.kept_model:.3f}", f"{r.rel_error:.3f}", f"{r.fidelity.cosine:.3f}",
-            f"{r.fidelity.worst_cosine:.3f}", f"{r.fidelity.neighbours:.3f}", f"{r.fidelity.rank_correlation:.3f}",
-        )  # fmt: skip
+    from mpo_tn.app.demo_page import COLUMNS
+
+    short = {"bits per weight": "bits per\nweight", "neighbours": "neigh-\nbours", "rank correlation": "rank\ncorr."}
+    table = new_table((COLUMNS[0], "left"), *((short.get(name, name), "right") for name in COLUMNS[1:]))
+    for place, (_, rows) in enumerate(result.groups):
+        if place:
+            table.add_row()
+        for row in rows:
+            table.add_row(*row.cells)
+    out.print(result.headline(), highlight=False)
+    out.print()
     out.print(f"[bold]{result.model}[/bold]: {result.matrices} matrices, {result.sentences} sentences\n")
     out.print(table)
     for sentence in result.findings():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,15 +18,15 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Calibration, Moments
-from mpo_tn.torch.models.fitting import Fitted, fit_matrix
+from mpo_tn.torch.models.fitting import Fitted, Fitter
 from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
 from mpo_tn.torch.models.units import DenseUnit, Survey, survey, survey_named
 
-_JUDGE_TOKENS = 600
+_JUDGE_TOKENS = 400
 """Tokens on which single matrices are tried."""
 
-_COMPARED = 5
+_COMPARED = 4
 """So many plans are carried out and compared, the joint one among them."""
 
 LEFT_BY_PLAN = "left dense by the plan: within the budget it is worth its bytes"
@@ -48,12 +48,19 @@ class Trial:
 
     def fit(self, unit: DenseUnit, spec: ModuleSpec) -> Fitted:
         """A unit fitted on its own, in the metric of what its layer gets in the dense model."""
-        key = unit.name, spec
-        if key not in self.fits:
+        self.fit_all(unit, [spec])
+        return self.fits[unit.name, spec]
+
+    def fit_all(self, unit: DenseUnit, specs: Iterable[ModuleSpec]) -> None:
+        """A unit in several structures, what they have in common done once."""
+        missing = [spec for spec in dict.fromkeys(specs) if (unit.name, spec) not in self.fits]
+        if not missing:
+            return
+        with torch.no_grad():
             known = self.calibration.of(unit.name) or Moments(0)
-            with torch.no_grad():
-                self.fits[key] = fit_matrix(unit.matrix(), spec, known, biased=is_biased(unit), rounds=1)
-        return self.fits[key]
+            fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
+            for spec in missing:
+                self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
 
 
 def plan_for_budget(
@@ -163,8 +170,12 @@ def _compare(
         best = min(own, key=lambda plan: plan.expected, default=None)
         if best is not None and best not in promising and best is not plans[0]:
             promising.append(best)
-    results: list[tuple[float, Candidate]] = []
     tried = [plans[0], *promising]
+    for place, (unit, tradeoff) in enumerate(zip(found.units, measured, strict=True)):
+        tell(place, len(measured), f"fitting {len(tried)} plans: {unit.name}")
+        options = [tradeoff.options[plan.chosen[place]] for plan in tried]
+        trial.fit_all(unit, [option.spec for option in options if option.spec is not None])
+    results: list[tuple[float, Candidate]] = []
     for done, plan in enumerate(tried):
         tell(done, len(tried), f"trying {plan.name}")
         results.append((_tried(found, measured, plan, trial, judge), plan))
