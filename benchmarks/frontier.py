@@ -24,7 +24,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from mpo_tn.torch.loops.feeding import Feed
 from mpo_tn.torch.loops.healer import Healer, lent
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import Recipe
-from mpo_tn.torch.models import auto, fitting
+from mpo_tn.torch.models import auto
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import count_trainable
@@ -166,7 +166,7 @@ def encoder_jobs(lab: Lab) -> Iterator[Job]:
     def job(method: str, make: Callable[[], Made], **key: Any) -> Job:
         return Job("encoder", method, key, make)
 
-    def uniform(method: str, config: MPOConfig, budget: float, calibrated: str = "") -> Job:
+    def uniform(method: str, config: MPOConfig, budget: float, calibrated: bool = False) -> Job:
         return job(method, lambda: carried_out(lab, at_size(lab, config, budget), calibrated=calibrated), budget=budget)
 
     yield job(DENSE, lambda: (lab.new(), 32.0, {}))
@@ -176,11 +176,15 @@ def encoder_jobs(lab: Lab) -> Iterator[Job]:
     for bits, group in ROUNDED:
         config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
         yield job("rounding", lambda c=config: carried_out(lab, c), bits=bits, group=group)
-        yield job("GPTQ", lambda c=config: carried_out(lab, c, calibrated="blocks"), bits=bits, group=group)
+        yield job("GPTQ", lambda c=config: carried_out(lab, c, calibrated=True), bits=bits, group=group)
     for bits in FACTORS:
         name = "low rank" if bits is None else f"low rank in {bits} bits"
         for budget in BUDGETS:
-            yield uniform(name, MPOConfig(ENCODER, sites="low-rank", bits=bits), budget, "alone")
+            yield uniform(name, MPOConfig(ENCODER, sites="low-rank", bits=bits), budget, calibrated=True)
+    for bits, group in ROUNDED[1:4]:
+        config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
+        make = partial(carried_out, lab, config, calibrated=True, anchored=True)
+        yield job("GPTQ, block by block", make, bits=bits, group=group)
     for budget in BUDGETS:
         yield uniform("MPO, 5 sites, Frobenius", MPOConfig(ENCODER, sites=5), budget)
     for bits in (8, 4):
@@ -200,7 +204,7 @@ def whole_jobs(lab: Lab) -> Iterator[Job]:
         config = MPOConfig(WHOLE, sites=1, bits=bits)
         yield job(f"int{bits} of everything", lambda c=config: carried_out(lab, c), size=size)
         gptq = f"GPTQ in {bits} bits, tables rounded"
-        yield job(gptq, lambda c=config: carried_out(lab, c, calibrated="blocks"), size=size)
+        yield job(gptq, lambda c=config: carried_out(lab, c, calibrated=True), size=size)
 
 
 def confirm_jobs(lab: Lab) -> Iterator[Job]:
@@ -226,7 +230,7 @@ def healed_jobs(lab: Lab, minutes: float) -> Iterator[Job]:
 
     def low_rank(budget: float) -> Made:
         config = at_size(lab, MPOConfig(ENCODER, sites="low-rank"), budget)
-        return carried_out(lab, config, calibrated="alone")
+        return carried_out(lab, config, calibrated=True)
 
     for budget in HEALED:
         yield job("planned", lambda b=budget: healed(lab, planned(lab, ENCODER, bits_per_weight=b), minutes),
@@ -236,7 +240,7 @@ def healed_jobs(lab: Lab, minutes: float) -> Iterator[Job]:
     for bits, group in ((2, 32),):
         config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
         yield job("rounding", lambda c=config: healed(lab, carried_out(lab, c), minutes), bits=bits, group=group)
-        yield job("GPTQ", lambda c=config: healed(lab, carried_out(lab, c, calibrated="alone"), minutes), bits=bits,
+        yield job("GPTQ", lambda c=config: healed(lab, carried_out(lab, c, calibrated=True), minutes), bits=bits,
                   group=group)  # fmt: skip
 
 
@@ -300,17 +304,15 @@ def at_size(lab: Lab, config: MPOConfig, budget: float) -> MPOConfig:
 class Remembered:
     """A part of the planner that says the same for every budget: it is asked once, and its seconds count for each."""
 
-    def __init__(self, module: Any, name: str, key: Callable[..., Any]) -> None:
-        self.ask, self.key = getattr(module, name), key
+    def __init__(self, name: str, key: Callable[..., Any]) -> None:
+        self.ask, self.key = getattr(auto, name), key
         self.held: dict[Any, tuple[Any, float]] = {}
         self.saved = 0.0
-        setattr(module, name, self)
+        setattr(auto, name, self)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """What it says."""
         key = self.key(*given, **named)
-        if key is None:
-            return self.ask(*given, **named)
         if key in self.held:
             found, seconds = self.held[key]
             self.saved += seconds
@@ -321,31 +323,22 @@ class Remembered:
         return found
 
 
-def _same(matrix: torch.Tensor, *more: Any) -> Any:
-    return float(matrix.double().sum()), tuple(matrix.shape), more
-
-
 REMEMBERED = (
-    Remembered(auto, "calibrate", lambda _model, _batches, *, target_modules, **_: str(target_modules)),
-    Remembered(auto, "tradeoffs", lambda units, choices, *_: (tuple(u.name for u in units), tuple(map(len, choices)))),
-    Remembered(auto, "fit_matrix", lambda matrix, spec, _known, **named: _same(matrix, spec, str(named))),
-    # Block by block the metric is another one every time.
-    Remembered(fitting, "LowRankFits", lambda matrix, metric: _same(matrix) if metric.cross is None else None),
+    Remembered("calibrate", lambda _model, _batches, *, target_modules, **_: str(target_modules)),
+    Remembered("tradeoffs", lambda units, choices, *_: (tuple(u.name for u in units), tuple(map(len, choices)))),
 )
 
 
-def carried_out(lab: Lab, config: MPOConfig, *, calibrated: str = "") -> Made:
-    """A uniform baseline; ``calibrated`` is "alone", every matrix by itself, or "blocks", the better of that and after
-    what came before on the text that is held back, as the planner does.
-    """
+def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False, anchored: bool = False) -> Made:
+    """A uniform baseline, in the metric of the text if it is calibrated; ``anchored`` goes block by block as well."""
     model = lab.new()
     if not calibrated:
         return model, compress(model, config).bits_per_weight, {}
     names = [unit.name for unit in find_units(lab.dense, config.target_modules)[0]]
     moments = auto.calibrate(lab.dense, lab.samples.batches, target_modules=names, gradients=True)
-    known = auto.Trial(lab.samples if calibrated == "blocks" else None, moments, {})
-    report = compress(model, replace(plan(lab.dense, config, calibration=moments), calibration=known))
-    return model, report.bits_per_weight, {"fit": calibrated}
+    known = auto.Trial(lab.samples, moments, {})
+    decided = replace(plan(lab.dense, config, calibration=moments), calibration=known)
+    return model, compress(model, decided, anchored=anchored).bits_per_weight, {}
 
 
 def planned(lab: Lab, target: str, **budget: Any) -> Made:
@@ -417,7 +410,7 @@ def _healing(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def repaired_auxiliary(lab: Lab, rate: float, seed: int, steps: int) -> Made:
     """Five sites on full bonds, the central tensors frozen in 2 bits; the others train and nothing else does."""
-    model, bits, more = carried_out(lab, MPOConfig(ENCODER, sites=5, bits={"central": 2}), calibrated="alone")
+    model, bits, more = carried_out(lab, MPOConfig(ENCODER, sites=5, bits={"central": 2}), calibrated=True)
     before = float(distance(model, lab.wanted, lab.inputs))
     result = heal(model, lab.dense, lab.batches(lab.text.healing, seed), dev=lab.batches(lab.text.held_out),
                   train="auxiliary", also=(), tensor_lr=rate, steps=steps, seed=seed)  # fmt: skip
@@ -428,7 +421,7 @@ def repaired_lora(lab: Lab, rate: float, seed: int, steps: int) -> Made:
     """The dense matrices frozen in 2 bits by the same error feedback, with LoRA beside them; only that trains."""
     from peft import LoraConfig, get_peft_model
 
-    compressed, bits, more = carried_out(lab, MPOConfig(ENCODER, sites=1, bits=2), calibrated="alone")
+    compressed, bits, more = carried_out(lab, MPOConfig(ENCODER, sites=1, bits=2), calibrated=True)
     base = lab.new()
     with torch.no_grad():  # PEFT does not know the modules that hold bits: their values go into linear layers
         for unit in find_units(base, ENCODER)[0]:
@@ -624,7 +617,7 @@ def _sorted(row: Mapping[str, Any], name: str) -> float:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    grouped = {"rounding", "GPTQ"} & {row["method"]}
+    grouped = "group" in row
     return f"{row['method']}, {row['bits']} bits, groups of {row['group']}" if grouped else row["method"]
 
 
