@@ -649,41 +649,60 @@ def _markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
 
 
+DRAWN = {
+    "rounding": ("rounding",),
+    "gptq": ("GPTQ",),
+    "whitened": ("low rank",),
+    "low-rank-bits": FAMILIES["low rank in 4, 3 or 2 bits, the best"],
+    "mpo": ("MPO, 5 sites, Frobenius",),
+    "planned": ("planned",),
+}
+"""The lines of the picture, by the names they have in every figure."""
+
+
 def picture(results: Path, file: Path) -> None:
-    """D and the score against bits per weight, the dense model and the floor marked."""
-    import matplotlib.pyplot as plt
+    """D and the score of the encoder, nothing trained, against its bits per weight."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    plt.rcParams["svg.hashsalt"] = "frontier"  # the same rows give the same file
     rows = read(results, "encoder")
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
     by_name = {row["method"]: row for row in rows}
-    for ax, what, label in zip(
-        panels, ("distance", "spearman"), ("D: distance to the dense model", "STS-B, Spearman"), strict=True
-    ):
-        plot.curves(_lines(rows, what), xlabel="bits per weight of the encoder", ylabel=label, ax=ax)
-        for name, style in ((DENSE, "--"), (FLOOR, ":")):
-            if name in by_name and (what == "spearman" or name == FLOOR):
-                ax.axhline(by_name[name][what], color="0.35", linestyle=style, linewidth=1, label=name)
-        ax.get_legend().remove()
-        ax.set_xscale("log")
-        ax.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yscale("log")
-    handles = {label: handle for ax in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(file, metadata={"Date": None})
+    with rc_context(plot.style()):
+        figure = Figure(figsize=(8.6, 4.6))
+        panels = figure.subplots(1, 2)
+        shown = (
+            ("distance", "D, distance to the dense model:\nless is better", "xy"),
+            ("spearman", "STS-B, Spearman", "x"),
+        )
+        for attempt in range(2):  # texts look for their places again once the legend has taken its own
+            for ax, (what, label, log) in zip(panels, shown, strict=True):
+                ax.clear()
+                dense = plot.Point("dense", 32.0, by_name[DENSE][what])
+                plot.frontier(
+                    _points(rows, what), ylabel=label, unit="bits per weight", dense=dense,
+                    floor={FLOOR: by_name[FLOOR][what]}, log=log, zero="", labels=False, ax=ax,
+                )  # fmt: skip
+            if attempt == 0:
+                figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        if file.suffix == ".svg":
+            title = "Distance to the dense model and STS-B score against bits per weight of MiniLM's encoder"
+            write_whole(file, plot.svg(figure, title=title, alone=True).encode())
+        else:
+            figure.savefig(file, dpi=150)
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, tuple[list[float], list[float]]]:
-    """One line a method; of the same bits the nearest row."""
-    lines: dict[str, tuple[list[float], list[float]]] = {}
-    for method in dict.fromkeys(name for names in FAMILIES.values() for name in names):
-        here = [row for row in rows if row["method"] == method and row.get("group", 128) == 128]
-        here = sorted(here, key=lambda row: row["bits_per_weight"])
-        if here:
-            lines[method] = [row["bits_per_weight"] for row in here], [row[what] for row in here]
-    return lines
+def _points(rows: Sequence[Mapping[str, Any]], what: str) -> list[plot.Point]:
+    """Of every line the nearest row at each of its sizes."""
+    found: dict[tuple[str, float], Mapping[str, Any]] = {}
+    for name, methods in DRAWN.items():
+        for row in rows:
+            if row["method"] in methods and row.get("group", 128) == 128:
+                place = name, row.get("budget", row["bits_per_weight"])
+                found[place] = min(found.get(place, row), row, key=lambda row: row["distance"])
+    return [
+        plot.Point(name, row["bits_per_weight"], row[what], row[f"{what}_error"] if what == "spearman" else None)
+        for (name, _), row in found.items()
+    ]
 
 
 def main() -> None:
@@ -718,6 +737,7 @@ def main() -> None:
         arguments.parts,
         arguments.again,
         arguments.only,
+        arguments.budgets,
         arguments.minutes,
         arguments.steps,
     )
