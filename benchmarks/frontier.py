@@ -65,7 +65,7 @@ FACTORS = (4, None, 3, 2)
 WHOLE = ENCODER + r"|embeddings\.(word|position|token_type)_embeddings|pooler\.dense"
 SIZES = ((23, 8), (11, 4), (6, 2))
 """MB, and the bits of everything that come nearest."""
-HEALED = (2.3, 1.25, 0.63)
+HEALED = (2.3, 0.63, 1.25)
 AUXILIARY_RATES, LORA_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 LORA_RANK = 7
 """290,304 numbers on the encoder; its auxiliary tensors on five sites have 296,064."""
@@ -233,15 +233,15 @@ def healed_jobs(lab: Lab, minutes: float) -> Iterator[Job]:
         return carried_out(lab, config, calibrated=True)
 
     for budget in HEALED:
-        yield job("planned", lambda b=budget: healed(lab, planned(lab, ENCODER, bits_per_weight=b), minutes),
-                  budget=budget)  # fmt: skip
-    for budget in HEALED:
+        make = partial(planned, lab, ENCODER, bits_per_weight=budget)
+        yield job("planned", lambda m=make: healed(lab, m(), minutes), budget=budget)
+        if budget > 2:
+            bits, group = 2, 32
+            config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
+            for name, calibrated in (("rounding", False), ("GPTQ", True)):
+                make = partial(carried_out, lab, config, calibrated=calibrated)
+                yield job(name, lambda m=make: healed(lab, m(), minutes), bits=bits, group=group)
         yield job("low rank", lambda b=budget: healed(lab, low_rank(b), minutes), budget=budget)
-    for bits, group in ((2, 32),):
-        config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
-        yield job("rounding", lambda c=config: healed(lab, carried_out(lab, c), minutes), bits=bits, group=group)
-        yield job("GPTQ", lambda c=config: healed(lab, carried_out(lab, c, calibrated=True), minutes), bits=bits,
-                  group=group)  # fmt: skip
 
 
 def repair_jobs(lab: Lab, steps: int, results: Path) -> Iterator[Job]:
