@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,12 +36,12 @@ def spend(options: Sequence[Sequence[Point]], budget: int) -> list[int]:
     Guarantee (within-budget): the sizes of what is chosen add up to at most the budget.
     Guarantee (near-least-cost): the cost is above the least possible by less than the largest cost step of a single
     matrix, a step being one from an option to the next on the lower convex hull of cost over size; and no option in
-    place of another, nor any two in place of two others, fits the budget and lowers the cost, but by rounding: ``1e-12``
-    of the largest difference of costs in one matrix.
+    place of another, nor any two in place of two others, fits the budget and lowers the cost, but by rounding:
+    ``1e-12`` of the largest difference of costs in one matrix.
 
-    All matrices begin with their smallest option, and steps along their hulls are taken in the order of what they bring
-    for their size, until the budget ends: that is the Lagrangian relaxation, at every price of size at once. What is
-    left is spent by changes of one matrix or two, the best first.
+    All matrices begin with their smallest option, and steps along their hulls are taken in the order of what they
+    bring for their size, until the budget ends: that is the Lagrangian relaxation, at every price of size at once.
+    What is left is spent by changes of one matrix or two, the best first.
 
     Cost: ``O(N log N)`` for N options in all, and about as much for every change that follows.
 
@@ -104,7 +105,7 @@ def _along_hulls(tables: Sequence[_Table], budget: int) -> list[int]:
     steps: list[tuple[float, int, int, int]] = []
     for i, table in enumerate(tables):
         hull, worth = _hull(table), math.inf
-        for place, (a, b) in enumerate(zip(hull, hull[1:], strict=False)):
+        for place, (a, b) in enumerate(pairwise(hull)):
             # Rounding must not turn the order of a matrix's own steps around.
             worth = min(worth, (table.costs[a] - table.costs[b]) / (table.sizes[b] - table.sizes[a]))
             steps.append((-worth, i, place, b))

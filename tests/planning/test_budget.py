@@ -51,7 +51,7 @@ def rounding(options: Sequence[Sequence[Point]]) -> float:
 
 
 @pytest.mark.guarantee("within-budget", "near-least-cost")
-@given(st.lists(ROWS, min_size=1, max_size=4), st.integers(0, 50))
+@given(st.lists(ROWS, min_size=1, max_size=4), st.integers(0, 30))
 def test_it_fits_and_is_near_the_least(options: list[list[Point]], budget: int) -> None:
     everything = [total(options, chosen) for chosen in itertools.product(*(range(len(row)) for row in options))]
     fitting = [cost for size, cost in everything if size <= budget]
@@ -65,7 +65,7 @@ def test_it_fits_and_is_near_the_least(options: list[list[Point]], budget: int) 
 
 
 @pytest.mark.guarantee("near-least-cost")
-@given(st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 60))
+@given(st.lists(ROWS, min_size=2, max_size=5), st.integers(0, 30))
 def test_no_change_of_one_or_two_is_better(options: list[list[Point]], budget: int) -> None:
     try:
         chosen = spend(options, budget)
@@ -86,7 +86,10 @@ def test_two_matrices_are_least_exactly() -> None:
     """An exchange of two is then everything."""
     rng = np.random.default_rng(0)
     for _ in range(50):
-        options = [[Point(int(s), float(c)) for s, c in zip(rng.integers(1, 40, 9), rng.random(9))] for _ in range(2)]
+        sizes, costs = rng.integers(1, 40, (2, 9)), rng.random((2, 9))
+        options = [
+            [Point(int(s), float(c)) for s, c in zip(*row, strict=True)] for row in zip(sizes, costs, strict=True)
+        ]
         budget = int(rng.integers(10, 80))
         fitting = [
             cost

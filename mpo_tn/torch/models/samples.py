@@ -117,19 +117,23 @@ def put(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None
     biases = tuple(
         bias.data if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules
     )
+    found = matrix.to(unit.weight)
+    found = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
+    shifted = biases if shift is None else [None if bias is None else (bias + shift).to(bias.dtype) for bias in biases]
+    # All is computed by now: from here on nothing raises.
     undo = Undo(unit, unit.weight.data, biases)
-    found = matrix.to(unit.weight.dtype)
-    unit.weight.data = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
-    if shift is not None:
-        for module, bias in zip(unit.modules, biases, strict=True):
-            if bias is not None:
-                module.bias.data = bias + shift.to(bias.dtype)  # type: ignore[union-attr]
+    unit.weight.data = found
+    for module, bias in zip(unit.modules, shifted, strict=True):
+        if bias is not None:
+            module.bias.data = bias  # type: ignore[union-attr]
     return undo
 
 
 def is_biased(unit: DenseUnit) -> bool:
-    """Whether every module of the unit has a bias of its own, which can take up the mean of an error."""
-    return all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules)
+    """Whether every module of the unit has a bias, which nobody else uses: it can take up the mean of an error."""
+    return not unit.lends_bias and all(
+        isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules
+    )
 
 
 Source = Samples | Calibration
