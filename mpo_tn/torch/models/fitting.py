@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.fit.activation import LowRankFits
 from mpo_tn.fit.metric import Metric, dense
@@ -158,7 +157,7 @@ def _fit_layer(
         return (quantize(target, bits[0], spec.group, metric=metric.second),)
     legs = (spec.sites.out[1:], spec.sites.in_[:1])
     if len(spec.sites) == 2 and legs == ((1,), (1,)):
-        chain: Chain = LowRankFits(matrix, metric).cut(spec.bonds[0])
+        chain = MPO(LowRankFits(matrix, metric).cut(spec.bonds[0]).cores)
     else:
         rows, columns = spec.sites.shape
         if (rows, columns) != tuple(matrix.shape):

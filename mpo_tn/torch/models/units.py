@@ -416,8 +416,3 @@ def count_parameters(model: nn.Module) -> int:
     """Of the whole model, shared ones once, cores that are held in bits among them."""
     counted = [*(p for p in model.parameters() if not is_lazy(p)), *quantized_cores(model).values()]
     return sum(each.numel() for each in counted)
-
-
-def all_bonds(units: Mapping[str, MPOUnit]) -> dict[str, tuple[int, ...]]:
-    """The bonds of every unit."""
-    return {name: unit.spec.bonds for name, unit in units.items()}
