@@ -18,7 +18,7 @@ from mpo_tn.planning.spec import kept_ratio
 from mpo_tn.torch.loops.policy import Policy, cut_once
 from mpo_tn.torch.loops.rounds import Bonds, SqueezeResult, SqueezeRound
 from mpo_tn.torch.models.moments import OptimizerLike, check_optimizer
-from mpo_tn.torch.models.units import count_parameters, cuttable_units
+from mpo_tn.torch.models.units import all_bonds, count_parameters, cuttable_units
 from mpo_tn.torch.state.damage import damaged, shown
 from mpo_tn.torch.state.training_state import TrainingState, capture, random_digest, restore, saved_extra
 
@@ -83,7 +83,7 @@ class Squeezer:
     @property
     def bonds(self) -> Bonds:
         """The bonds now, by unit."""
-        return {name: unit.spec.bonds for name, unit in self.units.items()}
+        return all_bonds(self.units)
 
     @property
     def best_round(self) -> int:

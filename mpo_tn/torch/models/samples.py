@@ -33,7 +33,7 @@ class Samples:
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> Samples:
-        """Every fifth batch is held back, the second of two, and a single one serves for both.
+        """Every fifth batch is held back, of two to four the second, and a single one serves for both.
 
         Raises:
             MPOError: no batches, or batches that are no mappings of tensors.
@@ -44,8 +44,9 @@ class Samples:
         for batch in given:
             if not isinstance(batch, Mapping):
                 raise MPOError(
-                    f"a batch is a {type(batch).__name__}: give mappings of tensors, as a tokenizer does, so that the "
-                    "distance to the dense model can be measured"
+                    f"a batch is a {type(batch).__name__}: give mappings of tensors by argument of the model, as a "
+                    "tokenizer does, so that the distance to the dense model can be measured; or give "
+                    "calibrate(model, batches), which takes any batches, and errors alone choose"
                 )
         if len(given) == 1:
             return cls(given, given)

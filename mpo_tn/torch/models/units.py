@@ -305,10 +305,7 @@ def _nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dic
 
 @dataclass(frozen=True)
 class MPOUnit:
-    """One matrix after compression: the modules on its cores, each under all its names.
-
-    ``names[0][0]`` is the first occurrence and names the unit, as it named the :class:`DenseUnit` it was.
-    """
+    """One matrix after compression: the modules on its cores, each under all its names; a :class:`DenseUnit` before."""
 
     modules: tuple[MPOLayer, ...]
     names: tuple[tuple[str, ...], ...]
@@ -416,3 +413,8 @@ def count_parameters(model: nn.Module) -> int:
     """Of the whole model, shared ones once, cores that are held in bits among them."""
     counted = [*(p for p in model.parameters() if not is_lazy(p)), *quantized_cores(model).values()]
     return sum(each.numel() for each in counted)
+
+
+def all_bonds(units: Mapping[str, MPOUnit]) -> dict[str, tuple[int, ...]]:
+    """The bonds of every unit."""
+    return {name: unit.spec.bonds for name, unit in units.items()}
