@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Iterable, Sequence
+=======
+import math
+from collections.abc import Sequence
+>>>>>>> plantests
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.entries import ACTIVATION, ITEMSIZES, Alternative, LeftDense, UnitPlan
-from mpo_tn.planning.options import Option, options
+from mpo_tn.planning.entries import ACTIVATION, FROBENIUS, ITEMSIZES, Alternative, LeftDense, UnitPlan
+from mpo_tn.planning.options import BITS, LOW_RANK, Option, options
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.search import Candidate, Priced, candidates
 from mpo_tn.planning.spec import ModuleSpec
@@ -56,11 +62,14 @@ class Trial:
         missing = [spec for spec in dict.fromkeys(specs) if (unit.name, spec) not in self.fits]
         if not missing:
             return
-        with torch.no_grad():
-            known = self.calibration.of(unit.name) or Moments(0)
-            fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
-            for spec in missing:
-                self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
+        known = self.calibration.of(unit.name) or Moments(0)
+        try:
+            with torch.no_grad():
+                fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
+                for spec in missing:
+                    self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
 
 
 def plan_for_budget(
@@ -69,6 +78,7 @@ def plan_for_budget(
     """Choose structure and bits of every matrix for a budget. See :func:`~mpo_tn.torch.plan`."""
     tell = progress or silent
     found = survey(model, config.target_modules, config.exclude_modules)
+    check_weights(found.units)
     budget = _budget(found, config)
     samples = source if isinstance(source, Samples) else None
     if isinstance(source, Calibration):
@@ -93,6 +103,18 @@ def plan_for_budget(
     else:
         best, considered = _compare(model, found, measured, plans, trial, tell)
     return _plan(model, config, found, measured, best, considered, trial)
+
+
+def check_weights(units: Sequence[DenseUnit]) -> None:
+    """Refuse weights without data, or with entries that are no numbers.
+
+    Raises:
+        MPOError: there is one; it names the unit.
+    """
+    for unit in units:
+        check_loaded(unit.weight, f"the weight of {unit.name}")
+        if not bool(torch.isfinite(unit.weight).all()):
+            raise MPOError(f"{unit.name}: its weight has entries that are NaN or infinite: mend the model first")
 
 
 def _budget(found: Survey, config: MPOConfig) -> int:
@@ -124,20 +146,26 @@ def _sizes(unit: DenseUnit, choices: Sequence[Option]) -> list[int]:
 
 
 def _check_budget(found: Survey, choices: Sequence[Sequence[Option]], budget: int, config: MPOConfig) -> None:
+    weights = sum(unit.matrix().numel() for unit in found.units)
     least = sum(min(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
-    most = sum(max(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
+    dense = sum(unit.matrix().numel() * ITEMSIZES[unit.storage] for unit in found.units)
     beside = sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
     asked = f"size={config.size}" if config.size is not None else f"bits_per_weight={config.bits_per_weight}"
     if budget < least:
         raise MPOError(
             f"{asked} leaves {max(budget, 0)} bytes for {len(found.units)} matrices, and the least they can take is "
-            f"{least}, beside {beside} bytes of everything else: give at least {least + beside} bytes"
-            + (", or name more of the model (word tables have to be named)" if config.size is not None else "")
+            f"{least}"
+            + (
+                f", beside {beside} bytes of everything else: give at least size={least + beside}, or name more of the "
+                "model (word tables have to be named)"
+                if config.size is not None
+                else f": give at least bits_per_weight={8 * least / weights:.4g}"
+            )
         )
-    if budget > most:
+    if budget >= dense and config.max_flops is None:
         raise MPOError(
-            f"{asked} is more than the {most} bytes that the matrices take at the most"
-            + (f", {most + beside} with everything else" if config.size is not None else "")
+            f"{asked} leaves {budget} bytes for {len(found.units)} matrices, which take {dense} as they are"
+            + (f", {dense + beside} with everything else" if config.size is not None else "")
             + ": nothing has to be compressed; give less"
         )
 
@@ -153,7 +181,8 @@ def _priced(tradeoff: Tradeoff) -> list[Priced]:
 
 
 def _alternative(plan: Candidate, distance: float | None = None) -> Alternative:
-    return Alternative(plan.name, plan.size, distance, plan.expected)
+    known = distance is not None and math.isfinite(distance)
+    return Alternative(plan.name, plan.size, distance if known else None, plan.expected)
 
 
 def _compare(
@@ -165,8 +194,8 @@ def _compare(
     judge = Judge(model, trial.samples.held_back)
     promising = sorted(plans[1:], key=lambda plan: plan.expected)[: _COMPARED - 1]
     # The best uniform plan of each family is a baseline, whatever is expected of it.
-    for start in ("integers, ", "low rank"):
-        own = [plan for plan in plans if plan.name.startswith(start) and "by matrix" not in plan.name]
+    for family in (BITS, LOW_RANK):
+        own = [plan for plan in plans if plan.baseline == family]
         best = min(own, key=lambda plan: plan.expected, default=None)
         if best is not None and best not in promising and best is not plans[0]:
             promising.append(best)
@@ -181,6 +210,8 @@ def _compare(
         results.append((_tried(found, measured, plan, trial, judge), plan))
     tell(len(tried), len(tried), "trying")
     results.sort(key=lambda result: result[0])
+    if not math.isfinite(results[0][0]):
+        raise MPOError(f"none of {len(results)} plans gives a model whose output is finite: give a larger budget")
     rest = [plan for plan in plans if plan not in tried]
     return results[0][1], [*(_alternative(plan, d) for d, plan in results), *(_alternative(plan) for plan in rest)]
 
@@ -212,7 +243,9 @@ def _plan(
             stays.update(unit.all_names)
             continue
         beside = found.beside[unit.name]
-        units.append(UnitPlan(unit.all_names, option.spec, unit.storage, None, *beside, ACTIVATION))
+        # Nothing reached it: it has no metric.
+        metric = FROBENIUS if trial.calibration.of(unit.name) is None else ACTIVATION
+        units.append(UnitPlan(unit.all_names, option.spec, unit.storage, None, *beside, metric))
         key = unit.name, option.spec
         if key in trial.fits:
             kept[key] = trial.fits[key]
@@ -222,6 +255,7 @@ def _plan(
         if part.name in stays:
             left.append(replace(part, reason=LEFT_BY_PLAN, matched=False))
         else:
-            left.append(reasons.get(part.name, part))
+            said = reasons.get(part.name, part)
+            left.append(replace(part, reason=said.reason, matched=said.matched))
     trial.fits = kept
     return Plan(type(model).__name__, config, tuple(units), tuple(left), tuple(considered), trial)

@@ -33,12 +33,14 @@ class DenseUnit:
     """One matrix before compression: a weight, the modules that use it, each under all its names, and their kinds.
 
     ``names[0][0]`` is the first occurrence and names the unit, as it will name the :class:`MPOUnit` it becomes.
+    ``lends_bias`` says that a module of another unit, or of none, uses a bias of this one.
     """
 
     weight: nn.Parameter
     modules: tuple[nn.Module, ...]
     names: tuple[tuple[str, ...], ...]
     kinds: tuple[str, ...]
+    lends_bias: bool = False
 
     @property
     def name(self) -> str:
@@ -163,8 +165,9 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str
     for weight in chosen:
         owners = users[weight]
         unit = DenseUnit(
-            weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners)
-        )
+            weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners),
+            any(user not in owners for m in owners for own in m.parameters(recurse=False) for user in users[own]),
+        )  # fmt: skip
         stuck = [m for m in owners if m in reserved or _cannot_be_mpo(m) or why.get(m) == _EXCLUDED]
         mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
         if stuck or mixed:
@@ -302,10 +305,7 @@ def _nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dic
 
 @dataclass(frozen=True)
 class MPOUnit:
-    """One matrix after compression: the modules on its cores, each under all its names.
-
-    ``names[0][0]`` is the first occurrence and names the unit, as it named the :class:`DenseUnit` it was.
-    """
+    """One matrix after compression: the modules on its cores, each under all its names; a :class:`DenseUnit` before."""
 
     modules: tuple[MPOLayer, ...]
     names: tuple[tuple[str, ...], ...]
