@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mpo_tn.app.cells import module_name, numbers
 from mpo_tn.app.plan_tables import print_left
 from mpo_tn.app.terminal import is_wide, new_table, out
+from mpo_tn.planning.plan import without_numbers
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mpo_tn.planning.plan import Plan, PlanRow
     from mpo_tn.torch import CompressionReport
 
-_BY_MATRIX = "by matrix"
+_INTEGERS, _BY_MATRIX = "integers, ", "by matrix"
 
 
 def in_words(spec: ModuleSpec) -> str:
@@ -70,12 +70,8 @@ def print_budget_plan(decided: Plan, report: CompressionReport | None = None) ->
 
 def row_names(rows: Sequence[PlanRow]) -> list[str]:
     """The names of rows; where several have one pattern, the numbers of each stand in it."""
-    alike = Counter(_starred(row.units[0].name) for row in rows)
-    return [_numbered(row) if alike[_starred(row.units[0].name)] > 1 else row.pattern for row in rows]
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    alike = Counter(without_numbers(row.units[0].name) for row in rows)
+    return [_numbered(row) if alike[without_numbers(row.units[0].name)] > 1 else row.pattern for row in rows]
 
 
 def _numbered(row: PlanRow) -> str:
@@ -101,8 +97,7 @@ def ranges(values: Sequence[int]) -> str:
 def print_comparison(decided: Plan) -> None:
     """The plans that were compared, the chosen one first, and what is to be learnt from it."""
     chosen = decided.considered[0]
-    beside, weights = decided.bytes_after - sum(unit.bytes for unit in decided.units), _weights(decided)
-    beside -= chosen.bytes - sum(unit.bytes for unit in decided.units)
+    beside, weights = _bytes_beside(decided), _weights(decided)
     table = new_table(
         ("plan", "left"), ("MB", "right"), ("bpw", "right"), ("D, text\nheld back", "right"), ("D,\nexpected", "right")
     )
@@ -115,10 +110,16 @@ def print_comparison(decided: Plan) -> None:
     out.print(table)
     for sentence in (
         "* chosen. MB of the whole model, bits per weight of the matrices; joint: structure and bits of every matrix "
-        "chosen together. D is the distance from the dense model, as mpo-tn eval measures it.",
+        "chosen together. D is the distance from the dense model, as mpo-tn eval measures it; a dash: expected to be "
+        "worse, not tried.",
         f"{verdict(decided)}\n",
     ):
         out.print(f"\n{sentence}", highlight=False, markup=False)
+
+
+def _bytes_beside(decided: Plan) -> int:
+    """Of everything but the matrices that were planned."""
+    return decided.bytes_after - decided.considered[0].bytes
 
 
 def _weights(decided: Plan) -> int:
@@ -138,7 +139,7 @@ def _distance(value: float | None) -> str:
 def verdict(decided: Plan) -> str:
     """What won, and by how much over the best uniform integers and the best uniform low rank.
 
-    By distances on held-back text; where there was none, by what was expected.
+    By distances on text that was held back; where there was none, by what was expected.
     """
     chosen, others = decided.considered[0], decided.considered
     measured = chosen.distance is not None
@@ -150,38 +151,68 @@ def verdict(decided: Plan) -> str:
         own = [o for o in others if o.name.startswith(start) and _BY_MATRIX not in o.name and value(o) is not None]
         return min(own, key=lambda plan: value(plan) or 0.0, default=None)
 
-    what = "on text that was held back" if measured else "expected; there was no text to measure it on"
+    integers, low_rank = best(_INTEGERS), best("low rank")
+    free = next((o for o in others if o.name.startswith(_INTEGERS) and _BY_MATRIX in o.name), None)
     alone = all(not unit.spec.bonds for unit in decided.units)
-    integers, low_rank = best("integers, "), best("low rank")
-    begin = f"Integers alone are best at this size: {_called(chosen, decided)}" if alone else f"Best is {chosen.name}"
-    said = [f"{begin}, with D {_distance(value(chosen))} {what}."]
-    for name, other in (("integers", integers), ("low rank", low_rank)):
-        if other is None:
-            said.append(f"No uniform {name} fit{'' if name == 'integers' else 's'} the size.")
-        elif other is not chosen:
-            said.append(f"{_less(value(chosen), value(other), _distance)} the best uniform {name}, {_short(other)}.")
+    if alone:
+        begin = f"Integers alone are best at this size: {_widths(decided)}"
+    else:
+        begin = f"Best is {'the joint plan' if chosen.name == 'joint' else chosen.name}: {_families(decided)}"
+    where = "on text that was held back" if measured else "expected: there was no text to measure it on"
+    said = [f"{begin}; D {_distance(value(chosen))} {where}."]
+
+    def beside(what: str, other: Alternative | None) -> None:
+        if other is chosen or other is None or value(other) is None:
+            return
+        size = f"{(other.bytes + _bytes_beside(decided)) / 1e6:.2f} MB"
+        said.append(f"{what} ({size}): {_distance(value(other))}{_more(value(other), value(chosen))}.")
+
+    if integers is None:
+        said.append("No uniform integers fit the size.")
+    else:
+        beside(f"The best uniform integers, {integers.name.removeprefix(_INTEGERS)}", integers)
+    if not alone:
+        beside("Integers alone, bits chosen by matrix", free)
+    if low_rank is None:
+        said.append("No uniform low rank fits the size.")
+    else:
+        bits = low_rank.name.removeprefix("low rank").strip() or "without bits"
+        beside(f"The best uniform low rank, {bits}", low_rank)
     return " ".join(said)
 
 
-def _called(chosen: Alternative, decided: Plan) -> str:
-    if chosen.name.startswith("integers, ") and _BY_MATRIX not in chosen.name:
-        return f"{chosen.name.removeprefix('integers, ')} for every matrix"
-    return f"bits chosen by matrix, {_widths(decided)}"
-
-
 def _widths(decided: Plan) -> str:
-    held = Counter(in_words(unit.spec) for unit in decided.units)
-    return ", ".join(f"{words} in {count}" for words, count in sorted(held.items()))
+    """By how many matrices have them, the bits of a plan of integers."""
+    held = Counter(in_words(unit.spec) for unit in decided.units).most_common()
+    if len(held) == 1:
+        return f"{held[0][0]} for every matrix"
+    return ", ".join(f"{words} in {count}" for words, count in held)
 
 
-def _less(mine: float | None, other: float | None, shown: Callable[[float | None], str]) -> str:
-    assert mine is not None
-    assert other is not None
-    if other <= 0:
-        return f"That is the {shown(other)} of"
-    change = 100 * (1 - mine / other)
-    return f"That is {abs(change):.0f} % {'below' if change >= 0 else 'above'} the {shown(other)} of"
+def _families(decided: Plan) -> str:
+    """How much of what is planned is held how."""
+    whole = _weights(decided)
+    low = sum(unit.dense_parameters for unit in decided.units if unit.spec.bonds)
+    one = decided.matrix_before - low
+    shares = [("integers", one), ("low rank", low), ("left dense", whole - one - low)]
+    return ", ".join(f"{what} {_percent(part / whole)} of the weights" for what, part in shares if part)
 
 
-def _short(plan: Alternative) -> str:
-    return plan.name.removeprefix("integers, ")
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if 0.005 <= share <= 0.995 else f"{100 * share:.1f} %" if share < 0.9995 else "100 %"
+
+
+def _more(other: float | None, mine: float | None) -> str:
+    """How much more, or less, the other is."""
+    if not other or not mine:
+        return ""
+    ratio = other / mine
+    return (
+        f", {ratio:.3g} times as much" if ratio >= 2 else f", {abs(ratio - 1):.0%} {'more' if ratio >= 1 else 'less'}"
+    )
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What a reader should know of the text that was looked at."""
+    for note in notes:
+        out.print(f"note: {note}", highlight=False, markup=False)

@@ -15,6 +15,7 @@ from mpo_tn.progress import doing
 
 if TYPE_CHECKING:
     from mpo_tn.planning.config import MPOConfig
+    from mpo_tn.torch import Plan
 
 _SITES = "5"
 _GROUP = 128
@@ -45,7 +46,7 @@ CalibrationFile = Annotated[
 Sample = Annotated[
     int | None,
     typer.Option(
-        help=f"The most texts, of a language model blocks (default: {TEXTS:,} texts; {TOKENS:,} tokens), drawn by --seed."
+        help=f"The most texts, of a language model blocks, drawn by --seed (default: {TEXTS:,}; {TOKENS:,} tokens)."
     ),
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens at which a text is cut; of a language model, a block's.")]
@@ -97,7 +98,7 @@ def plan(
     --out the plan can be edited and given to mpo-tn compress --plan.
     """
     with working(as_json) as progress:
-        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison
+        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison, print_notes
         from mpo_tn.app.plan_tables import print_plan
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import empty_model, load_model
@@ -122,6 +123,7 @@ def plan(
     if config.has_budget:
         print_budget_plan(decided)
         print_comparison(decided)
+        print_notes(_notes(decided))
     else:
         print_plan(decided)
     if file is not None:
@@ -165,7 +167,7 @@ def compress(
     matrices are fitted to what their layers are given there.
     """
     with working(as_json) as progress:
-        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison
+        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison, print_notes
         from mpo_tn.app.plan_tables import print_compression
         from mpo_tn.torch import Plan
         from mpo_tn.torch import compress as compress_model
@@ -208,6 +210,7 @@ def compress(
         print_budget_plan(decided, report)
         if plan_file is None:  # one that was read may have been edited: its comparison is of what it was
             print_comparison(decided)
+        print_notes(_notes(decided))
     else:
         print_compression(report)
     out.print(f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})")
@@ -229,6 +232,13 @@ def _config(
         exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep, bond=bond, tolerance=tolerance,
         bits=bits, group=group, size=size, bits_per_weight=bits_per_weight, max_flops=max_flops,
     )  # fmt: skip
+
+
+def _notes(decided: Plan) -> tuple[str, ...]:
+    """What is to be said of the text that a plan was decided on."""
+    from mpo_tn.torch.models.auto import Trial
+
+    return decided.calibration.calibration.notes if isinstance(decided.calibration, Trial) else ()
 
 
 def _check(config: MPOConfig, sampling: Sampling) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpo_tn.app.cells import cells, legs, module_name, numbers, size_columns, size_cells
+from mpo_tn.app.cells import legs, module_name, numbers, size_cells, size_columns
 from mpo_tn.app.terminal import is_wide, new_table, out
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def print_plan(decided: Plan) -> None:
         size = sum(unit.bytes for unit in row.units) / 1e6
         sizes = size_cells(spec.bits, size, row.units[0].bits_per_weight, most)
         table.add_row(
-            module_name(row.pattern) + shared, f"x {count}" if count > 1 else "", f"{spec.out_features}x{spec.in_features}",
+            module_name(row.pattern) + shared, f"x {count}" if count > 1 else "",
+            f"{spec.out_features}x{spec.in_features}",
             legs(spec.sites.out, spec.sites.in_), numbers(spec.bonds), f"{most}{spec.kept:.3f}",
             *(sizes if decided.has_bits else (f"{most}{size:.3g}",)),
         )  # fmt: skip
