@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpo_tn.planning.plan import Plan, PlanRow
     from mpo_tn.torch import CompressionReport
 
+_LEAST_SHARE = 5e-4
 _INTEGERS, _BY_MATRIX = "integers, ", "by matrix"
 
 
@@ -194,12 +195,9 @@ def _families(decided: Plan) -> str:
     whole = _weights(decided)
     low = sum(unit.dense_parameters for unit in decided.units if unit.spec.bonds)
     one = decided.matrix_before - low
-    shares = [("integers", one), ("low rank", low), ("left dense", whole - one - low)]
-    return ", ".join(f"{what} {_percent(part / whole)} of the weights" for what, part in shares if part)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if 0.005 <= share <= 0.995 else f"{100 * share:.1f} %" if share < 0.9995 else "100 %"
+    shares = [("in integers", one), ("in low-rank pairs", low), ("left dense", whole - one - low)]
+    said = [f"{100 * part / whole:.3g} % {what}" for what, part in shares if part / whole >= _LEAST_SHARE]
+    return f"of the weights {', '.join(said)}"
 
 
 def _more(other: float | None, mine: float | None) -> str:
