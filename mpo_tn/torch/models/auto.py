@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Iterable, Sequence
-=======
 import math
-from collections.abc import Sequence
->>>>>>> plantests
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +19,7 @@ from mpo_tn.planning.search import Candidate, Priced, candidates
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.torch.models.calibrate import calibrate
-from mpo_tn.torch.models.calibration import Calibration, Moments
+from mpo_tn.torch.models.calibration import Calibration, Fingerprint, Moments
 from mpo_tn.torch.models.fitting import Fitted, Fitter
 from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
@@ -80,19 +76,10 @@ def plan_for_budget(
     found = survey(model, config.target_modules, config.exclude_modules)
     check_weights(found.units)
     budget = _budget(found, config)
-    samples = source if isinstance(source, Samples) else None
-    if isinstance(source, Calibration):
-        source.check(model)
-        calibration = source
-    else:
-        calibration = calibrate(
-            model, source.batches, target_modules=[unit.name for unit in found.units], gradients=True,
-            progress=doing("calibrating", tell),
-        )  # fmt: skip
-    judge = None if samples is None else Judge(model, samples.held_back, _JUDGE_TOKENS)
     choices = [_options(unit, config.for_module(unit.name)) for unit in found.units]
     _check_budget(found, choices, budget, config)
-    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    samples = source if isinstance(source, Samples) else None
+    calibration, measured = _measured(model, found, choices, config, source, tell)
     priced = [_priced(tradeoff) for tradeoff in measured]
     dense_flops = sum(2.0 * unit.matrix().numel() for unit in found.units)
     limit = None if config.max_flops is None else config.max_flops * dense_flops
@@ -103,6 +90,29 @@ def plan_for_budget(
     else:
         best, considered = _compare(model, found, measured, plans, trial, tell)
     return _plan(model, config, found, measured, best, considered, trial)
+
+
+def _measured(
+    model: nn.Module, found: Survey, choices: Sequence[Sequence[Option]], config: MPOConfig,
+    source: Samples | Calibration, tell: Progress,
+) -> tuple[Calibration, list[Tradeoff]]:  # fmt: skip
+    """What is known of the model and its matrices, whatever the budget; samples remember it for the next one."""
+    if isinstance(source, Calibration):
+        source.check(model)
+        return source, tradeoffs(found.units, choices, source, None, config.group, doing("measuring", tell))
+    names = [unit.name for unit in found.units]
+    key = Fingerprint.of(model), names, [[str(option) for option in own] for own in choices], config.group
+    for known, calibration, measured in source.remembered:
+        if known == key:
+            same = [replace(tradeoff, unit=unit) for tradeoff, unit in zip(measured, found.units, strict=True)]
+            return calibration, same
+    calibration = calibrate(
+        model, source.batches, target_modules=names, gradients=True, progress=doing("calibrating", tell)
+    )  # fmt: skip
+    judge = Judge(model, source.held_back, _JUDGE_TOKENS)
+    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    source.remembered.append((key, calibration, measured))
+    return calibration, measured
 
 
 def check_weights(units: Sequence[DenseUnit]) -> None:
