@@ -29,8 +29,9 @@ class MPOConfig:
 
     Args:
         target_modules: PEFT's grammar. A list holds exact names or dotted suffixes; a string is a regular expression
-            on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads.
-            An entry that starts with ``re:`` is a regular expression anywhere. Embeddings have to be named.
+            on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads,
+            ``"all-matrices"`` the embeddings too, which else have to be named. An entry that starts with ``re:`` is a
+            regular expression anywhere.
         exclude_modules: the same grammar; what matches is left alone, and so is what shares its weight.
         sites: the number of sites, ``"low-rank"`` for the two-site chain that is a plain low-rank factorisation, or
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.
@@ -56,7 +57,8 @@ class MPOConfig:
     is not exact: full bonds hold a few per cent more numbers than the matrix.
 
     Raises:
-        MPOError: two sizes at once, a size or bits out of range, an unknown override.
+        MPOError: two sizes at once, a size or bits out of range, an unknown override; bits, or a size in an override,
+            with a budget; limits of flops or bits per weight without one.
 
     >>> MPOConfig(keep=0.6, overrides={"re:.*pooler.*": {"bond": 8}}).for_module("pooler.dense").bond
     8
@@ -109,6 +111,11 @@ class MPOConfig:
                 raise MPOError(
                     f"overrides[{pattern!r}] sets {', '.join(unknown)}: only {', '.join(_OVERRIDABLE)} can be"
                 )
+            if self.has_budget and (sizes := [name for name in _SIZES if name in override]):
+                raise MPOError(
+                    f"overrides[{pattern!r}] sets {', '.join(sizes)} with a budget, for which sizes are chosen: bound "
+                    f"it by {' or '.join(_BOUNDS)}, or leave it out of target_modules"
+                )
             own = self._overridden(override)
             overrides[pattern] = {key: getattr(own, key) for key in override}
         object.__setattr__(self, "overrides", overrides)
@@ -123,8 +130,11 @@ class MPOConfig:
             raise MPOError(f"min_bits_per_weight={low} is above max_bits_per_weight={high}: nothing is between")
         if self.has_budget and self.bits is not None:
             raise MPOError(f"bits={self.bits!r} with a budget, for which bits are chosen: leave one of them out")
-        if self.max_flops is not None and not self.has_budget:
-            raise MPOError(f"max_flops={self.max_flops!r} goes with a budget: give size or bits_per_weight as well")
+        for name in ("max_flops", *_BOUNDS):
+            if getattr(self, name) is not None and not self.has_budget:
+                raise MPOError(
+                    f"{name}={getattr(self, name)!r} goes with a budget: give size or bits_per_weight as well"
+                )
 
     @property
     def has_budget(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -250,7 +251,7 @@ class Alternative:
     Args:
         name: what it is: ``"joint"``, ``"dense in 4 bits"``, ``"low rank in 3 bits"``, ...
         bytes: of the planned matrices.
-        distance: D on held-back text once it is carried out; None if it was not.
+        distance: D on held-back text once it is carried out; None if it was not, or gave what is no number.
         expected: what it was expected to be; None if nothing was.
     """
 
@@ -263,8 +264,8 @@ class Alternative:
         _check_count("bytes", self.bytes)
         for name in ("distance", "expected"):
             value = getattr(self, name)
-            if value is not None and not is_real(value):
-                raise MPOError(f"{name}={value!r} of the alternative {self.name!r} is no number")
+            if value is not None and not (is_real(value) and math.isfinite(value)):
+                raise MPOError(f"{name}={value!r} of the alternative {self.name!r} is no finite number")
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

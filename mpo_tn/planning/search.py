@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.budget import Point, spend
 from mpo_tn.planning.options import BITS, DENSE, FACTOR_WIDTHS, LOW_RANK, WIDTHS, Option
+
+_PRICES = 40
+"""So many prices of a flop are tried."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,16 @@ class Priced:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan to compare: of each matrix one option, by its place in the list."""
+    """A plan to compare: of each matrix one option, by its place in the list.
+
+    ``baseline`` is the family of a uniform plan, also where another plan comes to the same; ``""`` for others.
+    """
 
     name: str
     chosen: tuple[int, ...]
     size: int
     expected: float
+    baseline: str = ""
 
 
 def candidates(priced: Sequence[Sequence[Priced]], budget: int, *, max_flops: float | None = None) -> list[Candidate]:
@@ -51,18 +58,31 @@ def candidates(priced: Sequence[Sequence[Priced]], budget: int, *, max_flops: fl
         found.append(_joint(name, priced, allowed, budget, max_flops))
     for bits in sorted(WIDTHS, reverse=True):
         uniform = _pick(priced, lambda option, bits=bits: option.family == BITS and option.width == bits)
-        found.append(_candidate(f"integers, {bits} bits", priced, uniform))
+        found.append(_candidate(f"integers, {bits} bits", priced, uniform, BITS))
     for bits in FACTOR_WIDTHS:
         name = "low rank" if bits is None else f"low rank in {bits} bits"
-        found.append(_candidate(name, priced, _uniform_rank(priced, bits, budget)))
+        found.append(_candidate(name, priced, _uniform_rank(priced, bits, budget), LOW_RANK))
     kept = [plan for plan in found if plan is not None and _fits(plan, priced, budget, max_flops)]
-    distinct = {plan.chosen: plan for plan in reversed(kept)}
     if not kept:
-        least = sum(min(option.size for option in row) for row in priced)
-        raise MPOError(
+        raise _nothing_fits(priced, budget, max_flops)
+    distinct: dict[tuple[int, ...], Candidate] = {}
+    for plan in kept:
+        first = distinct.setdefault(plan.chosen, plan)
+        distinct[plan.chosen] = replace(first, baseline=first.baseline or plan.baseline)
+    return list(distinct.values())
+
+
+def _nothing_fits(priced: Sequence[Sequence[Priced]], budget: int, max_flops: float | None) -> MPOError:
+    least = sum(min(option.size for option in row) for row in priced)
+    if least > budget:
+        return MPOError(
             f"the smallest plan takes {least} bytes and the budget is {budget}: give more, or plan less of the model"
         )
-    return [plan for plan in kept if distinct[plan.chosen] is plan]
+    fewest = sum(min(option.flops for option in row) for row in priced)
+    return MPOError(
+        f"no plan was found that takes {budget} bytes and {max_flops or 0:.4g} flops a token at the most (without a "
+        f"limit on bytes the fewest flops are {fewest:.4g}): give more of either"
+    )
 
 
 def _fits(plan: Candidate, priced: Sequence[Sequence[Priced]], budget: int, max_flops: float | None) -> bool:
@@ -70,11 +90,13 @@ def _fits(plan: Candidate, priced: Sequence[Sequence[Priced]], budget: int, max_
     return plan.size <= budget and (max_flops is None or flops <= max_flops * (1 + 1e-9))
 
 
-def _candidate(name: str, priced: Sequence[Sequence[Priced]], chosen: Sequence[int] | None) -> Candidate | None:
+def _candidate(
+    name: str, priced: Sequence[Sequence[Priced]], chosen: Sequence[int] | None, baseline: str = ""
+) -> Candidate | None:
     if chosen is None:
         return None
     picked = [row[k] for row, k in zip(priced, chosen, strict=True)]
-    return Candidate(name, tuple(chosen), sum(p.size for p in picked), sum(p.cost for p in picked))
+    return Candidate(name, tuple(chosen), sum(p.size for p in picked), sum(p.cost for p in picked), baseline)
 
 
 def _joint(
@@ -98,14 +120,17 @@ def _joint(
     chosen = at(0.0)
     if chosen is None or max_flops is None or flops(chosen) <= max_flops:
         return _candidate(name, priced, chosen)
-    low, high = 0.0, max(p.cost for row in priced for p in row) / max(min(p.flops for p in row) for row in priced)
+    # At some price flops are all that counts.
+    low, high = 0.0, max(p.cost for row in priced for p in row) / max_flops or 1.0
     best: list[int] | None = None
-    for _ in range(30):
-        middle = (low + high) / 2
+    for _ in range(_PRICES):
+        middle = (low + high) / 2 if best is not None else high
         chosen = at(middle)
         assert chosen is not None
         if flops(chosen) <= max_flops:
             best, high = chosen, middle
+        elif best is None:
+            low, high = high, 8 * high
         else:
             low = middle
     return _candidate(name, priced, best)

@@ -128,3 +128,77 @@ def test_bits_of_central_and_auxiliary_tensors() -> None:
 def test_bits_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(MPOError, match=message):
         MPOConfig(**config)
+
+
+BOUNDS = st.tuples(st.floats(0.1, 8), st.floats(8, 32)).map(
+    lambda pair: {"min_bits_per_weight": pair[0], "max_bits_per_weight": pair[1]}
+)
+
+
+@given(
+    st.one_of(
+        st.floats(0.1, 32).map(lambda bits: {"bits_per_weight": bits}),
+        st.integers(1, 10**12).map(lambda size: {"size": size}),
+        st.sampled_from(["25MB", "1.5 GiB", "7"]).map(lambda size: {"size": size}),
+    ),
+    st.one_of(st.just({}), BOUNDS),
+    st.one_of(st.none(), st.floats(0.01, 1)),
+    st.dictionaries(st.sampled_from("abc"), BOUNDS, max_size=2),
+)
+def test_a_budget_survives_json(
+    budget: dict[str, Any], bounds: dict[str, float], max_flops: float | None, overrides: dict[str, Any]
+) -> None:
+    config = MPOConfig(**budget, **bounds, max_flops=max_flops, overrides=overrides)
+    assert MPOConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.has_budget
+    for name, own in overrides.items():
+        assert config.for_module(name).min_bits_per_weight == own["min_bits_per_weight"]
+        assert config.for_module(name).has_budget
+
+
+def test_sizes_become_bytes() -> None:
+    assert MPOConfig(size="25MB").size == 25_000_000
+    assert MPOConfig(size="25MB") == MPOConfig(size=25e6)  # type: ignore[arg-type]
+
+
+def test_what_was_written_before_there_were_budgets_is_read() -> None:
+    values = MPOConfig(keep=0.5).to_dict()
+    for name in ("size", "bits_per_weight", "max_flops", "min_bits_per_weight", "max_bits_per_weight"):
+        assert values.pop(name) is None
+    assert MPOConfig.from_dict(values) == MPOConfig(keep=0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"size": "25MB", "bits_per_weight": 3}, "size and bits_per_weight are given together"),
+        ({"size": "25MB", "keep": 0.5}, "keep and size are given together"),
+        ({"bits_per_weight": 2.3, "tolerance": 0.1}, "tolerance and bits_per_weight are given together"),
+        ({"bits_per_weight": 2.3, "bits": 4}, "bits=4 with a budget"),
+        ({"bits_per_weight": 0}, "bits_per_weight=0 must be a positive number"),
+        ({"bits_per_weight": float("nan")}, "bits_per_weight=nan"),
+        ({"bits_per_weight": float("inf")}, "bits_per_weight=inf"),
+        ({"bits_per_weight": True}, "bits_per_weight=True"),
+        ({"bits_per_weight": "3"}, "bits_per_weight='3'"),
+        ({"size": "much"}, "size='much' is not a size: give for instance 25MB"),
+        ({"size": 0}, "size=0 is not"),
+        ({"max_flops": 0.5}, "max_flops=0.5 goes with a budget"),
+        ({"max_flops": 0.5, "keep": 0.5}, "max_flops=0.5 goes with a budget"),
+        ({"min_bits_per_weight": 3}, "min_bits_per_weight=3 goes with a budget"),
+        ({"overrides": {"x": {"max_bits_per_weight": 3}}}, "max_bits_per_weight=3 goes with a budget"),
+        (
+            {"size": "1MB", "min_bits_per_weight": 4, "max_bits_per_weight": 3},
+            "min_bits_per_weight=4 is above max_bits_per_weight=3",
+        ),
+        (
+            {"size": "1MB", "max_bits_per_weight": 3, "overrides": {"x": {"min_bits_per_weight": 4}}},
+            "min_bits_per_weight=4 is above max_bits_per_weight=3",
+        ),
+        ({"size": "1MB", "overrides": {"x": {"keep": 0.5}}}, r"overrides\['x'\] sets keep with a budget"),
+        ({"size": "1MB", "overrides": {"x": {"bits": 4}}}, "bits=4 with a budget"),
+        ({"overrides": {"x": {"size": "1MB"}}}, r"overrides\['x'\] sets size: only"),
+    ],
+)
+def test_budgets_that_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(MPOError, match=message):
+        MPOConfig(**config)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mpo_tn import MPOError, Sites
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.entries import LeftDense, UnitPlan
+from mpo_tn.planning.entries import ACTIVATION, Alternative, LeftDense, UnitPlan
 from mpo_tn.planning.plan import PLAN_VERSION, Plan
 from mpo_tn.planning.structure import structure
 
@@ -44,14 +44,17 @@ def plans(draw: st.DrawFn) -> Plan:
         except MPOError:  # too little to keep
             reject()
         storage = draw(st.sampled_from(["float16", "bfloat16", "float32", "float64"]))
-        units.append(UnitPlan(names, spec, storage, config.tolerance, draw(st.integers(0, 99))))
+        metric = draw(st.sampled_from(["frobenius", *([] if config.tolerance else [ACTIVATION])]))
+        units.append(UnitPlan(names, spec, storage, config.tolerance, draw(st.integers(0, 99)), metric=metric))
     left = [
         LeftDense(
             f"norm.{k}", draw(st.integers(0, 999)), draw(st.integers(0, 999)), draw(st.text()), draw(st.booleans())
         )
         for k in range(draw(st.integers(0, 3)))
     ]
-    return Plan(draw(st.text()), config, tuple(units), tuple(left))
+    numbers = st.one_of(st.none(), st.floats(0, 1e9))
+    considered = st.lists(st.builds(Alternative, st.text(), st.integers(0, 10**9), numbers, numbers), max_size=3)
+    return Plan(draw(st.text()), config, tuple(units), tuple(left), tuple(draw(considered)))
 
 
 @pytest.mark.guarantee("plan-round-trip")
@@ -224,3 +227,43 @@ def test_a_tolerance_of_numpy_is_written_as_a_number() -> None:
     unit = replace(unit_of("a", bond=4), tolerance=np.float32(0.25))
     assert json.loads(json.dumps(unit.to_dict()))["tolerance"] == 0.25
     assert UnitPlan.from_dict(unit.to_dict()) == unit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bytes": -1}, "bytes=-1"),
+        ({"bytes": 1.5}, "bytes=1.5"),
+        ({"distance": "near"}, "distance='near' of the alternative 'joint' is no finite number"),
+        ({"distance": math.inf}, "distance=inf of the alternative 'joint'"),
+        ({"expected": math.nan}, "expected=nan of the alternative 'joint'"),
+        ({"rank": 3}, "an alternative has rank, which this version does not know"),
+    ],
+)
+def test_alternatives_that_are_refused(change: dict[str, Any], message: str) -> None:
+    plan = Plan("M", MPOConfig(), (unit_of("a", 2),), (), (Alternative("joint", 8, 0.5, 0.25),))
+    values = plan.to_dict()
+    assert Plan.from_dict(values) == plan
+    values["considered"][0] |= change
+    with pytest.raises(MPOError, match=message):
+        Plan.from_dict(values)
+    del values["considered"][0]["bytes"]
+    with pytest.raises(MPOError, match="an alternative lacks bytes"):
+        Plan.from_dict(values)
+
+
+def test_a_plan_without_a_calibration_says_nothing_of_metrics() -> None:
+    """What was written before there were any is the same, byte for byte."""
+    plain = Plan("M", MPOConfig(bond=2), (unit_of("a", 2),), ())
+    values = plain.to_dict()
+    assert "considered" not in values
+    assert "metric" not in values["units"][0]
+    assert not plain.needs_calibration
+    fitted = replace(plain, units=(replace(plain.units[0], metric=ACTIVATION),))
+    assert fitted.to_dict()["units"][0]["metric"] == "activation"
+    assert fitted.needs_calibration
+    assert Plan.from_dict(fitted.to_dict()) == fitted
+    with pytest.raises(MPOError, match="a tolerance is a Frobenius error"):
+        replace(plain.units[0], metric=ACTIVATION, tolerance=0.1)
+    with pytest.raises(MPOError, match="metric='exact' is neither frobenius nor activation"):
+        replace(plain.units[0], metric="exact")

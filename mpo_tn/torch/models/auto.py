@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,15 +10,16 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.entries import ACTIVATION, ITEMSIZES, Alternative, LeftDense, UnitPlan
-from mpo_tn.planning.options import Option, options
+from mpo_tn.planning.entries import ACTIVATION, FROBENIUS, ITEMSIZES, Alternative, LeftDense, UnitPlan
+from mpo_tn.planning.options import BITS, LOW_RANK, Option, options
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.search import Candidate, Priced, candidates
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.torch.models.calibrate import calibrate
-from mpo_tn.torch.models.calibration import Calibration, Moments
+from mpo_tn.torch.models.calibration import Calibration, Fingerprint, Moments
 from mpo_tn.torch.models.fitting import Fitted, Fitter
 from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
@@ -56,11 +58,14 @@ class Trial:
         missing = [spec for spec in dict.fromkeys(specs) if (unit.name, spec) not in self.fits]
         if not missing:
             return
-        with torch.no_grad():
-            known = self.calibration.of(unit.name) or Moments(0)
-            fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
-            for spec in missing:
-                self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
+        known = self.calibration.of(unit.name) or Moments(0)
+        try:
+            with torch.no_grad():
+                fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
+                for spec in missing:
+                    self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
 
 
 def plan_for_budget(
@@ -69,20 +74,12 @@ def plan_for_budget(
     """Choose structure and bits of every matrix for a budget. See :func:`~mpo_tn.torch.plan`."""
     tell = progress or silent
     found = survey(model, config.target_modules, config.exclude_modules)
+    check_weights(found.units)
     budget = _budget(found, config)
-    samples = source if isinstance(source, Samples) else None
-    if isinstance(source, Calibration):
-        source.check(model)
-        calibration = source
-    else:
-        calibration = calibrate(
-            model, source.batches, target_modules=[unit.name for unit in found.units], gradients=True,
-            progress=doing("calibrating", tell),
-        )  # fmt: skip
-    judge = None if samples is None else Judge(model, samples.held_back, _JUDGE_TOKENS)
     choices = [_options(unit, config.for_module(unit.name)) for unit in found.units]
     _check_budget(found, choices, budget, config)
-    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    samples = source if isinstance(source, Samples) else None
+    calibration, measured = _measured(model, found, choices, config, source, tell)
     priced = [_priced(tradeoff) for tradeoff in measured]
     dense_flops = sum(2.0 * unit.matrix().numel() for unit in found.units)
     limit = None if config.max_flops is None else config.max_flops * dense_flops
@@ -93,6 +90,41 @@ def plan_for_budget(
     else:
         best, considered = _compare(model, found, measured, plans, trial, tell)
     return _plan(model, config, found, measured, best, considered, trial)
+
+
+def _measured(
+    model: nn.Module, found: Survey, choices: Sequence[Sequence[Option]], config: MPOConfig,
+    source: Samples | Calibration, tell: Progress,
+) -> tuple[Calibration, list[Tradeoff]]:  # fmt: skip
+    """What is known of the model and its matrices, whatever the budget; samples remember it for the next one."""
+    if isinstance(source, Calibration):
+        source.check(model)
+        return source, tradeoffs(found.units, choices, source, None, config.group, doing("measuring", tell))
+    names = [unit.name for unit in found.units]
+    key = Fingerprint.of(model), names, [[str(option) for option in own] for own in choices], config.group
+    for known, calibration, measured in source.remembered:
+        if known == key:
+            same = [replace(tradeoff, unit=unit) for tradeoff, unit in zip(measured, found.units, strict=True)]
+            return calibration, same
+    calibration = calibrate(
+        model, source.batches, target_modules=names, gradients=True, progress=doing("calibrating", tell)
+    )  # fmt: skip
+    judge = Judge(model, source.held_back, _JUDGE_TOKENS)
+    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    source.remembered.append((key, calibration, measured))
+    return calibration, measured
+
+
+def check_weights(units: Sequence[DenseUnit]) -> None:
+    """Refuse weights without data, or with entries that are no numbers.
+
+    Raises:
+        MPOError: there is one; it names the unit.
+    """
+    for unit in units:
+        check_loaded(unit.weight, f"the weight of {unit.name}")
+        if not bool(torch.isfinite(unit.weight).all()):
+            raise MPOError(f"{unit.name}: its weight has entries that are NaN or infinite: mend the model first")
 
 
 def _budget(found: Survey, config: MPOConfig) -> int:
@@ -124,20 +156,26 @@ def _sizes(unit: DenseUnit, choices: Sequence[Option]) -> list[int]:
 
 
 def _check_budget(found: Survey, choices: Sequence[Sequence[Option]], budget: int, config: MPOConfig) -> None:
+    weights = sum(unit.matrix().numel() for unit in found.units)
     least = sum(min(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
-    most = sum(max(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
+    dense = sum(unit.matrix().numel() * ITEMSIZES[unit.storage] for unit in found.units)
     beside = sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
     asked = f"size={config.size}" if config.size is not None else f"bits_per_weight={config.bits_per_weight}"
     if budget < least:
         raise MPOError(
             f"{asked} leaves {max(budget, 0)} bytes for {len(found.units)} matrices, and the least they can take is "
-            f"{least}, beside {beside} bytes of everything else: give at least {least + beside} bytes"
-            + (", or name more of the model (word tables have to be named)" if config.size is not None else "")
+            f"{least}"
+            + (
+                f", beside {beside} bytes of everything else: give at least size={least + beside}, or name more of the "
+                "model (word tables have to be named)"
+                if config.size is not None
+                else f": give at least bits_per_weight={8 * least / weights:.4g}"
+            )
         )
-    if budget > most:
+    if budget >= dense and config.max_flops is None:
         raise MPOError(
-            f"{asked} is more than the {most} bytes that the matrices take at the most"
-            + (f", {most + beside} with everything else" if config.size is not None else "")
+            f"{asked} leaves {budget} bytes for {len(found.units)} matrices, which take {dense} as they are"
+            + (f", {dense + beside} with everything else" if config.size is not None else "")
             + ": nothing has to be compressed; give less"
         )
 
@@ -153,7 +191,8 @@ def _priced(tradeoff: Tradeoff) -> list[Priced]:
 
 
 def _alternative(plan: Candidate, distance: float | None = None) -> Alternative:
-    return Alternative(plan.name, plan.size, distance, plan.expected)
+    known = distance is not None and math.isfinite(distance)
+    return Alternative(plan.name, plan.size, distance if known else None, plan.expected)
 
 
 def _compare(
@@ -165,8 +204,8 @@ def _compare(
     judge = Judge(model, trial.samples.held_back)
     promising = sorted(plans[1:], key=lambda plan: plan.expected)[: _COMPARED - 1]
     # The best uniform plan of each family is a baseline, whatever is expected of it.
-    for start in ("integers, ", "low rank"):
-        own = [plan for plan in plans if plan.name.startswith(start) and "by matrix" not in plan.name]
+    for family in (BITS, LOW_RANK):
+        own = [plan for plan in plans if plan.baseline == family]
         best = min(own, key=lambda plan: plan.expected, default=None)
         if best is not None and best not in promising and best is not plans[0]:
             promising.append(best)
@@ -181,6 +220,8 @@ def _compare(
         results.append((_tried(found, measured, plan, trial, judge), plan))
     tell(len(tried), len(tried), "trying")
     results.sort(key=lambda result: result[0])
+    if not math.isfinite(results[0][0]):
+        raise MPOError(f"none of {len(results)} plans gives a model whose output is finite: give a larger budget")
     rest = [plan for plan in plans if plan not in tried]
     return results[0][1], [*(_alternative(plan, d) for d, plan in results), *(_alternative(plan) for plan in rest)]
 
@@ -212,7 +253,9 @@ def _plan(
             stays.update(unit.all_names)
             continue
         beside = found.beside[unit.name]
-        units.append(UnitPlan(unit.all_names, option.spec, unit.storage, None, *beside, ACTIVATION))
+        # Nothing reached it: it has no metric.
+        metric = FROBENIUS if trial.calibration.of(unit.name) is None else ACTIVATION
+        units.append(UnitPlan(unit.all_names, option.spec, unit.storage, None, *beside, metric))
         key = unit.name, option.spec
         if key in trial.fits:
             kept[key] = trial.fits[key]
@@ -222,6 +265,7 @@ def _plan(
         if part.name in stays:
             left.append(replace(part, reason=LEFT_BY_PLAN, matched=False))
         else:
-            left.append(reasons.get(part.name, part))
+            said = reasons.get(part.name, part)
+            left.append(replace(part, reason=said.reason, matched=said.matched))
     trial.fits = kept
     return Plan(type(model).__name__, config, tuple(units), tuple(left), tuple(considered), trial)

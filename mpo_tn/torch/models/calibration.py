@@ -207,13 +207,15 @@ class Calibration:
                 key: Moments(int(count), **{kind: parts[kind].get(key) for kind in _BY_INPUT})
                 for key, count in record["counted"].items()
             }
+            if without := [key for key, known in moments.items() if known.second is None]:
+                raise LookupError(f"no second moment of {without[0]}")
             parameters = {
                 name: (str(dtype), tuple(map(int, shape)), str(digest))
                 for name, (dtype, shape, digest) in record["parameters"].items()
             }
             return cls(
                 moments,
-                {str(unit): str(key) for unit, key in record["inputs"].items() if key in moments},
+                {str(unit): str(key) for unit, key in record["inputs"].items()},
                 tuple(map(str, record["units"])),
                 int(record["tokens"]),
                 Fingerprint(str(record["model"]), parameters, str(record["text"])),

@@ -245,10 +245,12 @@ def _modules(
 ) -> dict[str, nn.Module]:
     """The MPO modules that replace those of the unit, under all their names; their biases moved by ``shift``."""
     named: dict[str, nn.Module] = {}
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a bias, too
     for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
         bias = getattr(module, "bias", None)
         if bias is not None and shift is not None:
-            bias = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
+            there = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
+            bias = moved.setdefault(bias, there)
         built = build(own, cores, bias=bias)
         for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
             built.__dict__[table] = module.__dict__[table]

@@ -47,7 +47,8 @@ def distance(model: nn.Module, reference: nn.Module | Iterable[torch.Tensor], ba
     """D of a model on some text: 0 for the dense model itself, infinite where the model gives what is no number.
 
     Args:
-        model: one of transformers, or any module whose output has ``last_hidden_state`` or else ``logits``.
+        model: one of transformers, or any module whose output has ``last_hidden_state`` or else ``logits``; an output
+            that is a tensor counts as hidden states.
         reference: the dense model, which is run beside it; or what :func:`outputs` gave for the same batches, which
             costs memory (positions x width) and saves time where several models are compared.
         batches: the arguments of the models, one mapping of tensors a batch. Positions that ``attention_mask`` leaves
@@ -100,6 +101,8 @@ def _output(model: nn.Module, batch: Inputs) -> tuple[str, torch.Tensor, torch.T
     with torch.no_grad():
         result = model(**{key: value.to(device) for key, value in batch.items()})
     hidden = getattr(result, "last_hidden_state", None)
+    if hidden is None and isinstance(result, torch.Tensor):
+        hidden = result
     found = getattr(result, "logits", None) if hidden is None else hidden
     if not isinstance(found, torch.Tensor) or found.ndim not in (2, 3):
         raise MPOError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from mpo_tn.fit.metric import Metric, dense
 from mpo_tn.fit.quantized import quantize_chain
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.mpo import MPO
+from mpo_tn.planning.entries import FROBENIUS
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.truncate.quantize import Integers, quantize
@@ -22,6 +22,9 @@ from mpo_tn.truncation import Truncation
 RIDGE = 1e-3
 """What is added to the diagonal of S, as a fraction of its mean: what a calibration has not seen still counts a little,
 and every rank can be had."""
+
+_CONSTANT = 1e-10
+"""Of the mean square of inputs: what varies less is rounding."""
 
 _SWEEPS = 2
 """Of alternating least squares for chains other than low rank: the first two gain most."""
@@ -64,7 +67,7 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
         centred: whether a bias takes up the mean of the error, so that only what varies counts.
 
     Raises:
-        MPOError: nothing is known of the inputs.
+        MPOError: nothing is known of the inputs but, of a table, how often each id was read.
     """
     if known.second is None:
         raise MPOError("a table has counts of ids and no metric of its inputs")
@@ -72,9 +75,10 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
     mean = known.mean if centred else None
     if mean is not None:
         second = second - torch.outer(mean, mean)
-    ridge = RIDGE * float(second.diagonal().mean())
-    if not ridge > 0:
-        raise MPOError("its inputs are the same for every token: calibrate with more than one text")
+    # Inputs that are the same for every token vary by rounding alone, and tell nothing of directions: no less than
+    # that counts, and if they are all zero, every direction counts alike.
+    spread, size = float(second.diagonal().mean()), float(known.second.diagonal().mean())
+    ridge = max(RIDGE * spread, _CONSTANT * size) or 1.0
     held = second + ridge * torch.eye(len(second), dtype=second.dtype)
     if cross is None or anchor == 0:
         return Metric(held, outer=known.outer)
@@ -112,9 +116,11 @@ class Fitter:
         bits = [None if number == 16 else number for number in spec.core_bits]
         weights: torch.Tensor | None = None
         if self.metric is None:
-            (cores, weights), name = _fit_table(self.matrix, spec, self.known, bits), "rows"
+            name = FROBENIUS if self.known.rows is None else "rows"
+            cores, weights = _fit_table(self.matrix, spec, self.known, bits)
         else:
             cores, name = self._fit_layer(spec, self.metric, bits, rounds), self.metric.name
+        cores = tuple(_halved(core) if held == 16 else core for core, held in zip(cores, spec.core_bits, strict=True))
         shapes = _shapes(cores, spec)
         arrays = [_array(core, shape) for core, shape in zip(cores, shapes, strict=True)]
         rebuilt = dense(arrays)[: self.matrix.shape[0], : self.matrix.shape[1]]
@@ -140,7 +146,7 @@ class Fitter:
                 return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
             return (quantize(target, bits[0], spec.group, metric=metric.second),)
         if len(spec.sites) == 2 and (spec.sites.out[1], spec.sites.in_[0]) == (1, 1):
-            chain: Any = self.low_rank.cut(spec.bonds[0])
+            chain = MPO(self.low_rank.cut(spec.bonds[0]).cores)
         else:
             rows, columns = spec.sites.shape
             if (rows, columns) != tuple(matrix.shape):
@@ -224,6 +230,15 @@ def row_weights(known: Moments, rows: int) -> torch.Tensor:
     """The square roots of how often each id is read, as a column; ids that were not read count as half a time."""
     counts = torch.zeros(rows, dtype=torch.float64) if known.rows is None else known.rows[:rows].double()
     return ((counts + 0.5) / (counts + 0.5).sum()).sqrt()[:, None]
+
+
+def _halved(core: Integers | torch.Tensor) -> Integers | torch.Tensor:
+    """What float16 holds of a core."""
+    assert isinstance(core, torch.Tensor)
+    half = core.half()
+    if not bool(torch.isfinite(half).all()):
+        raise MPOError(f"{float(core.abs().max()):.4g} is too large for float16: leave out bits=16")
+    return half.to(core.dtype)
 
 
 def _shapes(cores: tuple[Integers | torch.Tensor, ...], spec: ModuleSpec) -> list[tuple[int, int, int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,14 +26,16 @@ class Samples:
     Args:
         batches: for moments.
         held_back: on which alternatives are compared; what is fitted never sees them.
+        remembered: what was measured with them, so that a second budget for the same model costs less.
     """
 
     batches: tuple[Mapping[str, Any], ...]
     held_back: tuple[Mapping[str, Any], ...]
+    remembered: list[Any] = field(default_factory=list[Any], repr=False)
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> Samples:
-        """Every fifth batch is held back, the second of two, and a single one serves for both.
+        """Every fifth batch is held back, of two to four the second, and a single one serves for both.
 
         Raises:
             MPOError: no batches, or batches that are no mappings of tensors.
@@ -44,8 +46,9 @@ class Samples:
         for batch in given:
             if not isinstance(batch, Mapping):
                 raise MPOError(
-                    f"a batch is a {type(batch).__name__}: give mappings of tensors, as a tokenizer does, so that the "
-                    "distance to the dense model can be measured"
+                    f"a batch is a {type(batch).__name__}: give mappings of tensors by argument of the model, as a "
+                    "tokenizer does, so that the distance to the dense model can be measured; or give "
+                    "calibrate(model, batches), which takes any batches, and errors alone choose"
                 )
         if len(given) == 1:
             return cls(given, given)
@@ -117,19 +120,23 @@ def put(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None
     biases = tuple(
         bias.data if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules
     )
+    found = matrix.to(unit.weight)
+    found = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
+    shifted = biases if shift is None else [None if bias is None else (bias + shift).to(bias.dtype) for bias in biases]
+    # All is computed by now: from here on nothing raises.
     undo = Undo(unit, unit.weight.data, biases)
-    found = matrix.to(unit.weight.dtype)
-    unit.weight.data = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
-    if shift is not None:
-        for module, bias in zip(unit.modules, biases, strict=True):
-            if bias is not None:
-                module.bias.data = bias + shift.to(bias.dtype)  # type: ignore[union-attr]
+    unit.weight.data = found
+    for module, bias in zip(unit.modules, shifted, strict=True):
+        if bias is not None:
+            module.bias.data = bias  # type: ignore[union-attr]
     return undo
 
 
 def is_biased(unit: DenseUnit) -> bool:
-    """Whether every module of the unit has a bias of its own, which can take up the mean of an error."""
-    return all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules)
+    """Whether every module of the unit has a bias, which nobody else uses: it can take up the mean of an error."""
+    return not unit.lends_bias and all(
+        isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules
+    )
 
 
 Source = Samples | Calibration

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -119,7 +119,18 @@ def tradeoffs(
         with torch.no_grad():
             found.append(_tradeoff(unit, tuple(options), known, judge, group, factors))
     progress(len(units), len(units), units[-1].name)
-    return found
+    return _with_unreached(found, calibration) if judge is not None else found
+
+
+def _with_unreached(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tradeoff]:
+    """Text says nothing of a matrix that it does not reach: an error in it counts as much as in others."""
+    reached = [each.sensitivity for each in found if each.unit.name not in calibration.unreached]
+    if not reached:
+        raise MPOError("the text reaches none of the matrices: give text that the model reads with them")
+    typical = Sensitivity(
+        *(float(np.median([getattr(each, kind) for each in reached])) for kind in ("rounding", "cutting"))
+    )
+    return [replace(each, sensitivity=typical) if each.unit.name in calibration.unreached else each for each in found]
 
 
 class _Layer:

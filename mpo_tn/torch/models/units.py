@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.entries import ITEMSIZES, LeftDense
-from mpo_tn.planning.patterns import HEADS, matches
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, HEADS, matches
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.cores import Core, held_tensors
@@ -33,12 +33,14 @@ class DenseUnit:
     """One matrix before compression: a weight, the modules that use it, each under all its names, and their kinds.
 
     ``names[0][0]`` is the first occurrence and names the unit, as it will name the :class:`MPOUnit` it becomes.
+    ``lends_bias`` says that a module of another unit, or of none, uses a bias of this one.
     """
 
     weight: nn.Parameter
     modules: tuple[nn.Module, ...]
     names: tuple[tuple[str, ...], ...]
     kinds: tuple[str, ...]
+    lends_bias: bool = False
 
     @property
     def name(self) -> str:
@@ -104,18 +106,18 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
 
     See :func:`find_units`, of ties and of what is raised.
     """
-    heads = head_modules(model) if target == "all-linear" else set[nn.Module]()
+    heads = head_modules(model) if target in (ALL_LINEAR, ALL_MATRICES) else set[nn.Module]()
 
     def unwanted(module: nn.Module, names: Sequence[str]) -> str | None:
         if exclude and any(matches(name, exclude) for name in names):
             return _EXCLUDED
-        if target != "all-linear":
+        if target not in (ALL_LINEAR, ALL_MATRICES):
             wanted = any(matches(name, target) for name in names)
             return None if wanted else _cannot_be_mpo(module) or "target_modules does not match it"
         if kind_of(module) == "embedding":
-            return "an embedding, which has to be named"
+            return "an embedding, which has to be named" if target == ALL_LINEAR else None
         if kind_of(module) is not None and module in heads:
-            return "a task head or the output embeddings, which all-linear leaves alone"
+            return f"a task head or the output embeddings, which {target} leaves alone"
         return None if kind_of(module) else _cannot_be_mpo(module)
 
     found = _survey(model, unwanted)
@@ -163,8 +165,9 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str
     for weight in chosen:
         owners = users[weight]
         unit = DenseUnit(
-            weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners)
-        )
+            weight, tuple(owners), tuple(tuple(names[m]) for m in owners), tuple(kind_of(m) or "other" for m in owners),
+            any(user not in owners for m in owners for own in m.parameters(recurse=False) for user in users[own]),
+        )  # fmt: skip
         stuck = [m for m in owners if m in reserved or _cannot_be_mpo(m) or why.get(m) == _EXCLUDED]
         mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
         if stuck or mixed:
@@ -302,10 +305,7 @@ def _nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dic
 
 @dataclass(frozen=True)
 class MPOUnit:
-    """One matrix after compression: the modules on its cores, each under all its names.
-
-    ``names[0][0]`` is the first occurrence and names the unit, as it named the :class:`DenseUnit` it was.
-    """
+    """One matrix after compression: the modules on its cores, each under all its names; a :class:`DenseUnit` before."""
 
     modules: tuple[MPOLayer, ...]
     names: tuple[tuple[str, ...], ...]
