@@ -488,6 +488,7 @@ def run(
                 continue
             for part_of_planner in REMEMBERED:
                 part_of_planner.saved = 0.0
+            lab.samples.remembered.clear()  # what is remembered here has its seconds counted
             began = common.clock()
             try:
                 model, bits, more = job.make()
