@@ -589,9 +589,10 @@ def _least(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], planned_ro
             found.append(min((r for r in enough if r["bits_per_weight"] == least), key=lambda row: row["distance"]))
     if not found:
         return ""
-    best = min(found, key=lambda row: row["distance"])
+    near = [row for row in found if row["bits_per_weight"] <= asked * 1.05]
+    best = min(near, key=lambda row: row["distance"]) if near else min(found, key=lambda row: row["bits_per_weight"])
     bits = best["bits_per_weight"]
-    return f"{_plain(best['distance'])} ({best['spearman']:.3f})" + (f" at {bits:.2f}" if bits > asked + 0.1 else "")
+    return f"{_plain(best['distance'])} ({best['spearman']:.3f})" + ("" if near else f" at {bits:.2f}")
 
 
 def _every_row(
