@@ -181,10 +181,6 @@ def encoder_jobs(lab: Lab) -> Iterator[Job]:
         name = "low rank" if bits is None else f"low rank in {bits} bits"
         for budget in BUDGETS:
             yield uniform(name, MPOConfig(ENCODER, sites="low-rank", bits=bits), budget, calibrated=True)
-    for bits, group in ROUNDED[1:4]:
-        config = MPOConfig(ENCODER, sites=1, bits=bits, group=group)
-        make = partial(carried_out, lab, config, calibrated=True, anchored=True)
-        yield job("GPTQ, block by block", make, bits=bits, group=group)
     for budget in BUDGETS:
         yield uniform("MPO, 5 sites, Frobenius", MPOConfig(ENCODER, sites=5), budget)
     for bits in (8, 4):
@@ -329,8 +325,8 @@ REMEMBERED = (
 )
 
 
-def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False, anchored: bool = False) -> Made:
-    """A uniform baseline, in the metric of the text if it is calibrated; ``anchored`` goes block by block as well."""
+def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False) -> Made:
+    """A uniform baseline, in the metric of the text if it is calibrated."""
     model = lab.new()
     if not calibrated:
         return model, compress(model, config).bits_per_weight, {}
@@ -338,7 +334,7 @@ def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False, anchor
     moments = auto.calibrate(lab.dense, lab.samples.batches, target_modules=names, gradients=True)
     known = auto.Trial(lab.samples, moments, {})
     decided = replace(plan(lab.dense, config, calibration=moments), calibration=known)
-    return model, compress(model, decided, anchored=anchored).bits_per_weight, {}
+    return model, compress(model, decided).bits_per_weight, {}
 
 
 def planned(lab: Lab, target: str, **budget: Any) -> Made:
@@ -381,7 +377,8 @@ def by_torchao(lab: Lab, bits: int) -> Made:
     grain = PerAxis(0) if bits == 8 else PerGroup(128)
     config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=grain)
     quantize_(model, config, filter_fn=lambda _, name: name in names)
-    return model, float("nan"), {"library": f"torchao {version('torchao')}"}
+    unknown = {"megabytes": None}  # its tensors hide what they hold
+    return model, float("nan"), {**unknown, "library": f"torchao {version('torchao')}"}
 
 
 def by_quanto(lab: Lab, bits: int) -> Made:
@@ -392,7 +389,8 @@ def by_quanto(lab: Lab, bits: int) -> Made:
     names = [unit.name for unit in find_units(model, ENCODER)[0]]
     quantize(model, weights=qint8 if bits == 8 else qint4, include=names)
     freeze(model)
-    return model, float("nan"), {"library": f"optimum-quanto {version('optimum-quanto')}"}
+    unknown = {"megabytes": None}
+    return model, float("nan"), {**unknown, "library": f"optimum-quanto {version('optimum-quanto')}"}
 
 
 def healed(lab: Lab, made: Made, minutes: float) -> Made:
@@ -604,7 +602,7 @@ def _every_row(
         rows, key=lambda row: (*(-float(row.get(key, 99)) for key in keys), *(_sorted(row, o) for o in order))
     )
     cells = [
-        [_name(row), *(f"{row[key]:g}" if key in row else "" for key in keys), _bits(row), f"{row['megabytes']:.1f}",
+        [_name(row), *(f"{row[key]:g}" if key in row else "" for key in keys), _bits(row), f"{row['megabytes']:.1f}" if row["megabytes"] else "",
          _with_error(row["distance"], row["distance_error"]), f"{row['spearman']:.4f} ± {row['spearman_error']:.4f}",
          f"{row['change']:+.4f} ± {row['change_error']:.4f}", f"{row['seconds']:.0f}",
          f"{row['seconds_per_1000']:.1f}"]
