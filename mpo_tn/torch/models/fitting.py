@@ -71,6 +71,8 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
     if known.second is None:
         raise MPOError("a table has counts of ids and no metric of its inputs")
     second, cross = known.second, known.cross
+    # Where no gradient came back, as at queries of single tokens, outputs count alike.
+    outer = known.outer if known.outer is not None and bool(known.outer.any()) else None
     mean = known.mean if centred else None
     if mean is not None:
         second = second - torch.outer(mean, mean)
@@ -80,10 +82,10 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
     ridge = max(RIDGE * spread, _CONSTANT * size) or 1.0
     held = second + ridge * torch.eye(len(second), dtype=second.dtype)
     if cross is None or anchor == 0:
-        return Metric(held, outer=known.outer)
+        return Metric(held, outer=outer)
     if mean is not None and known.dense_mean is not None:
         cross = cross - torch.outer(known.dense_mean, mean)
-    return Metric(held, held + anchor * (cross - second), known.outer)
+    return Metric(held, held + anchor * (cross - second), outer)
 
 
 def fit_matrix(

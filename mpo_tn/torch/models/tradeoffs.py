@@ -116,8 +116,11 @@ def tradeoffs(
     for done, (unit, options) in enumerate(zip(units, choices, strict=True)):
         progress(done, len(units), unit.name)
         known = calibration.of(unit.name)
-        with torch.no_grad():
-            found.append(_tradeoff(unit, tuple(options), known, judge, group, factors))
+        try:
+            with torch.no_grad():
+                found.append(_tradeoff(unit, tuple(options), known, judge, group, factors))
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
     progress(len(units), len(units), units[-1].name)
     return _with_unreached(found, calibration) if judge is not None else found
 
@@ -227,7 +230,7 @@ def _tradeoff(
     with replaced(unit, low, here.shift(low)):
         by_cutting = judge()
     if not (np.isfinite(by_rounding) and np.isfinite(by_cutting)):
-        raise MPOError(f"{unit.name}: the model gives no numbers once it is rounded to {_REFERENCE_BITS} bits")
+        raise MPOError(f"the model gives no numbers once it is rounded to {_REFERENCE_BITS} bits")
     cut = max(float(tails[rank]), 1e-12)
     return Tradeoff(
         unit, options, errors, Sensitivity(by_rounding / max(rounding[_REFERENCE_BITS], 1e-12), by_cutting / cut)
