@@ -10,7 +10,7 @@ import transformers
 from helpers.adapter import Snapshot
 from helpers.calibrating import padded_batches
 from helpers.planning import TEXT, Chain, bytes_in_files, planned, vectors, with_table
-from helpers.tiny_models import FAMILIES, VOCAB, tiny
+from helpers.tiny_models import EMBEDDINGS, FAMILIES, VOCAB, tiny
 from torch import nn
 
 import mpo_tn.torch.models.auto as auto
@@ -357,3 +357,16 @@ def test_a_plan_that_was_saved_is_the_same(tmp_path: Any) -> None:
 
 def test_the_same_call_gives_the_same_plan() -> None:
     assert planned("bert")[1] == planned("bert", padded_batches(6))[1]
+
+
+def test_only_tables() -> None:
+    """They have counts of ids, and no gradients come back to them."""
+    model, decided = planned("llama", target_modules=[EMBEDDINGS["llama"]], bits_per_weight=5.0)
+    assert [unit.names for unit in decided.units] == [("model.embed_tokens", "lm_head")]
+    report = compress(model, decided)
+    assert report.layers[0].bytes * 8 <= 5.0 * 101 * 32
+
+
+def test_text_that_reaches_nothing() -> None:
+    with pytest.raises(MPOError, match="the text reaches none of the matrices"):
+        plan(Chain(), MPOConfig(target_modules=["layers.2"], bits_per_weight=5.0), calibration=vectors())
