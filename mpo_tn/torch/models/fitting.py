@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.fit.activation import LowRankFits
@@ -34,7 +35,7 @@ class Fitted:
     """What a matrix (out, in) became.
 
     Attributes:
-        cores: integers, or tensors in the dtype of the matrix.
+        cores: integers, or tensors in the dtype of the matrix; of the matrix with its padding.
         spec: with the bonds that came out, and the error.
         error: ``|W - W'|``, Frobenius, of what is stored.
         norm: ``|W|``.
@@ -117,12 +118,15 @@ def fit_matrix(
     Source: GPTQ for integers, Swift-SVD (arXiv 2604.01609) for low rank, AA-SVD (arXiv 2604.02119) for the anchor.
     """
     bits = [None if number == 16 else number for number in spec.core_bits]
+    (rows, columns), (out, in_) = spec.sites.shape, matrix.shape
+    padded = functional.pad(matrix, (0, columns - in_, 0, rows - out))
     if known.second is None:
-        cores, weights, name = *_fit_table(matrix, spec, known, bits), FROBENIUS if known.rows is None else "rows"
-        metric = None
+        cores, weights, name = *_fit_table(padded, spec, known, bits), FROBENIUS if known.rows is None else "rows"
+        weights, metric = weights[:out], None
     else:
         metric = metric_of(known, anchor=anchor, centred=biased)
-        cores, weights, name = _fit_layer(matrix, spec, metric, bits, rounds), None, metric.name
+        grown = metric if (rows, columns) == (out, in_) else _grown(metric, rows, columns)
+        cores, weights, name = _fit_layer(padded, spec, grown, bits, rounds), None, metric.name
     cores = tuple(_halved(core) if held == 16 else core for core, held in zip(cores, spec.core_bits, strict=True))
     wide = widen(matrix)
     arrays = [_array(core, shape) for core, shape in zip(cores, _shapes(cores, spec), strict=True)]
@@ -139,6 +143,18 @@ def fit_matrix(
     bonds = tuple(int(array.shape[3]) for array in arrays[:-1])
     found = replace(spec, bonds=bonds, rel_error=error / norm if norm > 0 else 0.0, exact=True)
     return Fitted(cores, found, error, norm, weighted, name, _shift(wide, rebuilt, known) if biased else None)
+
+
+def _grown(metric: Metric, rows: int, columns: int) -> Metric:
+    """The metric of a matrix with rows and columns of zeros beyond its own: errors there count a little."""
+
+    def grown(moment: torch.Tensor, size: int) -> torch.Tensor:
+        ends = torch.full((size - len(moment),), RIDGE * float(metric.second.diagonal().mean()), dtype=moment.dtype)
+        return torch.block_diag(moment, torch.diag(ends))
+
+    cross = None if metric.cross is None else grown(metric.cross, columns)
+    outer = None if metric.outer is None else functional.pad(metric.outer, (0, rows - len(metric.outer)) * 2)
+    return Metric(grown(metric.second, columns), cross, outer)
 
 
 def _shift(wide: torch.Tensor, rebuilt: torch.Tensor, known: Moments) -> torch.Tensor | None:
@@ -161,9 +177,6 @@ def _fit_layer(
     if len(spec.sites) == 2 and legs == ((1,), (1,)):
         chain = MPO(LowRankFits(matrix, metric).cut(spec.bonds[0]).cores)
     else:
-        rows, columns = spec.sites.shape
-        if (rows, columns) != tuple(matrix.shape):
-            raise MPOError(f"legs multiply to {rows} x {columns}, and a fit in a metric has no padding: choose others")
         start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
         chain, _ = start.fit(matrix, sweeps=_SWEEPS, metric=metric)
     if not in_bits:

@@ -127,9 +127,8 @@ def tradeoffs(
 
 def _with_unreached(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tradeoff]:
     """Text says nothing of a matrix that it does not reach: an error in it counts as much as in others."""
+    # There is one: a calibration that reaches nothing is refused.
     reached = [each.sensitivity for each in found if each.unit.name not in calibration.unreached]
-    if not reached:
-        raise MPOError("the text reaches none of the matrices: give text that the model reads with them")
     typical = Sensitivity(
         *(float(np.median([getattr(each, kind) for each in reached])) for kind in ("rounding", "cutting"))
     )

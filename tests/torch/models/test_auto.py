@@ -368,5 +368,5 @@ def test_only_tables() -> None:
 
 
 def test_text_that_reaches_nothing() -> None:
-    with pytest.raises(MPOError, match="the text reaches none of the matrices"):
+    with pytest.raises(MPOError, match="nothing reached any of the 1 matrices"):
         plan(Chain(), MPOConfig(target_modules=["layers.2"], bits_per_weight=5.0), calibration=vectors())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapter import Snapshot
+from helpers.adapter import Snapshot, reference_matrix
 from helpers.planning import TEXT, Chain, planned, vectors
 from helpers.tiny_models import tiny
 from torch import nn
@@ -213,7 +213,15 @@ def test_a_table_with_padding_legs_is_fitted_by_rows() -> None:
     assert 0 < layer.error < layer.norm
 
 
-def test_a_layer_with_padding_legs_says_so() -> None:
-    model = nn.Sequential(nn.Linear(24, 101), nn.Linear(101, 24))
-    with pytest.raises(MPOError, match=r"0: legs multiply to .* and a fit in a metric has no padding: choose others"):
-        compress(model, MPOConfig(sites=3, keep=0.6), calibration=[{"input": batch["x"]} for batch in vectors()])
+def test_a_layer_with_padding_legs_is_fitted() -> None:
+    """And the error is that of what is used."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 101), nn.Tanh(), nn.Linear(101, 24))
+    dense = copy.deepcopy(model)
+    text = [{"input": batch["x"]} for batch in vectors()]
+    report = compress(model, MPOConfig(sites=3, keep=0.6), calibration=text)
+    assert [layer.spec.sites.shape for layer in report.layers] == [(104, 24), (24, 104)]
+    for layer, name in zip(report.layers, ("0", "2"), strict=True):
+        before, there = dense.get_submodule(name).weight, reference_matrix(model.get_submodule(name))  # type: ignore[arg-type]
+        assert layer.error == pytest.approx(float((before.double() - there).detach().norm()), rel=1e-6)  # type: ignore[operator]
+        assert layer.error < 0.9 * layer.norm
