@@ -2,7 +2,7 @@
 
 ``python benchmarks/glue.py run DATA_DIR RESULTS --tasks MRPC --seeds 0 1`` makes the runs that are missing in RESULTS,
 one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables,
-and ``python benchmarks/glue.py picture RESULTS FILE`` draws scores against kept ratios.
+and ``python benchmarks/glue.py picture RESULTS FILE`` draws scores against sizes.
 The squeezed runs of a task and seed come before their controls, which take their bonds and their number of steps.
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 
+from mpo_tn import plot
 from mpo_tn.app.demo import demo_model
 from mpo_tn.storage.files import write_whole
 from mpo_tn.tuning import (
@@ -191,7 +192,8 @@ def _difference(one: tuple[str, float | None], other: tuple[str, float | None], 
     if not seeds or any(value is None for pair in scores for value in pair):
         return ()
     at = "" if one[1] is None else f", kept {one[1]:g}"
-    return f"{one[0]} - {other[0]}{at}", _spread([a - b for a, b in scores], "+"), ", ".join(map(str, seeds))
+    what = f"{shown(one[0])} minus {shown(other[0])}{at}"
+    return what, _spread([a - b for a, b in scores], "+"), ", ".join(map(str, seeds))
 
 
 def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> tuple[str, ...]:
@@ -201,9 +203,14 @@ def _cells(row: str, by_seed: dict[int, dict[str, Any]], metrics: list[str]) -> 
     if len(metrics) > 1:
         scores.append(_spread([run["headline"] for run in runs]))
     return (
-        row, f"{kept:.3f}", *scores, ", ".join(map(str, sorted(by_seed))),
+        shown(row), f"{kept:.3f}", *scores, ", ".join(map(str, sorted(by_seed))),
         _count(runs, "matrix_trainable"), _count(runs, "trainable"), f"{np.mean([run['steps'] for run in runs]):.0f}",
     )  # fmt: skip
+
+
+def shown(row: str) -> str:
+    """The name of a row that a stranger understands."""
+    return plot.look(row).name
 
 
 def table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
@@ -227,35 +234,53 @@ def _count(runs: list[dict[str, Any]], key: str) -> str:
 
 
 def picture(results: Path, file: Path) -> None:
-    """Scores against kept ratios, one panel a task: the mean over the seeds, and each seed as a dash.
+    """Scores against the size of the model, one panel a task: the mean over the seeds, and each seed as a dash.
 
     A correlation that is undefined, of a model that answers with a constant, is drawn at zero.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    plt.rcParams["svg.hashsalt"] = "glue"  # the same runs give the same file
     found = read(results)
-    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.0), layout="constrained", squeeze=False)
-    for ax, (task, runs) in zip(panels[0], found.items(), strict=True):
-        for row, color in zip((*SQUEEZED, *CONTROLS), ("C0", "C4", "C1", "C2"), strict=True):
-            lines = [(1.0, runs["lfa", None])] if row in ("squeeze", "one-shot") else []
-            lines += [(keep, runs[row, keep]) for keep in KEPT if (row, keep) in runs]
-            scores = [[run["headline"] or 0.0 for run in by_seed.values()] for _, by_seed in lines]
-            ax.plot([at for at, _ in lines], [np.mean(values) for values in scores], "o-", color=color, label=row)
-            for (at, _), values in zip(lines, scores, strict=True):
-                ax.plot([at] * len(values), values, "_", color=color, markersize=9, alpha=0.7)
-        for row, style in (("full", "--"), ("lora", "-."), ("last-layers", ":")):
-            height = np.mean([run["headline"] for run in runs[row, None].values()])
-            ax.axhline(height, color="0.35", linestyle=style, linewidth=1, label=row)
-        constant = next(iter(runs["full", None].values()))["baseline"]
-        if None not in constant.values():
-            ax.axhline(np.mean(list(constant.values())), color="C3", linewidth=1, label="a constant answer")
-        ax.set(title=task, xlabel="kept ratio of the encoder", xticks=(*KEPT, 1.0))
-        ax.set_ylabel(f"mean of {' and '.join(constant)}" if len(constant) > 1 else next(iter(constant)))
-        ax.invert_xaxis()
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
-    figure.savefig(file, metadata={"Date": None})
+    with rc_context(plot.style()):
+        figure = Figure(figsize=(3.9 * len(found), 4.2))
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for attempt in range(2):  # texts look for their places again once the legend has taken its own
+            for ax, (task, runs) in zip(panels, found.items(), strict=True):
+                ax.clear()
+                _panel(ax, task, runs)
+            if attempt == 0:
+                figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        if file.suffix == ".svg":
+            title = "Scores on " + ", ".join(found) + " against the size of the model"
+            write_whole(file, plot.svg(figure, title=title, alone=True).encode())
+        else:
+            figure.savefig(file, dpi=150)
+
+
+def _panel(ax: Any, task: str, runs: Runs) -> None:
+    lines = {row: [runs[row, keep] for keep in KEPT if (row, keep) in runs] for row in (*SQUEEZED, *CONTROLS)}
+    # Squeezing and cutting at once begin at the full bonds of LFA.
+    for row in ("squeeze", "one-shot"):
+        lines[row].append(runs["lfa", None])
+    full = next(iter(runs["full", None].values()))
+    constant = full["baseline"]
+    floor = {} if None in constant.values() else {"a constant answer": float(np.mean(list(constant.values())))}
+    ax.set_title(task)
+    plot.frontier(
+        [_point(row, by_seed) for row, steps in lines.items() for by_seed in steps]
+        + [_point(row, runs[row, None]) for row in ("lora", "last-layers")],
+        ylabel="mean of " + " and\n".join(constant) if len(constant) > 1 else next(iter(constant)),
+        dense=_point("full", runs["full", None]), floor=floor, zero="", labels=False,
+        ax=ax,
+    )  # fmt: skip
+
+
+def _point(row: str, by_seed: dict[int, dict[str, Any]]) -> plot.Point:
+    """The mean over the seeds, and MB of all weights in float32."""
+    scores = [run["headline"] or 0.0 for run in by_seed.values()]
+    size = float(np.mean([4e-6 * run["total"] for run in by_seed.values()]))
+    return plot.Point(row, size, float(np.mean(scores)), each=tuple(scores))
 
 
 def main() -> None:

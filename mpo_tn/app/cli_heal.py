@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from mpo_tn.app.terminal import Json, err, new_table, out, print_json, working
@@ -15,9 +14,7 @@ from mpo_tn.exceptions import MPOError
 
 if TYPE_CHECKING:
     from mpo_tn.torch import HealResult
-    from mpo_tn.tuning.tasks.batches import Batches
 
-_MOST_HELD_BACK = 256
 _OBJECTIVES = (
     "features (last hidden states), logits, or loss (the next token's); by default features for an encoder and logits "
     "for a language model."
@@ -27,10 +24,13 @@ _OBJECTIVES = (
 def heal(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The compressed model folder.")],
     against: Annotated[str, typer.Option(help="The dense model: a folder, or a name on the hub.")],
-    texts: Annotated[Path, typer.Option(help="Text to heal on, one sentence or paragraph a line; no labels.")],
+    texts: Annotated[
+        Path, typer.Option(help="Text to heal on, no labels: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file.")
+    ],
     folder: Annotated[
         Path | None, typer.Option("--out", help="Where the healed model goes; without it, --overwrite replaces MODEL.")
     ] = None,
+    text: Annotated[str | None, typer.Option(help="Of a table: the column of the text, or two: A,B.")] = None,
     objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
     train: Annotated[str, typer.Option(help="Which cores train: cores (all of them) or auxiliary.")] = "cores",
     steps: Annotated[int | None, typer.Option(help="How many steps (default: 500).")] = None,
@@ -54,22 +54,32 @@ def heal(
 ) -> None:
     """Train a compressed model towards the dense one on plain text; a tenth of the text says which state is kept."""
     with working(as_json) as progress:
+        from mpo_tn.app.fidelity import reading_length
+        from mpo_tn.app.texts import batches_of, hold_back, kind_of, read_distinct
         from mpo_tn.torch import heal as heal_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, load_tokenizer, replace_model, save_model
+        from mpo_tn.tuning import read_texts
 
         target = _target(model, folder, overwrite=overwrite)
         if target != model:
             check_model_target(target, model, overwrite=overwrite)
         state = target.parent / f"{target.name}.healing"
         _check_state(state, resume=resume, overwrite=overwrite)
-        lines = _lines_of(texts)
+        read_texts(texts, text)  # before anything that takes long
         progress(0, 1, "reading the models")
         student, teacher = load_model(model).to(device), load_model(against).to(device)
-        generates = bool(student.can_generate())
-        goal = objective or ("logits" if generates else "features")
-        if goal == "loss" and not generates:
+        kind = kind_of(student)
+        goal = objective or ("logits" if kind == "language model" else "features")
+        if goal == "loss" and kind != "language model":
             raise MPOError(f"--objective loss is of language models, and {model} is none: use features or logits")
-        batches, dev = _batches(lines, load_tokenizer(model), student, texts, batch_size, max_length, seed)
+        tokenizer = load_tokenizer(model)
+        batches, dev = hold_back(
+            batches_of(
+                read_distinct(texts, text, kind), kind, tokenizer, batch_size=batch_size,
+                max_length=reading_length(student, tokenizer, max_length), seed=seed,
+            ),
+            kind,
+        )  # fmt: skip
         result = heal_model(
             student, teacher, batches, dev=dev, objective=goal, train=train, steps=steps, minutes=minutes, lr=lr,
             tensor_lr=tensor_lr, precision=precision, seed=seed, folder=state, resume=resume, progress=progress,
@@ -106,46 +116,6 @@ def _check_state(state: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and not there:
         note = f"mpo-tn: there is no run to go on with in {state}: starting afresh"
         err.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def _lines_of(path: Path) -> list[str]:
-    """The lines of a text file that have something in them, each once.
-
-    Raises:
-        MPOError: it is missing, empty, or not UTF-8.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MPOError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from None
-    except OSError as error:
-        raise MPOError(f"{path} cannot be read ({error.strerror}): name a file of text, one sentence a line") from error
-    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    if len(lines) < 2:
-        raise MPOError(f"{path} has {len(lines)} lines of text: two at least are needed, one to learn and one to judge")
-    return lines
-
-
-def _batches(
-    lines: list[str], tokenizer: Any, model: Any, source: Path, batch_size: int, max_length: int, seed: int
-) -> tuple[Batches, Batches]:
-    """What is learnt from and what is held back: for a language model the end of the text, else lines drawn from it."""
-    from mpo_tn.tuning.tasks.batches import sentence_batches, text_batches
-
-    limit = getattr(model.config, "max_position_embeddings", None) or max_length
-    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": min(max_length, limit)}
-    back = max(1, min(_MOST_HELD_BACK, len(lines) // 10))
-    if model.can_generate():
-        learnt, held = ["\n".join(lines[:-back])], ["\n".join(lines[-back:])]
-        return text_batches(learnt, tokenizer, **sizes, seed=seed), text_batches(held, tokenizer, **sizes)
-    order = np.random.default_rng(seed).permutation(len(lines))
-    learnt, held = [lines[k] for k in np.sort(order[back:])], [lines[k] for k in np.sort(order[:back])]
-    train = sentence_batches(learnt, tokenizer, **sizes, seed=seed)
-    unknown = tokenizer.unk_token_id
-    words = [token for row in train.rows for token in row["input_ids"] if token not in tokenizer.all_special_ids]
-    if not words and unknown is not None:
-        raise MPOError(f"the tokenizer of the model knows no word of {source}: give text in the model's language")
-    return train, sentence_batches(held, tokenizer, **sizes)
 
 
 def _show(result: HealResult, folder: Path) -> None:

@@ -20,21 +20,24 @@ import numpy as np
 import torch
 
 from mpo_tn.app.demo_page import DemoResult, DemoRow, write_demo_report
-from mpo_tn.app.fidelity import embed, fidelity, sample_sentences
+from mpo_tn.app.fidelity import embed_batches, fidelity, reading_length, sample_sentences
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress, silent
 from mpo_tn.sites import Sites
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.torch import CompressionReport, MPOConfig, compress
 from mpo_tn.torch.hf.folder import load_model, load_tokenizer, save_model, weight_bytes
+from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.summary import inspect_model
 from mpo_tn.torch.models.units import find_units
 from mpo_tn.truncate.spectra import unfolding_spectra
+from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 
 ENCODER = r".*encoder.*(query|key|value|dense)"
 """Every linear layer of a BERT encoder: 36 matrices in MiniLM."""
 
-STRUCTURES: dict[str, int | str] = {"MPO, 5 sites": 5, "low rank (SVD)": "low-rank"}
+STRUCTURES: dict[str, int | str] = {"mpo": 5, "low-rank": "low-rank"}
+"""By their short names in :data:`mpo_tn.plot.LOOKS`, and what ``MPOConfig`` calls them."""
 
 # Run in a process that has seen nothing of this one: what a user of the saved folder would type.
 _RELOAD = """
@@ -137,8 +140,22 @@ class _Bench:
     def reference(self) -> np.ndarray:
         return self.embed(self.dense())
 
+    @cached_property
+    def batches(self) -> Batches:
+        length = reading_length(self.dense(), self.tokenizer)
+        return sentence_batches(self.texts, self.tokenizer, batch_size=32, max_length=length)
+
+    @cached_property
+    def hidden(self) -> list[torch.Tensor]:
+        """The last hidden states of the dense model."""
+        return list(outputs(self.dense(), [batch.inputs for batch in self.batches.in_order()]))
+
     def embed(self, model: Any) -> np.ndarray:
-        return embed(model, self.tokenizer, self.texts)
+        return embed_batches(model, self.batches)
+
+    def distance(self, model: Any) -> float:
+        """D of a model."""
+        return float(distance(model, self.hidden, [batch.inputs for batch in self.batches.in_order()]))
 
 
 @contextmanager
@@ -182,20 +199,28 @@ def _decompose_exactly(bench: _Bench, result: DemoResult) -> None:
 
 def _compare(bench: _Bench, result: DemoResult, keeps: Sequence[float]) -> tuple[Any, CompressionReport]:
     """Fill the rows; return the model that will be saved and its report."""
+    dense = bench.dense()
+    size, parameters = _megabytes(dense), result.parameters
+    close = fidelity(bench.reference, bench.reference)
+    result.rows.append(DemoRow("dense", size, 8e6 * size / parameters, 0.0, close, 0.0, 1.0, 1.0, 0.0))
+    for unit in find_units(dense, ENCODER)[0]:
+        unit.matrix().zero_()
+    result.floor = bench.distance(dense)
     result.saved_keep = sorted(keeps)[len(keeps) // 2]
     result.saved_structure = next(iter(STRUCTURES))
     chosen: tuple[Any, CompressionReport] | None = None
     for keep in keeps:
         for structure, sites in STRUCTURES.items():
-            bench.progress(len(result.rows), len(keeps) * len(STRUCTURES), "compress and compare")
+            bench.progress(len(result.rows) - 1, len(keeps) * len(STRUCTURES), "compress and compare")
             model = bench.dense()
             start = time.perf_counter()
             report = compress(model, MPOConfig(target_modules=ENCODER, sites=sites, keep=keep))
             seconds = time.perf_counter() - start
-            close = fidelity(bench.reference, bench.embed(model))
+            close, size = fidelity(bench.reference, bench.embed(model)), _megabytes(model)
             result.rows.append(
-                DemoRow(structure, keep, report.kept, report.kept_model, report.rel_error, close, seconds)
-            )
+                DemoRow(structure, size, 8e6 * size / parameters, bench.distance(model), close, seconds, report.kept,
+                        report.kept_model, report.rel_error)
+            )  # fmt: skip
             if (structure, keep) == (result.saved_structure, result.saved_keep):
                 chosen = model, report
     assert chosen is not None
@@ -217,6 +242,12 @@ def _save_and_reload(bench: _Bench, result: DemoResult, model: Any, layers: Comp
     result.reloaded_equal = bool(np.array_equal(bench.embed(model), np.load(found)))
     texts.unlink()
     found.unlink()
+
+
+def _megabytes(model: Any) -> float:
+    """What the weights take in a file, shared ones once."""
+    tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
+    return sum(tensors.values()) / 1e6
 
 
 def _mean(values: Sequence[float]) -> float:

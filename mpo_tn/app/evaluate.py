@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from mpo_tn.app.fidelity import Fidelity, reading_length
-from mpo_tn.app.measuring import Bench, Measured, kind_of
+from mpo_tn.app.measuring import Bench, Measured
+from mpo_tn.app.texts import kind_of
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress, silent
 from mpo_tn.torch.hf.folder import check_source, dense_parameters, load_model, load_tokenizer, weight_bytes

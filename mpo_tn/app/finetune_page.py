@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mpo_tn.app.html import drawing, figures, numbers, page, svg, table, text
+from mpo_tn import plot
+from mpo_tn.app.html import drawing, figures, folded, numbers, page, picture, table, text
 from mpo_tn.torch import SqueezeResult
 from mpo_tn.tuning import FinetuneResult
 
@@ -77,7 +78,8 @@ def findings(result: FinetuneResult) -> list[str]:
     if len(result.scores) > 1 and result.best != result.headline:
         best = f" (the best epoch had {number(result.best, 2)}, but to take it would be to choose on the dev set)"
     sentences = [
-        f"{result.method} on {result.task}, seed {result.seed}: {shown} {number(result.headline, 2)} at the end{best}.",
+        f"{result.task}, {plot.look(result.method).name}, seed {result.seed}: {shown} {number(result.headline, 2)} at "
+        f"the end{best}.",
         f"The {baseline_name(result)}: {result.baseline_is}.",
     ]
     if not result.above_baseline(result.headline):
@@ -99,32 +101,48 @@ def findings(result: FinetuneResult) -> list[str]:
 
 def finetune_page(result: FinetuneResult) -> str:
     """The whole page; without matplotlib it has no plots and says so."""
-    title = f"{result.method} on {result.task}"
+    title = f"{result.task}: {plot.look(result.method).name}"
+    headline, *sentences = findings(result)
+    squeezed = SqueezeResult.from_dict(result.squeezing) if result.squeezing is not None else None
+    first, more = _figures(result, squeezed)
     body = [
         f"<h1>{text(title)}</h1>",
         f"<p class='lead'>{text(result.settings.get('source', ''))}, seed {result.seed}</p>",
-        *(f"<p>{text(sentence)}</p>" for sentence in findings(result)),
+        f"<p class='headline'>{text(headline)}</p>",
+        *first,
         "<h2>Scores on the dev set</h2>",
+        *(f"<p>{text(sentence)}</p>" for sentence in sentences),
         table(("", *result.baseline, "training loss"), score_rows(result)),
+        *more,
         "<h2>What it took</h2>",
         table(("", ""), count_rows(result)),
     ]
-    squeezed = SqueezeResult.from_dict(result.squeezing) if result.squeezing is not None else None
-    if importlib.util.find_spec("matplotlib") is None:
-        body.append("<p class='note'>There are no plots: matplotlib is not installed.</p>")
-    elif squeezed is not None and squeezed.rounds:
-        body += ["<h2>The squeezing</h2>", figures([_trajectory(squeezed, result)], "wide")]
-    elif len(result.scores) > 1:
-        body.append(figures([_curve(result), _losses(result)]))
     if squeezed is not None:
         body += _squeezing_tables(squeezed)
+    settings = sorted((key, _shown(value)) for key, value in result.settings.items())
     body += [
-        "<h2>How this was made</h2>",
-        table(("setting", "value"), sorted((key, _shown(value)) for key, value in result.settings.items())),
-        table(("note", "value"), ((key, _shown(value)) for key, value in result.notes.items())) if result.notes else "",
-        table(("with", "version"), result.versions.items()),
-    ]
+        "<h2>Details</h2>",
+        folded(
+            "How this was made",
+            table(("setting", "value"), settings),
+            table(("note", "value"), ((key, _shown(value)) for key, value in result.notes.items()))
+            if result.notes else "",
+            table(("with", "version"), result.versions.items()),
+        ),
+    ]  # fmt: skip
     return page(title, body)
+
+
+def _figures(result: FinetuneResult, squeezed: SqueezeResult | None) -> tuple[list[str], list[str]]:
+    """The picture below the headline, and those that follow the scores."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return ["<p class='note'>There are no plots: matplotlib is not installed.</p>"], []
+    if squeezed is not None and squeezed.rounds:
+        bonds = folded("The bonds of every matrix, round by round", figures([_bonds(squeezed)], "first"))
+        return [figures([_trajectory(squeezed, result)], "first")], [bonds]
+    if len(result.scores) > 1:
+        return [figures([_curve(result)], "first")], [figures([_losses(result)])]
+    return [], []
 
 
 def _squeezing_tables(squeezed: SqueezeResult) -> list[str]:
@@ -135,8 +153,8 @@ def _squeezing_tables(squeezed: SqueezeResult) -> list[str]:
         for part in squeezed.rounds
     ]  # fmt: skip
     layers = [
-        (name, numbers(before), numbers(squeezed.bonds[name]), f"{sum(squeezed.bonds[name]) / sum(before):.2f}")
-        for name, before in squeezed.start_bonds.items()
+        (name, numbers(before), numbers(squeezed.bonds[name]), f"{_left(squeezed, name):.2f}")
+        for name, before in sorted(squeezed.start_bonds.items(), key=lambda pair: _left(squeezed, pair[0]))
         if before
     ]
     return [
@@ -144,9 +162,15 @@ def _squeezing_tables(squeezed: SqueezeResult) -> list[str]:
         table(("round", "cuts", "kept", "parameters", "loss", "score", "gap", "", "seconds"), rounds),
         "<p class='note'>Kept: parameters of the decomposed matrices over their dense ones. Gap: how much worse than "
         f"the start, {squeezed.reference:.2f}. A cut lowers one bond; a round that loses too much is undone.</p>",
-        "<h2>Bonds</h2>",
-        table(("module", "before", "after", "share"), layers),
-    ]
+        folded(f"The {len(layers)} matrices, those that lost most first",
+               table(("module", "before", "after", "share"), layers)),
+    ]  # fmt: skip
+
+
+def _left(squeezed: SqueezeResult, name: str) -> float:
+    """The share of its bonds that a matrix still has."""
+    before = squeezed.start_bonds[name]
+    return sum(squeezed.bonds[name]) / sum(before) if before else 1.0
 
 
 def _cuts(part: Any) -> str:
@@ -166,63 +190,70 @@ def _shown(value: Any) -> str:
 
 def _curve(result: FinetuneResult) -> str:
     def fill(ax: Any) -> None:
-        epochs = range(1, len(result.scores) + 1)
-        for name in result.baseline:
-            line = ax.plot(epochs, [scores[name] for scores in result.scores], marker="o", label=name)[0]
-            if not math.isnan(result.baseline[name]):
-                ax.axhline(result.baseline[name], color=line.get_color(), ls=":", lw=1)
-        ax.set(xlabel=f"epoch (dotted: {baseline_name(result)})", ylabel="score", xticks=list(epochs))
-        ax.grid(alpha=0.25)
-        ax.legend(frameon=False)
+        epochs = list(range(1, len(result.scores) + 1))
+        lines = {name: (epochs, [scores[name] for scores in result.scores]) for name in result.baseline}
+        several = len(lines) > 1
+        constant = {
+            f"{baseline_name(result)}{f', {name}' if several else ''}": value
+            for name, value in result.baseline.items()
+            if not math.isnan(value)
+        }
+        ax.set_xticks(epochs)
+        ylabel = "score" if several else next(iter(lines))
+        plot.curves(lines, xlabel="epoch", ylabel=ylabel, references=constant, ax=ax)
 
     return drawing("Score on the dev set", fill)
 
 
 def _losses(result: FinetuneResult) -> str:
     def fill(ax: Any) -> None:
-        epochs = range(1, len(result.losses) + 1)
-        ax.plot(epochs, result.losses, marker="o", color="#55607a")
-        ax.set(xlabel="epoch", ylabel="mean loss", xticks=list(epochs))
-        ax.grid(alpha=0.25)
+        epochs = list(range(1, len(result.losses) + 1))
+        ax.set_xticks(epochs)
+        plot.curves({"loss": (epochs, result.losses)}, xlabel="epoch", ylabel="mean loss", ylim=(0, None), ax=ax)
 
     return drawing("Loss on the training set", fill)
 
 
 def _trajectory(squeezed: SqueezeResult, result: FinetuneResult) -> str:
-    """Score above, and below it every matrix's bonds, against the same rounds."""
-    from matplotlib.figure import Figure
-
-    names = [name for name, bonds in squeezed.start_bonds.items() if bonds]
-    count = len(squeezed.rounds) + 1
-    states = [squeezed.bonds_after(k) for k in range(count)]
-    shares = [[sum(state[name]) / sum(squeezed.start_bonds[name]) for state in states] for name in names]
-    figure = Figure(figsize=(10.2, 3.4 + 0.19 * len(names)), layout="constrained")
-    heights = [3.0, 0.4 + 0.19 * len(names)]
-    score, bonds = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    """The score after every round, beside what it may not fall below; rounds that were undone stand apart."""
     values = [squeezed.reference, *(part.value for part in squeezed.rounds)]
-    score.plot(range(count), values, marker="o", ms=3.5, color="#2458a6")
-    for k, part in enumerate(squeezed.rounds, 1):
-        if not part.accepted:
-            score.plot([k], [part.value], marker="x", ms=9, mew=2, color="#b3261e", ls="")
-            score.annotate("undone", (k, part.value), textcoords="offset points", xytext=(-8, 0), ha="right")
+    undone = [(k, part.value) for k, part in enumerate(squeezed.rounds, 1) if not part.accepted]
     delta = result.settings["squeezing"]["delta"]
     limit = squeezed.reference - delta if result.higher_is_better else squeezed.reference + delta
-    score.axhline(squeezed.reference, color="#55607a", lw=0.8)
-    score.axhline(limit, color="#b3261e", lw=0.8, ls="--", label=f"delta {delta:g}")
-    score.set_ylabel("score")
-    score.legend(frameon=False, loc="lower left")
-    score.grid(alpha=0.25)
-    score.spines[["top", "right"]].set_visible(False)
-    score.set_title("Score, and the bonds of each matrix, by round", loc="left", fontsize=11)
-    image = bonds.imshow(
-        shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-        extent=(-0.5, count - 0.5, len(names) - 0.5, -0.5),
-    )  # fmt: skip
-    bonds.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
-    bonds.set_xlabel("round")
-    bonds.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=bonds, label="bonds left", shrink=0.9, pad=0.01)
-    return svg(figure)
+    levels = {"before the first cut": squeezed.reference}
+    # A limit that nothing came near would press the line flat.
+    if min(abs(value - limit) for value in values) <= 2 * (max(values) - min(values)):
+        levels[f"delta, {delta:g}"] = limit
+
+    def fill(ax: Any) -> None:
+        for k, value in undone:
+            ax.plot([k], [value], marker="x", ms=10, mew=2, color=plot.LIGHT.colours[1], ls="", zorder=4)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        lines = {"squeeze": (list(range(len(values))), values)}
+        plot.curves(lines, xlabel="round", ylabel="score", references=levels, ax=ax)
+
+    return drawing(f"Score by round of squeezing{' (x: undone)' if undone else ''}", fill)
+
+
+def _bonds(squeezed: SqueezeResult) -> str:
+    """Of every matrix, how much of its bonds is left after each round."""
+    names = [name for name, bonds in squeezed.start_bonds.items() if bonds]
+    states = [squeezed.bonds_after(k) for k in range(len(squeezed.rounds) + 1)]
+    shares = [[sum(state[name]) / sum(squeezed.start_bonds[name]) for state in states] for name in names]
+
+    def fill(figure: Any) -> None:
+        ax = figure.add_subplot()
+        ax.grid(visible=False)
+        image = ax.imshow(
+            shares, aspect="auto", vmin=0, vmax=1, interpolation="nearest",
+            extent=(-0.5, len(states) - 0.5, len(names) - 0.5, -0.5),
+        )  # fmt: skip
+        ax.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=8)
+        ax.set_xlabel("round")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=ax, label="bonds left", location="bottom", shrink=0.9, pad=0.01)
+
+    return picture("Bonds left of each matrix, by round", fill, (4.7, 1.6 + 0.19 * len(names)))
 
 
 def _short(name: str) -> str:

@@ -1,11 +1,13 @@
-"""The pieces of a self-contained HTML page: no scripts, no links to anything outside."""
+"""The pieces of a self-contained HTML page: no scripts, no links to anything outside; for phones and the dark, too."""
 
 from __future__ import annotations
 
 import html
-import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from mpo_tn import plot
 
 
 def numbers(values: Iterable[int]) -> str:
@@ -19,31 +21,57 @@ def text(value: object) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table that scrolls by itself where the page is narrow."""
-    header = "".join(f"<th>{text(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table></div>"
+    """A table that scrolls by itself where the page is narrow; columns of numbers stand at the right."""
+    return grouped_table(head, [("", list(rows))])
 
 
-def drawing(title: str, fill: Callable[[Any], Any], size: tuple[float, float] = (5.2, 3.6)) -> str:
-    """A plot as SVG; ``fill`` draws on the axes it is given."""
+def grouped_table(head: Sequence[str], groups: Iterable[tuple[str, Sequence[Sequence[object]]]]) -> str:
+    """A table whose rows stand below headings of their own, ``(heading, rows)``; one without a heading has none."""
+    groups = list(groups)
+    cells = [[str(cell) for cell in row] for _, rows in groups for row in rows]
+    sides = [_is_numeric(row[k] for row in cells) for k in range(len(head))]
+    css = [" class='n'" if numeric else "" for numeric in sides]
+
+    def line(tag: str, row: Sequence[object]) -> str:
+        inner = "".join(f"<{tag}{side}>{text(cell)}</{tag}>" for side, cell in zip(css, row, strict=True))
+        return f"<tr>{inner}</tr>"
+
+    bodies: list[str] = []
+    for heading, rows in groups:
+        above = f"<tr class='g'><th colspan='{len(head)}' scope='rowgroup'>{text(heading)}</th></tr>" if heading else ""
+        bodies.append(f"<tbody>{above}{''.join(line('td', row) for row in rows)}</tbody>")
+    header = f"<thead>{line('th', head)}</thead>" if any(head) else ""
+    kind = "" if any(head) else " class='pairs'"
+    # A box that scrolls has to be reachable without a mouse.
+    return f"<div class='scroll' tabindex='0'><table{kind}>{header}{''.join(bodies)}</table></div>"
+
+
+def folded(summary: str, *parts: str) -> str:
+    """What most readers do not need: a line that opens."""
+    return f"<details><summary>{text(summary)}</summary>{''.join(parts)}</details>"
+
+
+def drawing(title: str, fill: Callable[[Any], Any], size: tuple[float, float] = (4.7, 3.3)) -> str:
+    """A plot as SVG; ``fill`` draws on the axes it is given, which have their title by then."""
+
+    def filled(figure: Any) -> None:
+        ax = figure.add_subplot()
+        ax.set_title(title)
+        fill(ax)
+
+    return picture(title, filled, size)
+
+
+def picture(title: str, fill: Callable[[Any], Any], size: tuple[float, float]) -> str:
+    """A figure as SVG; ``fill`` makes the axes of the figure that it is given."""
     # The object interface: pyplot would keep figures alive and ask for a display.
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    ax = figure.add_subplot()
-    fill(ax)
-    ax.set_title(title, loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
-    return svg(figure)
-
-
-def svg(figure: Any) -> str:
-    """A figure as SVG without the lines that make it a file of its own."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
+    with rc_context(plot.style()):
+        figure = Figure(figsize=size)
+        fill(figure)
+        return plot.svg(figure, title=title)
 
 
 def figures(drawn: Iterable[str], css: str = "plots") -> str:
@@ -53,22 +81,49 @@ def figures(drawn: Iterable[str], css: str = "plots") -> str:
 
 def page(title: str, body: Iterable[str]) -> str:
     """The whole page."""
-    return _PAGE.replace("{title}", text(title)).replace("{body}", "\n".join(body))
+    light, dark = (_PALETTE.format(**vars(theme)) for theme in (plot.LIGHT, plot.DARK))
+    sheet = f":root{{color-scheme:light dark;{light}}}@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    filled = _PAGE.replace("{title}", text(title)).replace("{sheet}", f"{sheet}\n{plot.dark_css()}")
+    return filled.replace("{body}", "\n".join(body))
 
+
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%| ± [\d.]+)?|inf|nan|undefined|-|")
+
+
+def _is_numeric(cells: Iterable[str]) -> bool:
+    cells = list(cells)
+    return any(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
+
+
+_PALETTE = "--paper:{paper};--ink:{ink};--muted:{muted};--line:{grid};"
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} - mpo-tn</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1080px; margin: 2.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.lead { color: #55607a; } .note { color: #55607a; font-size: .88rem; }
+{sheet}
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1000px;
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
+p, ul { max-width: 44rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+.headline { font-size: 1.15rem; line-height: 1.45; margin: .6rem 0 1.2rem; }
+.lead, .note { color: var(--muted); } .note { font-size: .88rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th { text-align: left; font-weight: 600; border-bottom: 2px solid #1c2330; }
-th, td { padding: .3rem .9rem .3rem 0; white-space: nowrap; } td { border-bottom: 1px solid #e3e7ef; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .5rem; }
-figure { margin: 0; } svg { width: 100%; height: auto; } code { background: #f1f3f8; padding: .1rem .3rem; }
+table { border-collapse: separate; border-spacing: 0; font-size: .88rem;
+  font-variant-numeric: tabular-nums lining-nums; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+thead th { border-bottom: 2px solid var(--muted); font-weight: 600; vertical-align: bottom;
+  white-space: normal; }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); }
+.pairs td + td { white-space: normal; min-width: 9rem; }
+.g th { color: var(--muted); font-weight: 600; padding-top: .9rem; }
+.n { text-align: right; }
+details { margin: 1rem 0; border-top: 1px solid var(--line); padding-top: .6rem; }
+summary { cursor: pointer; font-weight: 600; }
+.plots { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+figure { margin: 0; min-width: 0; max-width: 33rem; } svg { display: block; width: 100%; height: auto; }
+code { background: var(--line); padding: .1rem .3rem; border-radius: 3px; }
 </style></head><body>
 {body}
 </body></html>

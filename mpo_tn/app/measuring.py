@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from mpo_tn.app.fidelity import Fidelity, embed_batches, fidelity
+from mpo_tn.app.texts import batches_of, kind_of
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.models.distance import Distance, distance, outputs
 from mpo_tn.tuning import Settings, TaskData
 from mpo_tn.tuning.scoring import losses_of, perplexities, predictions_of
-from mpo_tn.tuning.tasks.batches import Batches, sentence_batches, task_batches, text_batches
+from mpo_tn.tuning.tasks.batches import Batches, task_batches
 from mpo_tn.tuning.tasks.glue import METRICS
 
 # A standard error from so many draws is good to 4 %.
@@ -84,7 +85,7 @@ class Bench:
         if self.data is not None:
             pairs = self.data.dev["dev"]
             texts, labels = [text for side in zip(*pairs.texts, strict=True) for text in side], np.array(pairs.labels)
-        batches = sentence_batches(texts, tokenizer, **self._sizes())
+        batches = batches_of(texts, "encoder", tokenizer, **self._sizes())
         seconds, embeddings = _timed(batches, lambda some: embed_batches(model, some))
         drawn: dict[str, np.ndarray] = {}
         if self.data is not None:
@@ -95,7 +96,7 @@ class Bench:
     def _classifier(self, model: Any, tokenizer: Any) -> Measured:
         drawn: dict[str, np.ndarray] = {}
         if self.data is None:
-            batches = sentence_batches(self.texts, tokenizer, **self._sizes())
+            batches = batches_of(self.texts, "classifier", tokenizer, **self._sizes())
             seconds, _ = _timed(batches, lambda some: predictions_of(model, some, self.settings, False))
             return Measured(drawn, seconds / len(batches.rows), batches, None, None)
         task = self.data.task
@@ -119,7 +120,7 @@ class Bench:
         return Measured(drawn, spent / count, next(iter(splits.values())), None, None)
 
     def _language_model(self, model: Any, tokenizer: Any) -> Measured:
-        batches = text_batches(self.texts, tokenizer, **self._sizes())
+        batches = batches_of(self.texts, "language model", tokenizer, **self._sizes())
         seconds, (losses, counts) = _timed(batches, lambda some: losses_of(model, some, self.settings))
         size, tokens = sum(len(text.encode()) for text in self.texts), int(counts.sum())
 
@@ -134,19 +135,6 @@ class Bench:
 
     def _sizes(self) -> dict[str, int]:
         return {"batch_size": self.settings.batch_size, "max_length": self.settings.max_length}
-
-
-def kind_of(model: Any) -> str:
-    """What is measured of a model: ``"encoder"``, ``"classifier"`` or ``"language model"``.
-
-    Raises:
-        MPOError: a model that reads one text and writes another.
-    """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise MPOError(f"a {type(model).__name__} reads one text and writes another, which is not measured here")
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        return "classifier"
-    return "language model" if model.can_generate() else "encoder"
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import Progress
 
 out = Console()
@@ -60,9 +61,11 @@ def sites_of(text: str) -> int | str:
         raise MPOError(f'--sites {text!r} is neither a number nor "low-rank"') from None
 
 
-def targets_of(given: list[str] | None) -> str | tuple[str, ...]:
-    """What the values of ``--target`` mean; without one all linear layers."""
-    return "all-linear" if not given or given == ["all-linear"] else tuple(given)
+def targets_of(given: list[str] | None, default: str = ALL_LINEAR) -> str | tuple[str, ...]:
+    """What the values of ``--target`` mean; without one all linear layers, or what else is said to be the default."""
+    if given and len(given) == 1 and given[0] in (ALL_LINEAR, ALL_MATRICES):
+        return given[0]
+    return tuple(given) if given else default
 
 
 def bits_of(bits: int | None, central: int | None) -> int | dict[str, int | None] | None:

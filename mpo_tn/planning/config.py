@@ -29,8 +29,9 @@ class MPOConfig:
 
     Args:
         target_modules: PEFT's grammar. A list holds exact names or dotted suffixes; a string is a regular expression
-            on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads.
-            An entry that starts with ``re:`` is a regular expression anywhere. Embeddings have to be named.
+            on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads,
+            ``"all-matrices"`` the embeddings too, which else have to be named. An entry that starts with ``re:`` is a
+            regular expression anywhere.
         exclude_modules: the same grammar; what matches is left alone, and so is what shares its weight.
         sites: the number of sites, ``"low-rank"`` for the two-site chain that is a plain low-rank factorisation, or
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.

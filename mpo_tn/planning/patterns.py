@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from mpo_tn.exceptions import MPOError
 
+ALL_LINEAR, ALL_MATRICES = "all-linear", "all-matrices"
+"""What stands for every linear layer but the heads, and for every embedding besides."""
+
 # Components of a name that mark a task head: small, often freshly initialised, and left alone by PEFT too.
 HEADS = frozenset({"lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "seq_relationship"})
 

@@ -214,7 +214,7 @@ class Plan:
         """The units in lines, those that differ only in the numbers in their names taken together."""
         found: dict[tuple[Any, ...], list[UnitPlan]] = {}
         for unit in self.units:
-            key = (_without_numbers(unit.name), len(unit.names), unit.spec, unit.storage, unit.tolerance)
+            key = (without_numbers(unit.name), len(unit.names), unit.spec, unit.storage, unit.tolerance)
             found.setdefault(key, []).append(unit)
         return [PlanRow(_pattern([unit.name for unit in units]), tuple(units)) for units in found.values()]
 
@@ -253,7 +253,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _without_numbers(name: str) -> str:
+def without_numbers(name: str) -> str:
+    """A name with a star in place of every number.
+
+    >>> without_numbers("encoder.layer.11.fc2")
+    'encoder.layer.*.fc2'
+    """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 

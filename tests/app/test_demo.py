@@ -38,8 +38,16 @@ def test_what_the_demo_measures(outcome) -> None:
     assert result.round_trip_cosine > 0.9999
     assert result.reloaded_equal
     assert result.bytes_saved / result.bytes_dense == pytest.approx(result.saved_kept_model, abs=0.002)
-    assert [row.structure for row in result.rows] == ["MPO, 5 sites", "low rank (SVD)"]
-    assert all(0 < row.kept <= 0.8 and 0 < row.rel_error < 1 for row in result.rows)
+    assert [row.shown for row in result.rows] == ["dense", "MPO, 5 sites", "low rank (SVD)"]
+    dense, *small = result.rows
+    assert dense.distance == 0
+    assert dense.fidelity.neighbours == 1
+    # A file has a header, of names and shapes, beside its numbers.
+    assert 0 < result.bytes_dense / 1e6 - dense.size_mb < 0.02
+    assert 0 < result.bytes_saved / 1e6 - small[0].size_mb < 0.05
+    assert all(0 < row.kept <= 0.8 and 0 < row.rel_error < 1 for row in small)
+    assert all(0 < row.distance < result.floor for row in small)
+    assert all(row.bits_per_weight == pytest.approx(8e6 * row.size_mb / result.parameters) for row in result.rows)
     # At equal parameters the truncated SVD is the best matrix in this norm that legs (out, 1), (1, in) can give.
     assert {what for _, _, what in seen} == {name for name, _ in result.phases}
     assert result.seconds == pytest.approx(sum(seconds for _, seconds in result.phases))
@@ -62,7 +70,7 @@ def test_the_page_is_whole_and_needs_nothing_else(outcome) -> None:
     checker = Checker()
     checker.feed(page)
     assert [link for link in checker.outside if not link.startswith("data:")] == []
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 3
     for row in result.rows:
         assert f"{row.fidelity.cosine:.4f}" in page
     assert "encoder.layer.5.output.dense" in page

@@ -59,6 +59,21 @@ def empty_model(source: str | Path) -> Any:
         return model
 
 
+def check_compressed(source: str | Path) -> None:
+    """Refuse a folder or hub name whose model has no MPO modules, by its configuration alone.
+
+    Raises:
+        MPOError: no such folder, not a model, or one that was not compressed by this package.
+    """
+    check_source(source)
+    with _readable(source):
+        quantized = getattr(transformers.AutoConfig.from_pretrained(source), "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    if method != "mpo":
+        is_what = "dense" if quantized is None else f"quantized by {method}"
+        raise MPOError(f"{source} is {is_what}, not compressed by mpo-tn: compress it first, see mpo-tn compress")
+
+
 def dense_parameters(source: str | Path) -> int:
     """How many numbers the dense model has that a folder or hub name describes, compressed or not.
 
@@ -147,17 +162,18 @@ def _first_line(error: BaseException) -> str:
 
 
 def save_model(
-    model: Any, source: str | Path, out: Path, *, overwrite: bool = False, files: Mapping[str, str] | None = None
-) -> None:
+    model: Any, source: str | Path, out: Path, *, overwrite: bool = False, files: Mapping[str, str] | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write the model and what else ``source`` holds (tokenizer, pooling, ...) to ``out``, whole or not at all.
 
-    ``files`` are texts to write beside it, by name.
+    ``files`` are texts to write beside it, by name; ``state`` are tensors to write in place of the model's own.
 
     Raises:
         MPOError: ``out`` may not be written, or the disk is full; then nothing is left of it.
     """
     check_model_target(out, source, overwrite=overwrite)
-    _write_model(model, source, out, files or {})
+    _write_model(model, source, out, files or {}, state)
 
 
 def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None = None) -> None:
@@ -170,12 +186,14 @@ def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None =
     _write_model(model, folder, folder, files or {})
 
 
-def _write_model(model: Any, source: str | Path, out: Path, files: Mapping[str, str]) -> None:
+def _write_model(
+    model: Any, source: str | Path, out: Path, files: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
+) -> None:
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             _copy_companions(Path(source), temporary)
         with as_os_error():
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
 

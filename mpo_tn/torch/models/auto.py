@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,16 +19,16 @@ from mpo_tn.planning.search import Candidate, Priced, candidates
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.torch.models.calibrate import calibrate
-from mpo_tn.torch.models.calibration import Calibration, Moments
-from mpo_tn.torch.models.fitting import Fitted, fit_matrix
+from mpo_tn.torch.models.calibration import Calibration, Fingerprint, Moments
+from mpo_tn.torch.models.fitting import Fitted, Fitter
 from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
 from mpo_tn.torch.models.units import DenseUnit, Survey, survey, survey_named
 
-_JUDGE_TOKENS = 600
+_JUDGE_TOKENS = 400
 """Tokens on which single matrices are tried."""
 
-_COMPARED = 5
+_COMPARED = 4
 """So many plans are carried out and compared, the joint one among them."""
 
 LEFT_BY_PLAN = "left dense by the plan: within the budget it is worth its bytes"
@@ -50,15 +50,22 @@ class Trial:
 
     def fit(self, unit: DenseUnit, spec: ModuleSpec) -> Fitted:
         """A unit fitted on its own, in the metric of what its layer gets in the dense model."""
-        key = unit.name, spec
-        if key not in self.fits:
-            known = self.calibration.of(unit.name) or Moments(0)
-            try:
-                with torch.no_grad():
-                    self.fits[key] = fit_matrix(unit.matrix(), spec, known, biased=is_biased(unit), rounds=1)
-            except MPOError as error:
-                raise MPOError(f"{unit.name}: {error}") from error
-        return self.fits[key]
+        self.fit_all(unit, [spec])
+        return self.fits[unit.name, spec]
+
+    def fit_all(self, unit: DenseUnit, specs: Iterable[ModuleSpec]) -> None:
+        """A unit in several structures, what they have in common done once."""
+        missing = [spec for spec in dict.fromkeys(specs) if (unit.name, spec) not in self.fits]
+        if not missing:
+            return
+        known = self.calibration.of(unit.name) or Moments(0)
+        try:
+            with torch.no_grad():
+                fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
+                for spec in missing:
+                    self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
 
 
 def plan_for_budget(
@@ -69,19 +76,10 @@ def plan_for_budget(
     found = survey(model, config.target_modules, config.exclude_modules)
     check_weights(found.units)
     budget = _budget(found, config)
-    samples = source if isinstance(source, Samples) else None
-    if isinstance(source, Calibration):
-        source.check(model)
-        calibration = source
-    else:
-        calibration = calibrate(
-            model, source.batches, target_modules=[unit.name for unit in found.units], gradients=True,
-            progress=doing("calibrating", tell),
-        )  # fmt: skip
-    judge = None if samples is None else Judge(model, samples.held_back, _JUDGE_TOKENS)
     choices = [_options(unit, config.for_module(unit.name)) for unit in found.units]
     _check_budget(found, choices, budget, config)
-    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    samples = source if isinstance(source, Samples) else None
+    calibration, measured = _measured(model, found, choices, config, source, tell)
     priced = [_priced(tradeoff) for tradeoff in measured]
     dense_flops = sum(2.0 * unit.matrix().numel() for unit in found.units)
     limit = None if config.max_flops is None else config.max_flops * dense_flops
@@ -92,6 +90,29 @@ def plan_for_budget(
     else:
         best, considered = _compare(model, found, measured, plans, trial, tell)
     return _plan(model, config, found, measured, best, considered, trial)
+
+
+def _measured(
+    model: nn.Module, found: Survey, choices: Sequence[Sequence[Option]], config: MPOConfig,
+    source: Samples | Calibration, tell: Progress,
+) -> tuple[Calibration, list[Tradeoff]]:  # fmt: skip
+    """What is known of the model and its matrices, whatever the budget; samples remember it for the next one."""
+    if isinstance(source, Calibration):
+        source.check(model)
+        return source, tradeoffs(found.units, choices, source, None, config.group, doing("measuring", tell))
+    names = [unit.name for unit in found.units]
+    key = Fingerprint.of(model), names, [[str(option) for option in own] for own in choices], config.group
+    for known, calibration, measured in source.remembered:
+        if known == key:
+            same = [replace(tradeoff, unit=unit) for tradeoff, unit in zip(measured, found.units, strict=True)]
+            return calibration, same
+    calibration = calibrate(
+        model, source.batches, target_modules=names, gradients=True, progress=doing("calibrating", tell)
+    )  # fmt: skip
+    judge = Judge(model, source.held_back, _JUDGE_TOKENS)
+    measured = tradeoffs(found.units, choices, calibration, judge, config.group, doing("measuring", tell))
+    source.remembered.append((key, calibration, measured))
+    return calibration, measured
 
 
 def check_weights(units: Sequence[DenseUnit]) -> None:
@@ -188,8 +209,12 @@ def _compare(
         best = min(own, key=lambda plan: (plan.expected, -plan.size), default=None)
         if best is not None and best not in promising and best is not plans[0]:
             promising.append(best)
-    results: list[tuple[float, Candidate]] = []
     tried = [plans[0], *promising]
+    for place, (unit, tradeoff) in enumerate(zip(found.units, measured, strict=True)):
+        tell(place, len(measured), f"fitting {len(tried)} plans: {unit.name}")
+        options = [tradeoff.options[plan.chosen[place]] for plan in tried]
+        trial.fit_all(unit, [option.spec for option in options if option.spec is not None])
+    results: list[tuple[float, Candidate]] = []
     for done, plan in enumerate(tried):
         tell(done, len(tried), f"trying {plan.name}")
         results.append((_tried(found, measured, plan, trial, judge), plan))

@@ -55,6 +55,7 @@ def compress(
     config: MPOConfig | Plan,
     *,
     calibration: Iterable[Any] | Calibration | Samples | None = None,
+    anchored: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Replace linear layers and embeddings of ``model`` by their MPOs, in place, as a configuration or a plan says.
@@ -64,6 +65,8 @@ def compress(
         config: which modules, which legs, how much to keep; or a :class:`~mpo_tn.torch.Plan`, edited or not. With a
             configuration it is ``compress(model, plan(model, config))``.
         calibration: as for :func:`plan`; of a plan that was made with one and not loaded from a file it is known.
+        anchored: also fit block by block, each to what the blocks before it give by then, and keep what is closer to
+            the dense model on text that was held back. Takes several times as long.
         progress: called before each unit and once when all are decomposed, with how many units are done, how many
             there are, and the name of the next (or last) one.
 
@@ -97,7 +100,7 @@ def compress(
             f"the plan fits {in_metric[0][1].name} to what its layer is given, and nothing is known of that: give "
             "calibration=batches, the text that the plan was made with"
         )
-    fits = {} if source is None else fit_units(model, in_metric, source, progress or silent)
+    fits = {} if source is None else fit_units(model, in_metric, source, progress or silent, anchored=anchored)
     before = count_parameters(model)
     layers: list[LayerReport] = []
     modules: dict[str, nn.Module] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.nn import functional
@@ -89,6 +90,76 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
     return Metric(held, held + anchor * (cross - second), outer)
 
 
+class Fitter:
+    """Fits of one matrix (out, in) to what its layer is given; what several structures have in common is done once.
+
+    Args:
+        matrix: W, floating point.
+        known: of the inputs of its layer.
+        anchor: see :func:`metric_of`.
+        biased: whether there is a bias that takes up the mean of the error.
+
+    Raises:
+        MPOError: entries or moments that are not finite, nothing known of the inputs.
+    """
+
+    def __init__(self, matrix: torch.Tensor, known: Moments, *, anchor: float = 0.0, biased: bool = False) -> None:
+        self.matrix, self.known, self.biased = matrix, known, biased
+        self.metric = None if known.second is None else metric_of(known, anchor=anchor, centred=biased)
+        self.wide = widen(matrix)
+
+    @cached_property
+    def low_rank(self) -> LowRankFits:
+        """All ranks at once."""
+        assert self.metric is not None
+        return LowRankFits(self.matrix, self.metric)
+
+    def fit(self, spec: ModuleSpec, *, rounds: int = 2) -> Fitted:
+        """What a structure comes to. See :func:`fit_matrix`."""
+        bits = [None if number == 16 else number for number in spec.core_bits]
+        weights: torch.Tensor | None = None
+        if self.metric is None:
+            name = FROBENIUS if self.known.rows is None else "rows"
+            cores, weights = _fit_table(_padded(self.matrix, spec), spec, self.known, bits)
+            weights = weights[: len(self.matrix)]
+        else:
+            cores, name = self._fit_layer(spec, self.metric, bits, rounds), self.metric.name
+        cores = tuple(_halved(core) if held == 16 else core for core, held in zip(cores, spec.core_bits, strict=True))
+        shapes = _shapes(cores, spec)
+        arrays = [_array(core, shape) for core, shape in zip(cores, shapes, strict=True)]
+        rebuilt = dense(arrays)[: self.matrix.shape[0], : self.matrix.shape[1]]
+        difference = self.wide - rebuilt
+        error, norm = frobenius_norm(difference), frobenius_norm(self.wide)
+        if self.metric is not None:
+            size, missed = self.metric.weighed(self.wide), self.metric.weighed(difference)
+        else:
+            assert weights is not None
+            size, missed = frobenius_norm(weights * self.wide), frobenius_norm(weights * difference)
+        bonds = tuple(shape[3] for shape in shapes[:-1])
+        found = replace(spec, bonds=bonds, rel_error=error / norm if norm > 0 else 0.0, exact=True)
+        shift = _shift(self.wide, rebuilt, self.known) if self.biased else None
+        return Fitted(cores, found, error, norm, missed / size if size > 0 else 0.0, name, shift)
+
+    def _fit_layer(
+        self, spec: ModuleSpec, metric: Metric, bits: list[int | None], rounds: int
+    ) -> tuple[Integers | torch.Tensor, ...]:
+        matrix, pads = _padded(self.matrix, spec), spec.sites.shape != tuple(self.matrix.shape)
+        metric = _grown(metric, *spec.sites.shape) if pads else metric
+        if len(spec.sites) == 1:
+            target = metric.target(matrix)
+            if bits[0] is None:
+                return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
+            return (quantize(target, bits[0], spec.group, metric=metric.second),)
+        if len(spec.sites) == 2 and (spec.sites.out[1], spec.sites.in_[0]) == (1, 1) and not pads:
+            chain = MPO(self.low_rank.cut(spec.bonds[0]).cores)
+        else:
+            start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
+            chain, _ = start.fit(matrix, sweeps=_SWEEPS, metric=metric)
+        if all(number is None for number in bits):
+            return tuple(core.contiguous() for core in chain.cores)
+        return quantize_chain(chain, matrix, bits, spec.group, metric, rounds=rounds)[0]
+
+
 def fit_matrix(
     matrix: torch.Tensor,
     spec: ModuleSpec,
@@ -100,9 +171,9 @@ def fit_matrix(
 ) -> Fitted:
     """Fit what ``spec`` describes to a matrix (out, in), in the metric of its layer.
 
-    Low rank has a closed form; other chains start there or from singular values and are improved by alternating least
-    squares; cores in bits are rounded with error feedback, and the others fitted to what that did. Tables are weighted
-    by how often each id was read.
+    Low rank has a closed form; other chains start from singular values and are improved by alternating least squares;
+    cores in bits are rounded with error feedback, and the others fitted to what that did. Tables are weighted by how
+    often each id was read.
 
     Args:
         matrix: W, floating point.
@@ -117,32 +188,13 @@ def fit_matrix(
 
     Source: GPTQ for integers, Swift-SVD (arXiv 2604.01609) for low rank, AA-SVD (arXiv 2604.02119) for the anchor.
     """
-    bits = [None if number == 16 else number for number in spec.core_bits]
-    (rows, columns), (out, in_) = spec.sites.shape, matrix.shape
-    padded = functional.pad(matrix, (0, columns - in_, 0, rows - out))
-    if known.second is None:
-        cores, weights, name = *_fit_table(padded, spec, known, bits), FROBENIUS if known.rows is None else "rows"
-        weights, metric = weights[:out], None
-    else:
-        metric = metric_of(known, anchor=anchor, centred=biased)
-        grown = metric if (rows, columns) == (out, in_) else _grown(metric, rows, columns)
-        cores, weights, name = _fit_layer(padded, spec, grown, bits, rounds), None, metric.name
-    cores = tuple(_halved(core) if held == 16 else core for core, held in zip(cores, spec.core_bits, strict=True))
-    wide = widen(matrix)
-    arrays = [_array(core, shape) for core, shape in zip(cores, _shapes(cores, spec), strict=True)]
-    rebuilt = dense(arrays)[: matrix.shape[0], : matrix.shape[1]]
-    difference = wide - rebuilt
-    error, norm = frobenius_norm(difference), frobenius_norm(wide)
-    if metric is not None:
-        size = metric.weighed(wide)
-        weighted = metric.weighed(difference) / size if size > 0 else 0.0
-    else:
-        assert weights is not None
-        size = frobenius_norm(weights * wide)
-        weighted = frobenius_norm(weights * difference) / size if size > 0 else 0.0
-    bonds = tuple(int(array.shape[3]) for array in arrays[:-1])
-    found = replace(spec, bonds=bonds, rel_error=error / norm if norm > 0 else 0.0, exact=True)
-    return Fitted(cores, found, error, norm, weighted, name, _shift(wide, rebuilt, known) if biased else None)
+    return Fitter(matrix, known, anchor=anchor, biased=biased).fit(spec, rounds=rounds)
+
+
+def _padded(matrix: torch.Tensor, spec: ModuleSpec) -> torch.Tensor:
+    """With rows and columns of zeros up to what legs multiply to."""
+    rows, columns = spec.sites.shape
+    return functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
 
 def _grown(metric: Metric, rows: int, columns: int) -> Metric:
@@ -162,26 +214,6 @@ def _shift(wide: torch.Tensor, rebuilt: torch.Tensor, known: Moments) -> torch.T
         return None
     there = known.mean if known.dense_mean is None else known.dense_mean
     return wide @ there.to(wide.device) - rebuilt @ known.mean.to(wide.device)
-
-
-def _fit_layer(
-    matrix: torch.Tensor, spec: ModuleSpec, metric: Metric, bits: list[int | None], rounds: int
-) -> tuple[Integers | torch.Tensor, ...]:
-    in_bits = any(number is not None for number in bits)
-    if len(spec.sites) == 1:
-        target = metric.target(matrix)
-        if bits[0] is None:
-            return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
-        return (quantize(target, bits[0], spec.group, metric=metric.second),)
-    legs = (spec.sites.out[1:], spec.sites.in_[:1])
-    if len(spec.sites) == 2 and legs == ((1,), (1,)):
-        chain = MPO(LowRankFits(matrix, metric).cut(spec.bonds[0]).cores)
-    else:
-        start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
-        chain, _ = start.fit(matrix, sweeps=_SWEEPS, metric=metric)
-    if not in_bits:
-        return tuple(core.contiguous() for core in chain.cores)
-    return quantize_chain(chain, matrix, bits, spec.group, metric, rounds=rounds)[0]
 
 
 def _fit_table(

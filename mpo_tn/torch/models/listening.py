@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.patterns import matches
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.models.feeding import Call, counted_rows, is_encoder_decoder
 from mpo_tn.torch.models.units import kind_of, mpo_units, survey
@@ -47,8 +47,8 @@ def find_readers(model: nn.Module, target: str | Sequence[str], exclude: str | S
     for unit in mpo_units(model, required=False).values():
         names = [name for group in unit.names for name in group]
         wanted = (
-            not isinstance(unit.modules[0], MPOEmbedding)
-            if target == "all-linear"
+            target == ALL_MATRICES or not isinstance(unit.modules[0], MPOEmbedding)
+            if target in (ALL_LINEAR, ALL_MATRICES)
             else any(matches(name, target) for name in names)
         )
         if wanted and not (exclude and any(matches(name, exclude) for name in names)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ class Samples:
     Args:
         batches: for moments.
         held_back: on which alternatives are compared; what is fitted never sees them.
+        remembered: what was measured with them, so that a second budget for the same model costs less.
     """
 
     batches: tuple[Mapping[str, Any], ...]
     held_back: tuple[Mapping[str, Any], ...]
+    remembered: list[Any] = field(default_factory=list[Any], repr=False)
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> Samples:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.entries import ITEMSIZES, LeftDense
-from mpo_tn.planning.patterns import HEADS, matches
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, HEADS, matches
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.cores import Core, held_tensors
@@ -106,18 +106,18 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
 
     See :func:`find_units`, of ties and of what is raised.
     """
-    heads = head_modules(model) if target == "all-linear" else set[nn.Module]()
+    heads = head_modules(model) if target in (ALL_LINEAR, ALL_MATRICES) else set[nn.Module]()
 
     def unwanted(module: nn.Module, names: Sequence[str]) -> str | None:
         if exclude and any(matches(name, exclude) for name in names):
             return _EXCLUDED
-        if target != "all-linear":
+        if target not in (ALL_LINEAR, ALL_MATRICES):
             wanted = any(matches(name, target) for name in names)
             return None if wanted else _cannot_be_mpo(module) or "target_modules does not match it"
         if kind_of(module) == "embedding":
-            return "an embedding, which has to be named"
+            return "an embedding, which has to be named" if target == ALL_LINEAR else None
         if kind_of(module) is not None and module in heads:
-            return "a task head or the output embeddings, which all-linear leaves alone"
+            return f"a task head or the output embeddings, which {target} leaves alone"
         return None if kind_of(module) else _cannot_be_mpo(module)
 
     found = _survey(model, unwanted)

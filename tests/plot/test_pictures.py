@@ -73,3 +73,11 @@ def test_axes_are_made_when_none_are_given() -> None:
     assert ax.get_xlabel() == "kept"
     assert list(ax.lines[0].get_ydata()) == [1.0, 0.5]
     pyplot.close(ax.figure)
+
+
+def test_every_line_has_its_name_and_look(ax) -> None:
+    lines = {"low-rank": ([0.1, 0.2], [1.0, 0.5]), "mine": ([0.1, 0.2], [0.8, 0.6])}
+    plot.curves(lines, xlabel="kept", ylabel="error", references={"nothing kept": 1.2}, ax=ax)
+    assert [line.get_label() for line in ax.lines[:2]] == ["low rank (SVD)", "mine"]
+    assert sorted(text.get_text() for text in ax.texts) == ["low rank (SVD)", "mine", "nothing kept"]
+    assert ax.get_ylabel().startswith("error (axis from ")

@@ -1,0 +1,254 @@
+"""mpo-tn plan and mpo-tn compress: what becomes of every matrix, decided and done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpo_tn.app.sampling import TEXTS, TOKENS, Sampling
+from mpo_tn.app.terminal import Json, Overwrite, bits_of, out, print_json, sites_of, targets_of, working
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
+from mpo_tn.progress import doing
+
+if TYPE_CHECKING:
+    from mpo_tn.planning.config import MPOConfig
+    from mpo_tn.torch import Plan
+
+_SITES = "5"
+_GROUP = 128
+
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget for the whole model, for instance 25MB: structure and bits of every matrix are chosen by what the "
+        "model does on --texts."
+    ),
+]
+BitsPerWeight = Annotated[
+    float | None, typer.Option(help="The same for the matrices alone: all their bits over their dense weights.")
+]
+MaxFlops = Annotated[float | None, typer.Option(help="With a budget: flops through the matrices, of the dense ones.")]
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text such as the model will read, to decide and to fit matrices on: a .txt (one a line), .csv, .tsv, "
+        ".jsonl or .parquet file; no labels. A fifth is held back to judge by."
+    ),
+]
+TextColumn = Annotated[str | None, typer.Option("--text", help="Of a table: the column of the text, or two: A,B.")]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(help="In place of --texts: a file of Calibration.save. Plans are then compared by estimates alone."),
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(
+        help=f"The most texts, of a language model blocks, drawn by --seed (default: {TEXTS:,}; {TOKENS:,} tokens)."
+    ),
+]
+MaxLength = Annotated[int, typer.Option(help="Tokens at which a text is cut; of a language model, a block's.")]
+Seed = Annotated[int, typer.Option(help="Of which texts are taken, and in which order.")]
+Keep = Annotated[float | None, typer.Option(help="Parameters to keep of each matrix, for instance 0.6.")]
+Bond = Annotated[int | None, typer.Option(help="Largest bond.")]
+Tolerance = Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")]
+Bits = Annotated[int | None, typer.Option(help="Hold cores as integers of 2 to 8 bits, or 16 for float16.")]
+CentralBits = Annotated[int | None, typer.Option(help="The same for the central tensors only.")]
+Group = Annotated[int, typer.Option(help="Columns of a core that share a scale, with bits.")]
+Sites = Annotated[str, typer.Option(help='Number of sites, or "low-rank"; with a budget they are chosen.')]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help=f"Module name, dotted suffix, re:PATTERN, {ALL_LINEAR} or {ALL_MATRICES} (word tables, too; heads never); "
+        f"several allowed. Default: {ALL_LINEAR}, with a budget {ALL_MATRICES}.",
+    ),
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same grammar.")]
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
+    file: Annotated[Path | None, typer.Option("--out", help="Write the plan there, as JSON to edit.")] = None,
+    size: Size = None,
+    bits_per_weight: BitsPerWeight = None,
+    max_flops: MaxFlops = None,
+    texts: Texts = None,
+    text: TextColumn = None,
+    calibration: CalibrationFile = None,
+    sample: Sample = None,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+    keep: Keep = None,
+    bond: Bond = None,
+    tolerance: Tolerance = None,
+    sites: Sites = _SITES,
+    bits: Bits = None,
+    central_bits: CentralBits = None,
+    group: Group = _GROUP,
+    target: Targets = None,
+    exclude: Exclude = None,
+    as_json: Json = False,
+) -> None:
+    """Show what compress would make of every matrix, and what stays dense and why; nothing is changed.
+
+    With --size or --bits-per-weight structure and bits are chosen on your text, and what was compared is shown. With
+    --out the plan can be edited and given to mpo-tn compress --plan.
+    """
+    with working(as_json) as progress:
+        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison, print_notes
+        from mpo_tn.app.plan_tables import print_plan
+        from mpo_tn.torch import plan as plan_model
+        from mpo_tn.torch.hf.folder import empty_model, load_model
+
+        sampling = Sampling(texts, text, calibration, sample, max_length, seed)
+        config = _config(
+            keep, bond, tolerance, sites, target, exclude, bits_of(bits, central_bits), group, size, bits_per_weight,
+            max_flops,
+        )  # fmt: skip
+        _check(config, sampling)
+        progress(0, 1, "reading the model")
+        # Only a tolerance and a budget depend on the numbers.
+        network = load_model(model) if tolerance is not None or config.has_budget else empty_model(model)
+        known = sampling.of(network, model)
+        progress(0, 1, "planning")
+        decided = plan_model(network, config, spectra=True, calibration=known, progress=progress)
+        if file is not None:
+            decided.save(file)
+    if as_json:
+        print_json(decided.to_dict())
+        return
+    if config.has_budget:
+        print_budget_plan(decided)
+        print_comparison(decided)
+        print_notes(_notes(decided))
+    else:
+        print_plan(decided)
+    if file is not None:
+        needs = f" --texts {texts or 'FILE'}" if decided.needs_calibration else ""
+        out.print(
+            f"Written to {file}. Carry it out with: mpo-tn compress {model} OUT --plan {file}{needs}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the compressed model goes.")],
+    size: Size = None,
+    bits_per_weight: BitsPerWeight = None,
+    max_flops: MaxFlops = None,
+    texts: Texts = None,
+    text: TextColumn = None,
+    calibration: CalibrationFile = None,
+    sample: Sample = None,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+    keep: Keep = None,
+    bond: Bond = None,
+    tolerance: Tolerance = None,
+    sites: Sites = _SITES,
+    bits: Bits = None,
+    central_bits: CentralBits = None,
+    group: Group = _GROUP,
+    target: Targets = None,
+    exclude: Exclude = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Carry out a plan that mpo-tn plan wrote, edited or not.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model folder into another that AutoModel.from_pretrained loads. Without a size it is exact.
+
+    With --size or --bits-per-weight structure and bits are chosen on your text, as mpo-tn plan shows; with --texts
+    matrices are fitted to what their layers are given there.
+    """
+    with working(as_json) as progress:
+        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison, print_notes
+        from mpo_tn.app.plan_tables import print_compression
+        from mpo_tn.torch import Plan
+        from mpo_tn.torch import compress as compress_model
+        from mpo_tn.torch import plan as plan_model
+        from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
+
+        sampling = Sampling(texts, text, calibration, sample, max_length, seed)
+        config = _config(
+            keep, bond, tolerance, sites, target, exclude, bits_of(bits, central_bits), group, size, bits_per_weight,
+            max_flops,
+        )  # fmt: skip
+        decided = None
+        if plan_file is not None:
+            if config != _config():
+                raise MPOError(
+                    "--plan says what becomes of every matrix: leave the other options out, or edit the plan"
+                )
+            decided = Plan.load(plan_file)
+            if decided.needs_calibration:
+                sampling.demand(f"{plan_file} fits matrices to what their layers are given on text")
+        _check(config, sampling)
+        check_model_target(folder, model, overwrite=overwrite)
+        progress(0, 1, "reading the model")
+        network = load_model(model)
+        known = sampling.of(network, model)
+        if decided is None:
+            decided = plan_model(network, config, calibration=known, progress=progress)
+        # What a plan was decided on it holds itself.
+        given = known if plan_file is not None else None
+        report = compress_model(network, decided, calibration=given, progress=doing("compressing", progress))
+        progress(0, 1, "writing the model")
+        save_model(network, model, folder, overwrite=overwrite)
+        progress(1, 1, "writing the model")
+    by_budget = decided.config.has_budget
+    if as_json:
+        chosen: dict[str, Any] = {"plan": decided.to_dict()} if by_budget else {}
+        print_json({"out": str(folder), **report.to_dict(), **chosen})
+        return
+    if by_budget:
+        print_budget_plan(decided, report)
+        if plan_file is None:  # one that was read may have been edited: its comparison is of what it was
+            print_comparison(decided)
+        print_notes(_notes(decided))
+    else:
+        print_compression(report)
+    out.print(f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})")
+
+
+def _config(
+    keep: float | None = None, bond: int | None = None, tolerance: float | None = None, sites: str = _SITES,
+    target: list[str] | None = None, exclude: list[str] | None = None,
+    bits: int | dict[str, int | None] | None = None, group: int = _GROUP, size: str | None = None,
+    bits_per_weight: float | None = None, max_flops: float | None = None,
+) -> MPOConfig:  # fmt: skip
+    from mpo_tn.torch import MPOConfig
+
+    by_budget = size is not None or bits_per_weight is not None
+    if by_budget and sites != _SITES:
+        raise MPOError(f"--sites {sites} with a budget, for which structures are chosen: leave one of them out")
+    return MPOConfig(
+        target_modules=targets_of(target, ALL_MATRICES if by_budget else ALL_LINEAR),
+        exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep, bond=bond, tolerance=tolerance,
+        bits=bits, group=group, size=size, bits_per_weight=bits_per_weight, max_flops=max_flops,
+    )  # fmt: skip
+
+
+def _notes(decided: Plan) -> tuple[str, ...]:
+    """What is to be said of the text that a plan was decided on."""
+    from mpo_tn.torch.models.auto import Trial
+
+    return decided.calibration.calibration.notes if isinstance(decided.calibration, Trial) else ()
+
+
+def _check(config: MPOConfig, sampling: Sampling) -> None:
+    """Refuse what would fail only once a model was read.
+
+    Raises:
+        MPOError: a budget and nothing to decide on, or a tolerance with text.
+    """
+    if config.has_budget:
+        sampling.demand("a budget is spent by what the model does on text")
+    if config.tolerance is not None and sampling.is_given:
+        raise MPOError("--tolerance is an error of the matrix alone: leave it out, or leave out the text")
+    sampling.check()

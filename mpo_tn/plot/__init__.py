@@ -1,0 +1,27 @@
+"""Pictures of spectra and of what is lost against size, in one style. Functions draw into Matplotlib axes."""
+
+from mpo_tn.plot.frontier import Point, frontier
+from mpo_tn.plot.looks import LOOKS, Look, look, looks
+from mpo_tn.plot.pictures import curves, discarded, entropies, error_curve, marked_axes, spectra
+from mpo_tn.plot.style import DARK, LIGHT, Theme, dark_css, style, svg
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "LOOKS",
+    "Look",
+    "Point",
+    "Theme",
+    "curves",
+    "dark_css",
+    "discarded",
+    "entropies",
+    "error_curve",
+    "frontier",
+    "look",
+    "looks",
+    "marked_axes",
+    "spectra",
+    "style",
+    "svg",
+]
