@@ -75,7 +75,7 @@ def test_held_back_text_says_which_way_is_kept(better: str, monkeypatch: pytest.
     model, decided = planned("bert", bits_per_weight=3.0)
     scores = iter([0.0, 1.0] if better == "alone" else [1.0, 0.0])
     monkeypatch.setattr(carry_out.Judge, "__call__", lambda _: next(scores))
-    report = compress(model, decided)
+    report = compress(model, decided, anchored=True)
     anchored = [layer for layer in report.layers if "anchored" in layer.metric]
     # The first matrices get what they get in the dense model.
     assert bool(anchored) == (better != "alone")
@@ -83,14 +83,16 @@ def test_held_back_text_says_which_way_is_kept(better: str, monkeypatch: pytest.
 
 def test_of_both_ways_the_better_one_is_kept() -> None:
     model, decided = planned("bert", bits_per_weight=2.5)
-    held_back = Samples.of(TEXT).held_back
-    units = carry_out.Samples.of(TEXT)
-    dense = copy.deepcopy(model)
-    compress(model, decided)
-    alone = copy.deepcopy(dense)
-    compress(alone, decided, calibration=calibrate(alone, units.batches, gradients=True))
-    # A calibration allows one way, text both.
+    held_back, dense, alone = Samples.of(TEXT).held_back, copy.deepcopy(model), copy.deepcopy(model)
+    compress(model, decided, anchored=True)
+    compress(alone, decided)
     assert float(distance(model, dense, held_back)) <= float(distance(alone, dense, held_back)) * (1 + 1e-6)
+
+
+def test_block_by_block_needs_text() -> None:
+    model, decided = planned("bert")
+    with pytest.raises(MPOError, match=r"anchored=True .* give batches, not moments alone"):
+        compress(model, decided, calibration=calibrate(model, TEXT), anchored=True)
 
 
 class StopError(Exception):
@@ -116,7 +118,7 @@ def test_the_model_is_left_as_it_was_whatever_raises(where: str, monkeypatch: py
     if where == "judging":
         monkeypatch.setattr(carry_out.Judge, "__call__", stop)
     with pytest.raises(StopError):
-        compress(model, decided, progress=tell)
+        compress(model, decided, progress=tell, anchored=True)
     before.assert_same(model)
     assert [m.training for m in model.modules()] == flags
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
