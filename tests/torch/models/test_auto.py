@@ -44,6 +44,7 @@ def test_a_plan_is_within_its_budget_and_no_worse_than_others(family: str, bits:
     assert decided.needs_calibration
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("never-worse")
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_what_comes_is_no_worse_than_any_plan_that_was_compared(family: str) -> None:
@@ -56,6 +57,7 @@ def test_what_comes_is_no_worse_than_any_plan_that_was_compared(family: str) -> 
     assert found <= min(tried) * (1 + 1e-3) + 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("never-worse")
 @pytest.mark.parametrize("bits", [2.7, 3.7, 5.0])
 def test_uniform_plans_of_both_families_are_compared(bits: float) -> None:
@@ -65,6 +67,7 @@ def test_uniform_plans_of_both_families_are_compared(bits: float) -> None:
     assert any(name.startswith("low rank") for name in tried)
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("never-worse")
 def test_the_best_is_found_where_expectations_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the joint plan is expected to do, text decides: here low rank is said to cost nothing."""
@@ -77,6 +80,7 @@ def test_the_best_is_found_where_expectations_are_wrong(monkeypatch: pytest.Monk
     assert honest.considered[0].distance <= misled.considered[0].distance * 1.5  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_bytes_in_memory_and_in_files_are_those_of_the_plan(family: str, tmp_path: Any) -> None:
     model, decided = planned(family, size=45_000, target_modules=with_table(family))
@@ -132,6 +136,7 @@ def test_what_the_plan_leaves_is_counted_and_carried_out() -> None:
         assert model.d is model.c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model = tiny(family).train()
@@ -272,6 +277,7 @@ def test_an_encoder_and_a_decoder() -> None:
     assert float(distance(model, dense, held_back)) <= min(tried) * (1 + 1e-3) + 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model = tiny("bert").to(dtype)
@@ -281,6 +287,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 2, 4])
 def test_few_batches(batches: int) -> None:
     _, decided = planned("bert", TEXT[:batches])
@@ -346,6 +354,7 @@ def test_weights_that_are_no_numbers_name_the_matrix() -> None:
         plan(tiny("gpt2"), BUDGET, calibration=calibrate(tiny("bert"), TEXT))
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_saved_is_the_same(tmp_path: Any) -> None:
     _, decided = planned("bert")
     decided.save(tmp_path / "plan.json")

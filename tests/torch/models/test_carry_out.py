@@ -25,6 +25,8 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_a_plan_from_a_file_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     # The same calls of the same routines in one process.
@@ -44,6 +46,7 @@ def test_a_configuration_is_its_plan() -> None:
     assert same_bits(model, other)
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_file_needs_text(tmp_path: Path) -> None:
     model, decided = planned("bert")
     decided.save(tmp_path / "plan.json")
@@ -70,6 +73,8 @@ def test_a_calibration_from_a_file_is_enough(tmp_path: Path) -> None:
     assert same_bits(model, other)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("better", ["alone", "block by block"])
 def test_held_back_text_says_which_way_is_kept(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, decided = planned("bert", bits_per_weight=3.0)
@@ -99,6 +104,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["fitting", "after what came before", "judging"])
 def test_the_model_is_left_as_it_was_whatever_raises(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, decided = planned("bert")
@@ -182,6 +188,7 @@ def test_a_bias_that_others_use_stays() -> None:
     assert torch.equal(model.layers[0].bias, bias)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -32,6 +32,7 @@ def measured(model: nn.Module, text: object, *, judged: bool = True) -> list[Tra
     return tradeoffs(units, choices, known, judge, 128, silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_costs_are_about_what_options_cost(family: str) -> None:
     model = tiny(family)
