@@ -63,7 +63,8 @@ def print_budget_plan(decided: Plan, report: CompressionReport | None = None) ->
     out.print(table)
     if measured:
         out.print(
-            "\nError on text: relative, of what the layer gives; of several matrices the largest.", highlight=False
+            "\nError on text: relative, of the outputs that a matrix was fitted to; of several the largest.",
+            highlight=False,
         )
     print_left(decided)
     out.print(f"\n{decided}\n", highlight=False)

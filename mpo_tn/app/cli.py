@@ -57,8 +57,8 @@ def before_any_command(
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the report and the compressed model go.")] = Path("demo"),
     model: Annotated[Path | None, typer.Option(help="A sentence encoder to use instead of the embedded one.")] = None,
-    keep: Annotated[list[float], typer.Option(help="Kept ratio; may be given several times.")] = [0.9, 0.8, 0.6],  # noqa: B006
-    sentences: Annotated[int, typer.Option(help="How many sentences to embed.")] = 160,
+    sentences: Annotated[int, typer.Option(help="How many sentences to measure on.")] = 160,
+    heal_steps: Annotated[int, typer.Option(help="Steps of healing; 0 for none.")] = 60,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +67,7 @@ def demo(
         from mpo_tn.app.demo import run_demo
 
         result = run_demo(
-            folder, source=model, keeps=tuple(keep), sentences=sentences, overwrite=overwrite, progress=progress
+            folder, source=model, sentences=sentences, heal_steps=heal_steps, overwrite=overwrite, progress=progress
         )
     if as_json:
         print_json(result.to_dict())

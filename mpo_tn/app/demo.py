@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +22,13 @@ import torch
 from mpo_tn.app.demo_page import DemoResult, DemoRow, write_demo_report
 from mpo_tn.app.fidelity import embed_batches, fidelity, reading_length, sample_sentences
 from mpo_tn.exceptions import MPOError
-from mpo_tn.progress import Progress, silent
+from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.sites import Sites
 from mpo_tn.storage.files import check_target, written_beside
-from mpo_tn.torch import CompressionReport, MPOConfig, compress
+from mpo_tn.torch import CompressionReport, MPOConfig, Plan, compress, heal, plan
 from mpo_tn.torch.hf.folder import load_model, load_tokenizer, save_model, weight_bytes
 from mpo_tn.torch.models.distance import distance, outputs
+from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.summary import inspect_model
 from mpo_tn.torch.models.units import find_units
 from mpo_tn.truncate.spectra import unfolding_spectra
@@ -36,8 +37,14 @@ from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 ENCODER = r".*encoder.*(query|key|value|dense)"
 """Every linear layer of a BERT encoder: 36 matrices in MiniLM."""
 
-STRUCTURES: dict[str, int | str] = {"mpo": 5, "low-rank": "low-rank"}
-"""By their short names in :data:`mpo_tn.plot.LOOKS`, and what ``MPOConfig`` calls them."""
+EVERYTHING = r".*(word_embeddings|encoder.*(query|key|value|dense))"
+"""The encoder and the word table: 98 % of the numbers of MiniLM."""
+
+WIDTHS = (4, 2)
+"""Integers of so many bits set the sizes at which everything else is compared."""
+
+_SHARE_CALIBRATED = 2
+"""So many sentences are calibrated on for each one that is measured on; none is in both halves."""
 
 # Run in a process that has seen nothing of this one: what a user of the saved folder would type.
 _RELOAD = """
@@ -71,8 +78,8 @@ def run_demo(
     out: Path,
     *,
     source: Path | None = None,
-    keeps: Sequence[float] = (0.9, 0.8, 0.6),
     sentences: int = 160,
+    heal_steps: int = 60,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -81,23 +88,21 @@ def run_demo(
     Args:
         out: a folder for the report, for its numbers (``result.json``) and for the compressed model, ``out/model``.
         source: a BERT-like sentence encoder; the embedded MiniLM by default.
-        keeps: kept ratios of the encoder's matrices; each is done on five sites and as plain low rank. The middle one
-            on five sites is the model that is saved.
-        sentences: how many sentences of Python's documentation to embed.
+        sentences: how many sentences of Python's documentation to measure on; twice as many others are calibrated on.
+        heal_steps: of healing, a batch of 32 sentences each; 0 for none.
         overwrite: replace an earlier result.
         progress: told of every phase.
 
     Raises:
-        MPOError: no model, a ratio out of range, ``out`` in use.
+        MPOError: no model, too many sentences, ``out`` in use.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MPOError("the demo draws its report with matplotlib, which is not installed: pip install 'mpo-tn[demo]'")
     check_target(out, overwrite=overwrite, marker="report.html", keep=source)
-    for keep in keeps:
-        MPOConfig(keep=keep)  # refuse a bad ratio before the work starts
-    if not keeps:
-        raise MPOError("keeps=() is empty: give at least one kept ratio, such as 0.6")
-    bench = _Bench(source or demo_model(), sample_sentences(sentences), progress or silent)
+    texts = sample_sentences((1 + _SHARE_CALIBRATED) * sentences)
+    measured = texts[:: 1 + _SHARE_CALIBRATED]
+    seen = [text for text in texts if text not in set(measured)]
+    bench = _Bench(source or demo_model(), measured, seen, progress or silent)
     name = str(source) if source else "all-MiniLM-L6-v2"
     result = DemoResult(model=name, sentences=sentences, environment=_environment())
 
@@ -109,8 +114,13 @@ def run_demo(
         _look_at_spectra(bench, result)
     with _phase(bench, result, "decompose exactly"):
         _decompose_exactly(bench, result)
-    with _phase(bench, result, "compress and compare"):
-        model, layers = _compare(bench, result, keeps)
+    with _phase(bench, result, "what people use"):
+        _baselines(bench, result)
+    with _phase(bench, result, "calibrate, plan and compress"):
+        model, layers = _planned(bench, result)
+    if heal_steps:
+        with _phase(bench, result, "heal"):
+            _healed(bench, result, model, heal_steps)
     with written_beside(out) as folder:
         with _phase(bench, result, "save, reload in a new process"):
             _save_and_reload(bench, result, model, layers, folder)
@@ -127,6 +137,7 @@ class _Bench:
 
     source: Path
     texts: list[str]
+    seen: list[str]
     progress: Progress
 
     def dense(self) -> Any:
@@ -142,8 +153,22 @@ class _Bench:
 
     @cached_property
     def batches(self) -> Batches:
+        return self._batches(self.texts)
+
+    @cached_property
+    def calibration(self) -> Batches:
+        """Of the text that nothing is measured on."""
+        return self._batches(self.seen)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The same for planning; one set for all sizes, so that what was measured once is known."""
+        count = self.calibration.per_epoch
+        return Samples.of([dict(self.calibration.at(step).inputs) for step in range(count)])
+
+    def _batches(self, texts: list[str]) -> Batches:
         length = reading_length(self.dense(), self.tokenizer)
-        return sentence_batches(self.texts, self.tokenizer, batch_size=32, max_length=length)
+        return sentence_batches(texts, self.tokenizer, batch_size=32, max_length=length)
 
     @cached_property
     def hidden(self) -> list[torch.Tensor]:
@@ -197,40 +222,78 @@ def _decompose_exactly(bench: _Bench, result: DemoResult) -> None:
     result.round_trip_cosine = fidelity(bench.reference, bench.embed(model)).worst_cosine
 
 
-def _compare(bench: _Bench, result: DemoResult, keeps: Sequence[float]) -> tuple[Any, CompressionReport]:
-    """Fill the rows; return the model that will be saved and its report."""
+def _baselines(bench: _Bench, result: DemoResult) -> None:
+    """The dense model, integers rounded to the nearest, and at the larger size low rank and MPOs of full precision."""
     dense = bench.dense()
-    size, parameters = _megabytes(dense), result.parameters
+    size = _megabytes(dense)
     close = fidelity(bench.reference, bench.reference)
-    result.rows.append(DemoRow("dense", size, 8e6 * size / parameters, 0.0, close, 0.0, 1.0, 1.0, 0.0))
+    result.rows.append(DemoRow("dense", size, 8e6 * size / result.parameters, 0.0, close, 0.0, 1.0, 1.0, 0.0))
     for unit in find_units(dense, ENCODER)[0]:
         unit.matrix().zero_()
     result.floor = bench.distance(dense)
-    result.saved_keep = sorted(keeps)[len(keeps) // 2]
-    result.saved_structure = next(iter(STRUCTURES))
-    chosen: tuple[Any, CompressionReport] | None = None
-    for keep in keeps:
-        for structure, sites in STRUCTURES.items():
-            bench.progress(len(result.rows) - 1, len(keeps) * len(STRUCTURES), "compress and compare")
-            model = bench.dense()
-            start = time.perf_counter()
-            report = compress(model, MPOConfig(target_modules=ENCODER, sites=sites, keep=keep))
-            seconds = time.perf_counter() - start
-            close, size = fidelity(bench.reference, bench.embed(model)), _megabytes(model)
-            result.rows.append(
-                DemoRow(structure, size, 8e6 * size / parameters, bench.distance(model), close, seconds, report.kept,
-                        report.kept_model, report.rel_error)
-            )  # fmt: skip
-            if (structure, keep) == (result.saved_structure, result.saved_keep):
-                chosen = model, report
-    assert chosen is not None
-    return chosen
+    for bits, name in ((8, "int8"), *((width, f"int{width}") for width in WIDTHS)):
+        _row(bench, result, name, MPOConfig(target_modules=EVERYTHING, sites=1, bits=bits))
+    keep = plan(bench.dense(), MPOConfig(target_modules=EVERYTHING, sites=1, bits=WIDTHS[0])).bits_per_weight / 32
+    for name, sites in (("low-rank", "low-rank"), ("mpo", 5)):
+        _row(bench, result, name, MPOConfig(target_modules=EVERYTHING, sites=sites, keep=keep))
+
+
+def _row(bench: _Bench, result: DemoResult, name: str, config: MPOConfig | Plan) -> tuple[Any, CompressionReport]:
+    """Compress the model anew, measure it, and add a row."""
+    bench.progress(len(result.rows), len(result.rows) + 1, f"{name} ({len(result.rows) + 1})")
+    model = bench.dense()
+    start = time.perf_counter()
+    report = compress(model, config)
+    _measured(bench, result, name, model, report, time.perf_counter() - start)
+    return model, report
+
+
+def _measured(
+    bench: _Bench, result: DemoResult, name: str, model: Any, report: CompressionReport, seconds: float
+) -> None:
+    close, size = fidelity(bench.reference, bench.embed(model)), _megabytes(model)
+    result.rows.append(
+        DemoRow(name, size, 8e6 * size / result.parameters, bench.distance(model), close, seconds, report.kept,
+                report.kept_model, report.rel_error)
+    )  # fmt: skip
+
+
+def _planned(bench: _Bench, result: DemoResult) -> tuple[Any, CompressionReport]:
+    """A plan for the bytes of each of the integer models; return the smallest."""
+    dense = bench.dense()
+    found: tuple[Any, CompressionReport] | None = None
+    for width in WIDTHS:
+        whole = plan(dense, MPOConfig(target_modules=EVERYTHING, sites=1, bits=width)).bytes_after
+        start = time.perf_counter()
+        decided = plan(
+            dense, MPOConfig(target_modules=EVERYTHING, size=whole), calibration=bench.samples,
+            progress=doing(f"plan for {whole / 1e6:.1f} MB", bench.progress),
+        )  # fmt: skip
+        model = bench.dense()
+        report = compress(model, decided)
+        _measured(bench, result, "planned", model, report, time.perf_counter() - start)
+        found = model, report
+    assert found is not None
+    return found
+
+
+def _healed(bench: _Bench, result: DemoResult, model: Any, steps: int) -> None:
+    """The smallest model, trained towards the dense one on the text that it was calibrated on."""
+    batches = list(bench.samples.batches)
+    start = time.perf_counter()
+    heal(model, bench.dense(), batches, dev=list(bench.samples.held_back), steps=steps,
+         progress=doing("heal", bench.progress))  # fmt: skip
+    seconds = time.perf_counter() - start
+    before = result.rows[-1]
+    close = fidelity(bench.reference, bench.embed(model))
+    result.rows.append(replace(before, name="healed", distance=bench.distance(model), fidelity=close,
+                               seconds=before.seconds + seconds, rel_error=None))  # fmt: skip
 
 
 def _save_and_reload(bench: _Bench, result: DemoResult, model: Any, layers: CompressionReport, folder: Path) -> None:
     save_model(model, bench.source, folder / "model")
     result.layers = layers
-    result.saved_kept_model = layers.kept_model
+    result.saved_row = result.rows[-1].name
     result.bytes_saved = weight_bytes(folder / "model")
     texts, found = folder / "sentences.json", folder / "embeddings.npy"
     texts.write_text(json.dumps(bench.texts), encoding="utf-8")

@@ -90,9 +90,7 @@ class DemoResult:
     floor: float = math.nan
     rows: list[DemoRow] = field(default_factory=list[DemoRow])
     saved: str = ""
-    saved_structure: str = ""
-    saved_keep: float = 0.0
-    saved_kept_model: float = 0.0
+    saved_row: str = ""
     bytes_dense: int = 0
     bytes_saved: int = 0
     reloaded_equal: bool = False
@@ -160,9 +158,7 @@ class DemoResult:
             f"for a tenth of the error, the plain matrix {self.needed[1]:.0%} (entropy {self.flatness[0]:.3f} and "
             f"{self.flatness[1]:.3f} of the greatest possible). Such a matrix does not compress for free.",
             f"Saved and read back by AutoModel in a new process, the outputs are {same}. The weight file is "
-            f"{self.bytes_saved / 1e6:.1f} MB where the dense one is {self.bytes_dense / 1e6:.1f} MB, a ratio of "
-            f"{self.bytes_saved / self.bytes_dense:.3f}; the whole model kept {self.saved_kept_model:.3f} of its "
-            "parameters.",
+            f"{self.bytes_saved / 1e6:.1f} MB where the dense one is {self.bytes_dense / 1e6:.1f} MB.",
         ]
 
 
@@ -209,16 +205,15 @@ def _layers(result: DemoResult, report: CompressionReport) -> str:
         return layer.error / layer.norm if layer.norm else 0.0
 
     rows = [
-        (layer.name, f"{error(layer):.4f}", f"{layer.spec.kept:.3f}",
+        (layer.name, f"{error(layer):.4f}", f"{layer.bits_per_weight:.2f}",
          f"{layer.spec.out_features} x {layer.spec.in_features}", numbers(layer.spec.sites.out),
          numbers(layer.spec.sites.in_), numbers(layer.spec.bonds))
         for layer in sorted(report.layers, key=error, reverse=True)
     ]  # fmt: skip
     return folded(
         f"The {len(rows)} matrices of the saved model, the largest error first",
-        f"<p>{text(plot.look(result.saved_structure).name)} at kept {result.saved_keep:g}, in "
-        f"<code>{text(result.saved)}</code>.</p>",
-        table(("module", "relative error", "kept", "out x in", "legs out", "legs in", "bonds"), rows),
+        f"<p>{text(plot.look(result.saved_row).name)}, in <code>{text(result.saved)}</code>.</p>",
+        table(("module", "relative error", "bits per weight", "out x in", "legs out", "legs in", "bonds"), rows),
     )
 
 

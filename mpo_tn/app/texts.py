@@ -91,7 +91,7 @@ def drawn(items: Sequence[T], most: int, seed: int) -> list[T]:
     """At most so many, drawn by the seed, in the order in which they stand.
 
     >>> drawn("abcdef", 3, seed=0), drawn("ab", 3, seed=0)
-    (['c', 'd', 'e'], ['a', 'b'])
+    (['c', 'd', 'f'], ['a', 'b'])
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(items))[:most])
     return [items[int(k)] for k in chosen]

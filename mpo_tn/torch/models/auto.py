@@ -206,7 +206,7 @@ def _compare(
     # The best uniform plan of each family is a baseline, whatever is expected of it.
     for family in (BITS, LOW_RANK):
         own = [plan for plan in plans if plan.baseline == family]
-        best = min(own, key=lambda plan: plan.expected, default=None)
+        best = min(own, key=lambda plan: (plan.expected, -plan.size), default=None)
         if best is not None and best not in promising and best is not plans[0]:
             promising.append(best)
     tried = [plans[0], *promising]

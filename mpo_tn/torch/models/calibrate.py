@@ -147,6 +147,8 @@ class _Backward:
         mask = call.mask_of("decoder", self.encoder_decoder, torch.Size())
         sketch = partial(sketched_distance, output, mask, self.generator)
         loss = sketch() if self.loss is None else self.loss(output, call.batch)
+        if self.loss is None and not loss.requires_grad:
+            return  # only tables are looked at, or layers that nothing reached: there is no G
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise MPOError(
                 f"the loss is {loss!r}: it must be a scalar tensor that depends on what the linear layers compute"

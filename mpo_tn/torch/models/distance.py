@@ -12,8 +12,9 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.models.evaluating import evaluating
+from mpo_tn.torch.models.feeding import is_encoder_decoder
 
-Inputs = Mapping[str, torch.Tensor]
+Inputs = Mapping[str, Any]
 """What a model is called with: ``input_ids`` and, where texts differ in length, ``attention_mask``."""
 
 # Numbers that are looked at in double precision at a time: 128 MB.
@@ -52,7 +53,7 @@ def distance(model: nn.Module, reference: nn.Module | Iterable[torch.Tensor], ba
         reference: the dense model, which is run beside it; or what :func:`outputs` gave for the same batches, which
             costs memory (positions x width) and saves time where several models are compared.
         batches: the arguments of the models, one mapping of tensors a batch. Positions that ``attention_mask`` leaves
-            out do not count.
+            out do not count; of a model with a decoder, those that ``decoder_attention_mask`` does.
 
     Guarantee (distance-padding): texts put into other batches give the same D, to rounding: padding does not count.
     Guarantee (distance-definition): it is the formula of its ``measure``, summed in double precision.
@@ -99,7 +100,8 @@ def _output(model: nn.Module, batch: Inputs) -> tuple[str, torch.Tensor, torch.T
     """What is compared, its rows, sequence after sequence, and how many of them each has: a classifier gives one."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        result = model(**{key: value.to(device) for key, value in batch.items()})
+        here = {k: part.to(device) if isinstance(part, torch.Tensor) else part for k, part in batch.items()}
+        result = model(**here)
     hidden = getattr(result, "last_hidden_state", None)
     if hidden is None and isinstance(result, torch.Tensor):
         hidden = result
@@ -112,7 +114,7 @@ def _output(model: nn.Module, batch: Inputs) -> tuple[str, torch.Tensor, torch.T
     measure = "hidden" if hidden is not None else "score" if found.shape[-1] == 1 else "logits"
     if found.ndim == 2:
         return measure, found.float(), torch.ones(len(found), dtype=torch.int64)
-    mask = batch.get("attention_mask")
+    mask = batch.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     mask = torch.ones(found.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     return measure, found[mask.to(device)].float(), mask.sum(1).cpu()
 

@@ -132,7 +132,13 @@ def _masks(
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the modules lie in an encoder and in a decoder."""
+    """Whether the model has an encoder and a decoder: it says so, or its modules lie in an encoder and a decoder.
+
+    BERT calls the matrix that gives logits a decoder, too.
+    """
+    said = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    if isinstance(said, bool):
+        return said
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
     return {"encoder", "decoder"} <= parts
 

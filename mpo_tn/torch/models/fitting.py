@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.fit.activation import LowRankFits
@@ -35,7 +36,7 @@ class Fitted:
     """What a matrix (out, in) became.
 
     Attributes:
-        cores: integers, or tensors in the dtype of the matrix.
+        cores: integers, or tensors in the dtype of the matrix; of the matrix with its padding.
         spec: with the bonds that came out, and the error.
         error: ``|W - W'|``, Frobenius, of what is stored.
         norm: ``|W|``.
@@ -72,6 +73,8 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
     if known.second is None:
         raise MPOError("a table has counts of ids and no metric of its inputs")
     second, cross = known.second, known.cross
+    # Where no gradient came back, as at queries of single tokens, outputs count alike.
+    outer = known.outer if known.outer is not None and bool(known.outer.any()) else None
     mean = known.mean if centred else None
     if mean is not None:
         second = second - torch.outer(mean, mean)
@@ -81,10 +84,10 @@ def metric_of(known: Moments, *, anchor: float = 0.0, centred: bool = True) -> M
     ridge = max(RIDGE * spread, _CONSTANT * size) or 1.0
     held = second + ridge * torch.eye(len(second), dtype=second.dtype)
     if cross is None or anchor == 0:
-        return Metric(held, outer=known.outer)
+        return Metric(held, outer=outer)
     if mean is not None and known.dense_mean is not None:
         cross = cross - torch.outer(known.dense_mean, mean)
-    return Metric(held, held + anchor * (cross - second), known.outer)
+    return Metric(held, held + anchor * (cross - second), outer)
 
 
 class Fitter:
@@ -117,7 +120,8 @@ class Fitter:
         weights: torch.Tensor | None = None
         if self.metric is None:
             name = FROBENIUS if self.known.rows is None else "rows"
-            cores, weights = _fit_table(self.matrix, spec, self.known, bits)
+            cores, weights = _fit_table(_padded(self.matrix, spec), spec, self.known, bits)
+            weights = weights[: len(self.matrix)]
         else:
             cores, name = self._fit_layer(spec, self.metric, bits, rounds), self.metric.name
         cores = tuple(_halved(core) if held == 16 else core for core, held in zip(cores, spec.core_bits, strict=True))
@@ -139,20 +143,16 @@ class Fitter:
     def _fit_layer(
         self, spec: ModuleSpec, metric: Metric, bits: list[int | None], rounds: int
     ) -> tuple[Integers | torch.Tensor, ...]:
-        matrix = self.matrix
+        matrix, pads = _padded(self.matrix, spec), spec.sites.shape != tuple(self.matrix.shape)
+        metric = _grown(metric, *spec.sites.shape) if pads else metric
         if len(spec.sites) == 1:
             target = metric.target(matrix)
             if bits[0] is None:
                 return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
             return (quantize(target, bits[0], spec.group, metric=metric.second),)
-        if len(spec.sites) == 2 and (spec.sites.out[1], spec.sites.in_[0]) == (1, 1):
+        if len(spec.sites) == 2 and (spec.sites.out[1], spec.sites.in_[0]) == (1, 1) and not pads:
             chain = MPO(self.low_rank.cut(spec.bonds[0]).cores)
         else:
-            rows, columns = spec.sites.shape
-            if (rows, columns) != tuple(matrix.shape):
-                raise MPOError(
-                    f"legs multiply to {rows} x {columns}, and a fit in a metric has no padding: choose others"
-                )
             start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
             chain, _ = start.fit(matrix, sweeps=_SWEEPS, metric=metric)
         if all(number is None for number in bits):
@@ -189,6 +189,24 @@ def fit_matrix(
     Source: GPTQ for integers, Swift-SVD (arXiv 2604.01609) for low rank, AA-SVD (arXiv 2604.02119) for the anchor.
     """
     return Fitter(matrix, known, anchor=anchor, biased=biased).fit(spec, rounds=rounds)
+
+
+def _padded(matrix: torch.Tensor, spec: ModuleSpec) -> torch.Tensor:
+    """With rows and columns of zeros up to what legs multiply to."""
+    rows, columns = spec.sites.shape
+    return functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+
+
+def _grown(metric: Metric, rows: int, columns: int) -> Metric:
+    """The metric of a matrix with rows and columns of zeros beyond its own: errors there count a little."""
+
+    def grown(moment: torch.Tensor, size: int) -> torch.Tensor:
+        ends = torch.full((size - len(moment),), RIDGE * float(metric.second.diagonal().mean()), dtype=moment.dtype)
+        return torch.block_diag(moment, torch.diag(ends))
+
+    cross = None if metric.cross is None else grown(metric.cross, columns)
+    outer = None if metric.outer is None else functional.pad(metric.outer, (0, rows - len(metric.outer)) * 2)
+    return Metric(grown(metric.second, columns), cross, outer)
 
 
 def _shift(wide: torch.Tensor, rebuilt: torch.Tensor, known: Moments) -> torch.Tensor | None:

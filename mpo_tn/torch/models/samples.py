@@ -40,13 +40,15 @@ class Samples:
         Raises:
             MPOError: no batches, or batches that are no mappings of tensors.
         """
+        if isinstance(batches, (Mapping, torch.Tensor, str)):
+            raise MPOError(f"batches is one {type(batches).__name__}, not several batches: put it into a list")
         given = tuple(batches)
         if not given:
             raise MPOError("there is no batch to calibrate on: give at least two")
         for batch in given:
-            if not isinstance(batch, Mapping):
+            if not isinstance(batch, Mapping) or not any(isinstance(part, torch.Tensor) for part in batch.values()):
                 raise MPOError(
-                    f"a batch is a {type(batch).__name__}: give mappings of tensors by argument of the model, as a "
+                    f"a batch is {_said(batch)}: give mappings of tensors by argument of the model, as a "
                     "tokenizer does, so that the distance to the dense model can be measured; or give "
                     "calibrate(model, batches), which takes any batches, and errors alone choose"
                 )
@@ -55,6 +57,10 @@ class Samples:
         last = _HELD_BACK - 1 if len(given) >= _HELD_BACK else 1
         held = tuple(batch for k, batch in enumerate(given) if k % _HELD_BACK == last)
         return cls(tuple(batch for k, batch in enumerate(given) if k % _HELD_BACK != last), held)
+
+
+def _said(batch: Any) -> str:
+    return "a mapping without tensors" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
 
 
 class Judge:

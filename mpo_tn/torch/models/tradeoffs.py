@@ -116,17 +116,19 @@ def tradeoffs(
     for done, (unit, options) in enumerate(zip(units, choices, strict=True)):
         progress(done, len(units), unit.name)
         known = calibration.of(unit.name)
-        with torch.no_grad():
-            found.append(_tradeoff(unit, tuple(options), known, judge, group, factors))
+        try:
+            with torch.no_grad():
+                found.append(_tradeoff(unit, tuple(options), known, judge, group, factors))
+        except MPOError as error:
+            raise MPOError(f"{unit.name}: {error}") from error
     progress(len(units), len(units), units[-1].name)
     return _with_unreached(found, calibration) if judge is not None else found
 
 
 def _with_unreached(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tradeoff]:
     """Text says nothing of a matrix that it does not reach: an error in it counts as much as in others."""
+    # There is one: a calibration that reaches nothing is refused.
     reached = [each.sensitivity for each in found if each.unit.name not in calibration.unreached]
-    if not reached:
-        raise MPOError("the text reaches none of the matrices: give text that the model reads with them")
     typical = Sensitivity(
         *(float(np.median([getattr(each, kind) for each in reached])) for kind in ("rounding", "cutting"))
     )
@@ -227,7 +229,7 @@ def _tradeoff(
     with replaced(unit, low, here.shift(low)):
         by_cutting = judge()
     if not (np.isfinite(by_rounding) and np.isfinite(by_cutting)):
-        raise MPOError(f"{unit.name}: the model gives no numbers once it is rounded to {_REFERENCE_BITS} bits")
+        raise MPOError(f"the model gives no numbers once it is rounded to {_REFERENCE_BITS} bits")
     cut = max(float(tails[rank]), 1e-12)
     return Tradeoff(
         unit, options, errors, Sensitivity(by_rounding / max(rounding[_REFERENCE_BITS], 1e-12), by_cutting / cut)

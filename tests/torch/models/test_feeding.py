@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import tiny
 from torch import nn
 
 from mpo_tn.torch.models.feeding import Call, calls_of, counted_rows, is_encoder_decoder, only_looked_at
@@ -82,3 +83,14 @@ def test_caches_of_keys_and_values_are_off_meanwhile() -> None:
     assert model.training
     assert torch.is_grad_enabled()
     assert model[0].weight.requires_grad
+
+
+def test_what_has_a_decoder_says_so() -> None:
+    """BERT calls the matrix that gives logits a decoder; it has none, and its logits have the padding of its tokens."""
+    model = tiny("bert")
+    assert {"encoder", "decoder"} <= {part for name, _ in model.named_modules() for part in name.split(".")}
+    assert not is_encoder_decoder(model)
+    model.config.is_encoder_decoder = True
+    assert is_encoder_decoder(model)
+    assert is_encoder_decoder(torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)}))
+    assert not is_encoder_decoder(torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2)}))

@@ -29,7 +29,7 @@ from mpo_tn.torch import (
     squeeze,
 )
 from mpo_tn.torch.models.summary import inspect_model
-from mpo_tn.torch.models.units import cuttable_units, find_units, mpo_specs, mpo_units
+from mpo_tn.torch.models.units import cuttable_units, find_units, mpo_specs, mpo_units, survey
 
 
 def names(model: nn.Module, target: str | list[str], exclude: str | list[str] = ()) -> list[str]:
@@ -223,6 +223,20 @@ def test_heads_are_left_by_all_linear_but_can_be_named() -> None:
     assert names(model, ["decoder"]) == ["cls.predictions.decoder"]
     model = nn.ModuleDict({"classifier": nn.ModuleDict({"dense": nn.Linear(4, 4)}), "body": nn.Linear(4, 4)})
     assert names(model, "all-linear") == ["body"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_matrices_takes_embeddings_and_leaves_heads(tied: bool) -> None:
+    """A head that is tied to the table goes with it."""
+    model = tiny("llama", tied=tied)
+    found = survey(model, "all-matrices")
+    linear_ones = [unit.name for unit in survey(model, "all-linear").units]
+    assert [unit.name for unit in found.units] == ["model.embed_tokens", *linear_ones]
+    assert found.units[0].all_names == (("model.embed_tokens", "lm_head") if tied else ("model.embed_tokens",))
+    assert [part.name for part in found.left if "which all-matrices leaves alone" in part.reason] == (
+        [] if tied else ["lm_head"]
+    )
+    assert found.skipped == {}
 
 
 def test_a_shared_module_is_one_unit_named_by_first_occurrence() -> None:

@@ -1,0 +1,59 @@
+"""What tests of plans for a budget share: models, text, and what a model takes in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from helpers.calibrating import Batch, padded_batches
+from helpers.tiny_models import EMBEDDINGS, tiny
+from mpo_tn.torch import MPOConfig, Plan, plan
+
+TEXT = padded_batches(6)
+LINEAR = r".*(query|key|value|dense|c_attn|c_proj|c_fc|_proj|_lin|lin1|lin2|ffn|ffn_output)"
+
+
+def with_table(family: str) -> str:
+    """A pattern for the linear layers and the word table, which the output embeddings share."""
+    return rf"{LINEAR}|.*{EMBEDDINGS[family]}"
+
+
+class Chain(nn.Module):
+    """Layers one after another; those beyond ``used`` are never reached."""
+
+    def __init__(self, layers: int = 3, used: int = 2, width: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.used = used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in list(self.layers)[: self.used]:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def vectors(count: int = 6, width: int = 24) -> list[Batch]:
+    """Inputs of a :class:`Chain` whose mean is not zero, as is usual within a model."""
+    generator = torch.Generator().manual_seed(3)
+    return [{"x": torch.randn(8, width, generator=generator) + 0.5} for _ in range(count)]
+
+
+def planned(family: str = "bert", text: Any = None, **config: Any) -> tuple[Any, Plan]:
+    """A tiny model and a plan of it."""
+    model = tiny(family)
+    given = {"bits_per_weight": 4.0, **config} if not {"size", "bits_per_weight"} & set(config) else config
+    return model, plan(model, MPOConfig(**given), calibration=TEXT if text is None else text)
+
+
+def bytes_in_files(model: Any, folder: Path) -> int:
+    """Of all tensors that the folder of a model holds, without the headers of the files."""
+    model.save_pretrained(folder)
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        total += len(data) - 8 - int.from_bytes(data[:8], "little")
+    return total
