@@ -602,7 +602,8 @@ def _every_row(
         rows, key=lambda row: (*(-float(row.get(key, 99)) for key in keys), *(_sorted(row, o) for o in order))
     )
     cells = [
-        [_name(row), *(f"{row[key]:g}" if key in row else "" for key in keys), _bits(row), f"{row['megabytes']:.1f}" if row["megabytes"] else "",
+        [_name(row), *(f"{row[key]:g}" if key in row else "" for key in keys), _bits(row),
+         f"{row['megabytes']:.1f}" if row["megabytes"] else "",
          _with_error(row["distance"], row["distance_error"]), f"{row['spearman']:.4f} ± {row['spearman_error']:.4f}",
          f"{row['change']:+.4f} ± {row['change_error']:.4f}", f"{row['seconds']:.0f}",
          f"{row['seconds_per_1000']:.1f}"]
