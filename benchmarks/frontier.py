@@ -365,7 +365,7 @@ def _chosen(decided: Plan) -> dict[str, Any]:
 
 def by_torchao(lab: Lab, bits: int) -> Made:
     """Symmetric integers by torchao: 8 bits with a scale per row, 4 in groups of 128."""
-    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+    from torchao.quantization import (
         IntxWeightOnlyConfig,
         PerAxis,
         PerGroup,
@@ -383,7 +383,7 @@ def by_torchao(lab: Lab, bits: int) -> Made:
 
 def by_quanto(lab: Lab, bits: int) -> Made:
     """Integers by optimum-quanto: 8 bits symmetric with a scale per row, 4 with zero points in groups of 128."""
-    from optimum.quanto import freeze, qint4, qint8, quantize  # pyright: ignore[reportMissingImports]
+    from optimum.quanto import freeze, qint4, qint8, quantize
 
     model = lab.new()
     names = [unit.name for unit in find_units(model, ENCODER)[0]]
@@ -425,7 +425,7 @@ def repaired_lora(lab: Lab, rate: float, seed: int, steps: int) -> Made:
         for unit in find_units(base, ENCODER)[0]:
             there = compressed.get_submodule(unit.name)
             unit.weight.copy_(there.dense_weight())
-            unit.modules[0].bias.copy_(there.bias)  # pyright: ignore
+            unit.modules[0].bias.copy_(there.bias)
     torch.manual_seed(seed)
     config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules=ENCODER)
     get_peft_model(base, config)  # changes the linear layers in place
@@ -514,7 +514,7 @@ def surroundings() -> dict[str, Any]:
         "text": {"calibration": CALIBRATION, "held_out": HELD_OUT, "compared": COMPARED, "seed": SEED},
         "commit": commit.stdout.strip(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": common._processor(),  # pyright: ignore[reportPrivateUsage]
+        "machine": common._processor(),
         "threads": torch.get_num_threads(),
         "clock": "CPU seconds" if common.CPU_TIME else "seconds on the wall",
     }
