@@ -53,6 +53,7 @@ from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import count_trainable
 from mpo_tn.torch.models.units import find_units
 from mpo_tn.tuning import Settings, load_task
+from mpo_tn.tuning.result import plain
 from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 
 SEED = 0
@@ -382,7 +383,7 @@ def by_torchao(lab: Lab, bits: int) -> Made:
 
 
 def by_quanto(lab: Lab) -> Made:
-    """Symmetric integers of 8 bits with a scale per row by optimum-quanto; what it has for 4 bits fails in inference."""
+    """Symmetric integers of 8 bits with a scale per row by optimum-quanto; its 4 bits fail in inference mode."""
     from optimum.quanto import freeze, qint8, quantize
 
     model = lab.new()
@@ -527,7 +528,7 @@ def read(results: Path, part: str) -> list[dict[str, Any]]:
 def write(results: Path, row: Mapping[str, Any], job: Job) -> None:
     """Add a row, in the place of an earlier one of the same job. A file a method: runs side by side do not meet."""
     rows = [other for other in read(results, job.part) if other["method"] == job.method and not _is(other, job)]
-    lines = [json.dumps(other, default=float) for other in (*rows, row)]
+    lines = [json.dumps(plain(other)) for other in (*rows, row)]
     results.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", job.method.lower())
     write_whole(results / f"{job.part}-{name}.json", ("\n".join(lines) + "\n").encode())
@@ -621,13 +622,14 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _bits(row: Mapping[str, Any]) -> str:
-    return f"{row['bits_per_weight']:.2f}" if row["bits_per_weight"] == row["bits_per_weight"] else ""
+    return "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
 
 
 def _healed_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["method", "bits per weight", "rates", "seed", "trained", "steps", "minutes", "D before", "D", "STS-B"]
     cells = [
-        [_name(row), _bits(row), f"{row['healing']['lr']:g}, {row['healing']['tensor_lr']:g}", str(row.get("seed", SEED)),
+        [_name(row), _bits(row), f"{row['healing']['lr']:g}, {row['healing']['tensor_lr']:g}",
+         str(row.get("seed", SEED)),
          f"{row['healing']['trainable']:,}", str(row["healing"]["steps"]), f"{row['healing']['seconds'] / 60:.1f}",
          _plain(row["distance_before"]), _with_error(row["distance"], row["distance_error"]),
          f"{row['spearman']:.4f} ± {row['spearman_error']:.4f}"]
