@@ -43,6 +43,8 @@ EVERYTHING = r".*(word_embeddings|encoder.*(query|key|value|dense))"
 WIDTHS = (4, 2)
 """Integers of so many bits set the sizes at which everything else is compared."""
 
+_NEAREST = 10
+
 _SHARE_CALIBRATED = 2
 """So many sentences are calibrated on for each one that is measured on; none is in both halves."""
 
@@ -99,6 +101,8 @@ def run_demo(
     if importlib.util.find_spec("matplotlib") is None:
         raise MPOError("the demo draws its report with matplotlib, which is not installed: pip install 'mpo-tn[demo]'")
     check_target(out, overwrite=overwrite, marker="report.html", keep=source)
+    if sentences <= _NEAREST:
+        raise MPOError(f"sentences={sentences} are too few to look for {_NEAREST} neighbours: give at least 24")
     texts = sample_sentences((1 + _SHARE_CALIBRATED) * sentences)
     measured = texts[:: 1 + _SHARE_CALIBRATED]
     seen = [text for text in texts if text not in set(measured)]

@@ -20,6 +20,7 @@ LOOKS: dict[str, Look] = {
     "dense": Look("dense", 5, "*"),
     "int8": Look("int8", 0),
     "int4": Look("int4", 0, open=True),
+    "int2": Look("int2", 0, "v"),
     "rounding": Look("integers, rounded", 0),
     "gptq": Look("integers, error feedback", 5, "v"),
     "low-rank": Look("low rank (SVD)", 1, "s"),

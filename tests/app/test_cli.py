@@ -149,8 +149,8 @@ MISTAKES = {
     "output is a file": (("compress", "{dense}", "{file}", "--keep", "0.5"), "is a file"),
     "overwrite something else": (("compress", "{dense}", "{full}", "--overwrite"), "not an earlier result"),
     "overwrite the input": (("compress", "{dense}", "{dense}", "--overwrite"), "holds the input"),
-    "demo without ratios in range": (("demo", "--out", "{out}", "--keep", "7"), "keep=7"),
-    "demo with too much text": (("demo", "--out", "{out}", "--sentences", "1000000"), "1000000"),
+    "demo on too little text": (("demo", "--out", "{out}", "--sentences", "3"), "sentences=3"),
+    "demo with too much text": (("demo", "--out", "{out}", "--sentences", "1000000"), "3000000"),
 }
 
 

@@ -29,6 +29,9 @@ from mpo_tn.truncate.quantize import quantize
 _ROWS = 96
 """So many rows of a matrix tell how large its rounding errors are: rows are rounded one by one."""
 
+_UNSEEN = 1e-9
+"""Sensitivities below this are none."""
+
 _REFERENCE_BITS = 3
 _MEASURED = (2, 3, 4)
 _A_BIT = 0.25
@@ -122,17 +125,27 @@ def tradeoffs(
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
     progress(len(units), len(units), units[-1].name)
-    return _with_unreached(found, calibration) if judge is not None else found
+    return _with_unseen(found, calibration) if judge is not None else found
 
 
-def _with_unreached(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tradeoff]:
-    """Text says nothing of a matrix that it does not reach: an error in it counts as much as in others."""
-    # There is one: a calibration that reaches nothing is refused.
-    reached = [each.sensitivity for each in found if each.unit.name not in calibration.unreached]
+def _with_unseen(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tradeoff]:
+    """An error in a matrix of which text says nothing counts as much as in the others.
+
+    Text may not reach it, or D may not see it: the pooler of BERT comes after the last hidden states.
+    """
+    unseen = {
+        each.unit.name
+        for each in found
+        if each.unit.name in calibration.unreached
+        or max(each.sensitivity.rounding, each.sensitivity.cutting) <= _UNSEEN
+    }
+    seen = [each.sensitivity for each in found if each.unit.name not in unseen]
+    if not seen:
+        return list(found)
     typical = Sensitivity(
-        *(float(np.median([getattr(each, kind) for each in reached])) for kind in ("rounding", "cutting"))
+        *(float(np.median([getattr(each, kind) for each in seen])) for kind in ("rounding", "cutting"))
     )
-    return [replace(each, sensitivity=typical) if each.unit.name in calibration.unreached else each for each in found]
+    return [replace(each, sensitivity=typical) if each.unit.name in unseen else each for each in found]
 
 
 class _Layer:
