@@ -25,6 +25,7 @@ LOOKS: dict[str, Look] = {
     "gptq": Look("integers, error feedback", 5, "v"),
     "low-rank": Look("low rank (SVD)", 1, "s"),
     "whitened": Look("low rank, calibrated", 1, "s", open=True),
+    "low-rank-bits": Look("low rank in 2 to 4 bits, calibrated", 4, "P"),
     "mpo": Look("MPO, 5 sites", 2, "D"),
     "planned": Look("planned", 3, "^", open=True),
     "healed": Look("planned and healed", 3, "^"),
