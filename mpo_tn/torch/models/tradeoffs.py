@@ -29,9 +29,6 @@ from mpo_tn.truncate.quantize import quantize
 _ROWS = 96
 """So many rows of a matrix tell how large its rounding errors are: rows are rounded one by one."""
 
-_UNSEEN = 1e-9
-"""Sensitivities below this are none."""
-
 _REFERENCE_BITS = 3
 _MEASURED = (2, 3, 4)
 _A_BIT = 0.25
@@ -137,7 +134,7 @@ def _with_unseen(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tr
         each.unit.name
         for each in found
         if each.unit.name in calibration.unreached
-        or max(each.sensitivity.rounding, each.sensitivity.cutting) <= _UNSEEN
+        or max(each.sensitivity.rounding, each.sensitivity.cutting) == 0  # the outputs have the same bits
     }
     seen = [each.sensitivity for each in found if each.unit.name not in unseen]
     if not seen:

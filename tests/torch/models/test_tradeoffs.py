@@ -11,6 +11,7 @@ from helpers.adapter import Snapshot
 from helpers.planning import TEXT, Chain, vectors
 from helpers.tiny_models import tiny
 from torch import nn
+from transformers import BertModel
 
 from mpo_tn import MPOError
 from mpo_tn.planning.options import BITS, DENSE, LOW_RANK, options
@@ -67,6 +68,16 @@ def test_costs_fall_with_what_is_given() -> None:
 def test_without_text_errors_alone_count() -> None:
     for each in measured(tiny("bert"), TEXT, judged=False):
         assert each.sensitivity.rounding == each.sensitivity.cutting > 0
+
+
+def test_what_d_does_not_see_counts_as_much_as_others() -> None:
+    model = BertModel(tiny("bert").config).eval()
+    found = {each.unit.name: each.sensitivity for each in measured(model, TEXT)}
+    pooler = found.pop("pooler.dense")
+    for kind in ("rounding", "cutting"):
+        known = sorted(getattr(each, kind) for each in found.values())
+        assert known[0] <= getattr(pooler, kind) <= known[-1]
+        assert getattr(pooler, kind) > 0
 
 
 def test_what_text_does_not_reach_counts_as_much_as_others() -> None:
