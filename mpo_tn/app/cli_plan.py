@@ -158,6 +158,10 @@ def compress(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Carry out a plan that mpo-tn plan wrote, edited or not.")
     ] = None,
+    anchored: Annotated[
+        bool,
+        typer.Option("--anchored", help="Also fit layer after layer, and keep what held-back text prefers: slower."),
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -197,7 +201,9 @@ def compress(
             decided = plan_model(network, config, calibration=known, progress=progress)
         # What a plan was decided on it holds itself.
         given = known if plan_file is not None else None
-        report = compress_model(network, decided, calibration=given, progress=doing("compressing", progress))
+        report = compress_model(
+            network, decided, calibration=given, anchored=anchored, progress=doing("compressing", progress)
+        )
         progress(0, 1, "writing the model")
         save_model(network, model, folder, overwrite=overwrite)
         progress(1, 1, "writing the model")

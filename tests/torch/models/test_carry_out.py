@@ -26,7 +26,6 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_a_plan_from_a_file_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     # The same calls of the same routines in one process.
@@ -73,7 +72,6 @@ def test_a_calibration_from_a_file_is_enough(tmp_path: Path) -> None:
     assert same_bits(model, other)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("better", ["alone", "block by block"])
 def test_held_back_text_says_which_way_is_kept(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,3 +233,20 @@ def test_a_layer_with_padding_legs_is_fitted() -> None:
         assert layer.error == pytest.approx(float((before.double() - there).detach().norm()), rel=1e-6)  # type: ignore[operator]
         assert layer.weighted is not None
         assert layer.weighted < 0.9
+
+
+@pytest.mark.slow
+def test_layers_see_what_was_done_before_them_in_their_own_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, decided = planned("bert", bits_per_weight=3.0)
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    fit = carry_out.fit_matrix
+
+    def watched(matrix: torch.Tensor, spec: Any, known: Any, **options: Any) -> Any:
+        seen.append((tuple(matrix.shape), known.cross is not None))
+        return fit(matrix, spec, known, **options)
+
+    monkeypatch.setattr(carry_out, "fit_matrix", watched)
+    compress(model, decided, anchored=True)
+    # Query, key and value of the first block get what they got; all after them something else.
+    assert [changed for _, changed in seen[:3]] == [False] * 3
+    assert all(changed for _, changed in seen[3:])
