@@ -160,7 +160,7 @@ def compress(
     ] = None,
     anchored: Annotated[
         bool,
-        typer.Option("--anchored", help="Also fit layer after layer, and keep what held-back text prefers: slower."),
+        typer.Option("--anchored", help="Also fit layer after layer, and keep what held-back text prefers."),
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
