@@ -80,6 +80,15 @@ class Sites:
         """
         return cls((_positive("out", out), 1), (1, _positive("in_", in_)))
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether these are the legs of :meth:`low_rank`.
+
+        >>> Sites.low_rank(6, 8).is_low_rank, Sites((1, 6), (8, 1)).is_low_rank
+        (True, False)
+        """
+        return len(self) == 2 and self.out[1] == 1 and self.in_[0] == 1
+
     def __len__(self) -> int:
         return len(self.out)
 

@@ -76,7 +76,7 @@ def quantize_chain(
     refuse_complex(chain.cores[0], "the chain")
     goal = target_of(matrix, chain, metric)
     start = canonicalize(wide_chain(chain), len(chain) - 1)
-    pair = _Pair(matrix, metric) if is_low_rank(chain) else None
+    pair = _Pair(matrix, metric) if chain.sites.is_low_rank else None
     work = _Rounding(goal, start, bits, group, metric, eps(chain.cores[0]), pair)
     errors = [goal.error(list(wide_chain(chain).cores))]
     best: tuple[float, tuple[Integers | Array, ...]] | None = None
@@ -161,11 +161,6 @@ class _Rounding:
             shape = (core.shape[0], core.shape[1] * right.shape[1], core.shape[2] * right.shape[2])
             right = xp.reshape(joined, shape)
         return left, reduced_rows(right)
-
-
-def is_low_rank(chain: Chain) -> bool:
-    """Whether it is a pair with legs (out, 1), (1, in)."""
-    return len(chain) == 2 and chain.cores[0].shape[2] == 1 and chain.cores[1].shape[1] == 1
 
 
 class _Pair:

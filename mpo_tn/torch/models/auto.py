@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Calibration, Fingerprint, Moments
 from mpo_tn.torch.models.fitting import Fitted, Fitter
-from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
+from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
 from mpo_tn.torch.models.units import DenseUnit, Survey, survey, survey_named
 
@@ -227,17 +228,13 @@ def _compare(
 
 
 def _tried(found: Survey, measured: Sequence[Tradeoff], plan: Candidate, trial: Trial, judge: Judge) -> float:
-    undo: list[Undo] = []
-    try:
+    with ExitStack() as stack:
         for unit, tradeoff, k in zip(found.units, measured, plan.chosen, strict=True):
             option = tradeoff.options[k]
             if option.spec is not None:
                 fitted = trial.fit(unit, option.spec)
-                undo.append(put(unit, fitted.rebuilt(), fitted.shift))
+                stack.enter_context(replaced(unit, fitted.rebuilt(), fitted.shift))
         return judge()
-    finally:
-        for step in reversed(undo):
-            step.back()
 
 
 def _plan(

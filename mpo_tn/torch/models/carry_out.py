@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.feeding import only_looked_at
 from mpo_tn.torch.models.fitting import Fitted, fit_matrix
-from mpo_tn.torch.models.samples import Judge, Samples, Undo, is_biased, put
+from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
 from mpo_tn.torch.models.sums import InputSum
 from mpo_tn.torch.models.units import DenseUnit
 
@@ -81,17 +82,16 @@ def _block_by_block(
 ) -> dict[str, Fitted]:
     planned = {unit.name: (plan, unit) for plan, unit in pairs}
     fits: dict[str, Fitted] = {}
-    undo: list[Undo] = []
 
-    def fit(name: str, known: Moments | None) -> Undo:
+    def fit(name: str, known: Moments | None) -> AbstractContextManager[None]:
         progress(len(fits), len(planned), f"fitting {name} after what came before")
         (plan, unit), dense = planned[name], trial.calibration.of(name)
         known = replace(known or Moments(0), outer=None if dense is None else dense.outer)
         with torch.no_grad():
             fits[name] = fit_matrix(unit.matrix(), plan.spec, known, anchor=ANCHOR, biased=is_biased(unit))
-        return put(unit, fits[name].rebuilt(), fits[name].shift)
+        return replaced(unit, fits[name].rebuilt(), fits[name].shift)
 
-    try:
+    with ExitStack() as stack:
         for step in calibrate_blocks(model, samples.batches, target_modules=list(planned)):
             units = {name: planned[name][1] for name in step.calibration.units}
             with only_looked_at(model):
@@ -104,13 +104,10 @@ def _block_by_block(
                     now = _heard(step, {group[0]: units[group[0]]}, dense=False).get(group[0])
                 known = _moments(group[0], heard.get(key), now) or step.calibration.of(group[0])
                 for name in group:
-                    undo.append(fit(name, known))
+                    stack.enter_context(fit(name, known))
             for name in units:
                 if name not in fits:
-                    undo.append(fit(name, step.calibration.of(name)))
-    finally:
-        for done in reversed(undo):
-            done.back()
+                    stack.enter_context(fit(name, step.calibration.of(name)))
     missing = [name for name in planned if name not in fits]
     if missing:
         raise MPOError(f"{missing[0]} was not reached block by block")
@@ -155,10 +152,7 @@ def _moments(name: str, dense: torch.Tensor | None, now: torch.Tensor | None) ->
 
 
 def _judged(pairs: Pairs, fits: Mapping[str, Fitted], judge: Judge) -> float:
-    undo: list[Undo] = []
-    try:
-        undo += [put(unit, fits[unit.name].rebuilt(), fits[unit.name].shift) for _, unit in pairs]
+    with ExitStack() as stack:
+        for _, unit in pairs:
+            stack.enter_context(replaced(unit, fits[unit.name].rebuilt(), fits[unit.name].shift))
         return judge()
-    finally:
-        for done in reversed(undo):
-            done.back()

@@ -150,7 +150,7 @@ class Fitter:
             if bits[0] is None:
                 return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
             return (quantize(target, bits[0], spec.group, metric=metric.second),)
-        if len(spec.sites) == 2 and (spec.sites.out[1], spec.sites.in_[0]) == (1, 1) and not pads:
+        if spec.sites.is_low_rank and not pads:
             chain = MPO(self.low_rank.cut(spec.bonds[0]).cores)
         else:
             start, _ = MPO.from_matrix(matrix, spec.sites, Truncation(max_bond=spec.bonds))
@@ -225,7 +225,7 @@ def _fit_table(
     if len(spec.sites) == 1:
         core = wide[None, :, :, None]
         cores: tuple[torch.Tensor, ...] = (core,)
-    elif len(spec.sites) == 2 and spec.sites.out[1] == 1 and spec.sites.in_[0] == 1:
+    elif spec.sites.is_low_rank:
         weighted = weights * wide
         _, vectors = torch.linalg.eigh(weighted.T @ weighted)
         right = vectors[:, -spec.bonds[0] :].T

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.units import DenseUnit
 
@@ -97,45 +96,26 @@ def _positions(batch: Mapping[str, Any]) -> int:
 
 @contextmanager
 def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Generator[None]:
-    """The model with another matrix (out, in) in the place of a unit's, and its biases shifted; put back afterwards."""
-    undo = put(unit, matrix, shift)
+    """The model with another matrix (out, in) in the place of a unit's, and its biases shifted.
+
+    Afterwards the unit is as it was, in the same memory; if something is wrong with the matrix it never changes.
+    """
+    held = [bias if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules]
+    biases = {bias: bias.data for bias in held if bias is not None}
+    weight = unit.weight.data
+    found = matrix.to(weight)
+    found = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
+    shifted = {bias: data if shift is None else (data + shift).to(data.dtype) for bias, data in biases.items()}
+    # All is computed by now: from here on nothing raises.
+    unit.weight.data = found
+    for bias, data in shifted.items():
+        bias.data = data
     try:
         yield
     finally:
-        undo.back()
-
-
-@dataclass(frozen=True)
-class Undo:
-    """What is needed to put a unit back."""
-
-    unit: DenseUnit
-    weight: torch.Tensor
-    biases: tuple[torch.Tensor | None, ...]
-
-    def back(self) -> None:
-        """The unit as it was, in the same memory."""
-        self.unit.weight.data = self.weight
-        for module, bias in zip(self.unit.modules, self.biases, strict=True):
-            if bias is not None:
-                module.bias.data = bias  # type: ignore[union-attr]
-
-
-def put(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> Undo:
-    """Another matrix in the place of a unit's; what undoes it."""
-    biases = tuple(
-        bias.data if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules
-    )
-    found = matrix.to(unit.weight)
-    found = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
-    shifted = biases if shift is None else [None if bias is None else (bias + shift).to(bias.dtype) for bias in biases]
-    # All is computed by now: from here on nothing raises.
-    undo = Undo(unit, unit.weight.data, biases)
-    unit.weight.data = found
-    for module, bias in zip(unit.modules, shifted, strict=True):
-        if bias is not None:
-            module.bias.data = bias  # type: ignore[union-attr]
-    return undo
+        unit.weight.data = weight
+        for bias, data in biases.items():
+            bias.data = data
 
 
 def is_biased(unit: DenseUnit) -> bool:
@@ -143,6 +123,3 @@ def is_biased(unit: DenseUnit) -> bool:
     return not unit.lends_bias and all(
         isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules
     )
-
-
-Source = Samples | Calibration

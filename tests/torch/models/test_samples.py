@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mpo_tn import MPOError
 from mpo_tn.torch.models.distance import distance
-from mpo_tn.torch.models.samples import Judge, Samples, is_biased, put, replaced
+from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
 from mpo_tn.torch.models.units import find_units
 
 
@@ -82,8 +82,8 @@ def test_nothing_is_put_in_place_if_a_shift_does_not_fit() -> None:
     model = Chain()
     before = Snapshot(model)
     unit = find_units(model, "all-linear")[0][0]
-    with pytest.raises(RuntimeError):
-        put(unit, torch.zeros(24, 24), torch.zeros(7))
+    with pytest.raises(RuntimeError), replaced(unit, torch.zeros(24, 24), torch.zeros(7)):
+        pass
     before.assert_same(model)
 
 
