@@ -42,12 +42,13 @@ def header(repeats: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     measure = "CPU seconds of one thread" if CPU_TIME else f"seconds on the wall of {THREADS} threads"
     return (
-        f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
+        f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
         f"{versions}; {measure}, seed {SEED}, medians of {repeats} rounds in which the libraries take turns\n"
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
