@@ -55,7 +55,13 @@ def processor() -> str:
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and last result of each, after one round that warms up.
+    """Median seconds and last result of each: see :func:`in_turns`."""
+    times, results = in_turns(runs, repeats)
+    return {name: float(np.median(values)) for name, values in times.items()}, results
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds by round and last result of each, after one round that warms up.
 
     In turns, so that whatever else the machine does slows them all alike, and with a pause between: NumPy, SciPy and
     torch bring a pool of threads each, and those of the last turn spin for a while on the cores the next one needs.
@@ -68,7 +74,7 @@ def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[s
             start = clock()
             results[name] = run()
             times[name].append(clock() - start)
-    return {name: float(np.median(values[1:])) for name, values in times.items()}, results
+    return {name: values[1:] for name, values in times.items()}, results
 
 
 def print_row(*cells: object) -> None:
