@@ -42,19 +42,26 @@ def header(repeats: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     measure = "CPU seconds of one thread" if CPU_TIME else f"seconds on the wall of {THREADS} threads"
     return (
-        f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
+        f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
         f"{versions}; {measure}, seed {SEED}, medians of {repeats} rounds in which the libraries take turns\n"
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and last result of each, after one round that warms up.
+    """Median seconds and last result of each: see :func:`in_turns`."""
+    times, results = in_turns(runs, repeats)
+    return {name: float(np.median(values)) for name, values in times.items()}, results
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds by round and last result of each, after one round that warms up.
 
     In turns, so that whatever else the machine does slows them all alike, and with a pause between: NumPy, SciPy and
     torch bring a pool of threads each, and those of the last turn spin for a while on the cores the next one needs.
@@ -67,7 +74,7 @@ def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[s
             start = clock()
             results[name] = run()
             times[name].append(clock() - start)
-    return {name: float(np.median(values[1:])) for name, values in times.items()}, results
+    return {name: values[1:] for name, values in times.items()}, results
 
 
 def print_row(*cells: object) -> None:

@@ -15,15 +15,8 @@ whose auxiliary tensors train, against LoRA on the dense matrix in 2 bits.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,27 +26,25 @@ import common  # threads, before NumPy
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from baselines import Subject, at_size, carried_out, make_missing, planned, stored_bytes, zeroed
+from rows import Job, Made, markdown, read, shown, with_error
 
-from mpo_tn import MPOError, plot
+from mpo_tn import plot
 from mpo_tn.app.demo import ENCODER, demo_model
 from mpo_tn.app.measuring import Bench, Measured, spread
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.plan import Plan
 from mpo_tn.storage.files import write_whole
-from mpo_tn.torch import HealResult, compress, freeze, heal, plan
+from mpo_tn.torch import HealResult, freeze, heal
 from mpo_tn.torch.hf.folder import load_model, load_tokenizer
 from mpo_tn.torch.loops.feeding import Feed
 from mpo_tn.torch.loops.healer import Healer, lent
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import Recipe
-from mpo_tn.torch.models import auto
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import count_trainable
 from mpo_tn.torch.models.units import find_units
 from mpo_tn.tuning import Settings, load_task
-from mpo_tn.tuning.result import plain
 from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 
 SEED = 0
@@ -71,9 +62,6 @@ AUXILIARY_RATES, LORA_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 LORA_RANK = 7
 """290,304 numbers on the encoder; its auxiliary tensors on five sites have 296,064."""
 FLOOR, DENSE = "encoder weights zero", "dense"
-
-Made = tuple[nn.Module, float, dict[str, Any]]
-"""A model, its bits per weight of the matrices that were meant, and what else is to be known."""
 
 
 class Text:
@@ -93,14 +81,15 @@ class Text:
         self.compared = [fresh[k] for k in spread(len(fresh), COMPARED)]
 
 
-class Lab:
+class Lab(Subject):
     """The dense model, the text, and how models are measured."""
 
     def __init__(self, folder: Path) -> None:
         self.text = Text(folder)
         self.source = demo_model()
         self.tokenizer = load_tokenizer(self.source)
-        self.dense = load_model(self.source).eval()
+        text = [dict(batch.inputs) for batch in self.batches(self.text.calibration).in_order()]
+        super().__init__(load_model(self.source).eval(), Samples.of(text))
         self.bench = Bench((), self.text.data, Settings(batch_size=32, max_length=128), 1)
         self.inputs = [batch.inputs for batch in self.batches(self.text.compared).in_order()]
         self.wanted = list(outputs(self.dense, self.inputs))
@@ -109,19 +98,10 @@ class Lab:
         """Sentences in batches of 32."""
         return sentence_batches(texts, self.tokenizer, batch_size=32, max_length=128, seed=seed)
 
-    def new(self) -> Any:
-        """A copy of the dense model."""
-        return copy.deepcopy(self.dense)
-
     @cached_property
     def reference(self) -> Measured:
         """What the dense model scores."""
         return self.bench.measure(self.dense, self.tokenizer, None)
-
-    @cached_property
-    def samples(self) -> Samples:
-        """The text to calibrate on; every fifth batch is held back by whoever decides."""
-        return Samples.of([dict(batch.inputs) for batch in self.batches(self.text.calibration).in_order()])
 
     def measured(self, model: Any) -> dict[str, Any]:
         """D with its error, the score with its errors, size and speed."""
@@ -145,22 +125,6 @@ class Lab:
         }
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of what ``save_pretrained`` writes, shared tensors once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.numel()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row to make. ``key`` tells it from all others of its part."""
-
-    part: str
-    method: str
-    key: Mapping[str, Any]
-    make: Callable[[], Made]
-
-
 def encoder_jobs(lab: Lab) -> Iterator[Job]:
     """Part A: the matrices of the encoder, nothing trained."""
 
@@ -168,10 +132,12 @@ def encoder_jobs(lab: Lab) -> Iterator[Job]:
         return Job("encoder", method, key, make)
 
     def uniform(method: str, config: MPOConfig, budget: float, calibrated: bool = False) -> Job:
-        return job(method, lambda: carried_out(lab, at_size(lab, config, budget), calibrated=calibrated), budget=budget)
+        return job(
+            method, lambda: carried_out(lab, at_size(lab.dense, config, budget), calibrated=calibrated), budget=budget
+        )
 
     yield job(DENSE, lambda: (lab.new(), 32.0, {}))
-    yield job(FLOOR, lambda: zeroed(lab))
+    yield job(FLOOR, lambda: zeroed(lab, ENCODER))
     for budget in BUDGETS:
         yield job("planned", lambda b=budget: planned(lab, ENCODER, bits_per_weight=b), budget=budget)
     for bits, group in ROUNDED:
@@ -226,7 +192,7 @@ def healed_jobs(lab: Lab, minutes: float) -> Iterator[Job]:
         return Job("healed", method, {**key, "minutes": minutes}, make)
 
     def low_rank(budget: float) -> Made:
-        config = at_size(lab, MPOConfig(ENCODER, sites="low-rank"), budget)
+        config = at_size(lab.dense, MPOConfig(ENCODER, sites="low-rank"), budget)
         return carried_out(lab, config, calibrated=True)
 
     for budget in HEALED:
@@ -265,103 +231,6 @@ def _has(package: str) -> bool:
         return bool(version(package))
     except PackageNotFoundError:
         return False
-
-
-def zeroed(lab: Lab) -> Made:
-    """The floor: biases, norms and tables alone."""
-    model = lab.new()
-    units = find_units(model, ENCODER)[0]
-    with torch.no_grad():
-        for unit in units:
-            unit.weight.zero_()
-    left = stored_bytes(model) - sum(4 * unit.weight.numel() for unit in units)
-    return model, 0.0, {"megabytes": left / 1e6}
-
-
-def at_size(lab: Lab, config: MPOConfig, budget: float) -> MPOConfig:
-    """The least kept ratio of at least so many bits per weight.
-
-    Raises:
-        MPOError: even full bonds take fewer.
-    """
-    low, high = 0.0, 1.25
-    most = plan(lab.dense, replace(config, keep=high)).bits_per_weight
-    if most < budget:
-        raise MPOError(f"it takes {most:.2f} bits per weight at the most")
-    while high - low > 2e-4:
-        middle = (low + high) / 2
-        try:
-            fits = plan(lab.dense, replace(config, keep=middle)).bits_per_weight >= budget
-        except MPOError:  # not even bonds of one
-            fits = False
-        low, high = (low, middle) if fits else (middle, high)
-    return replace(config, keep=high)
-
-
-class Remembered:
-    """A part of the planner that says the same for every budget: it is asked once, and its seconds count for each."""
-
-    def __init__(self, name: str, key: Callable[..., Any]) -> None:
-        self.ask, self.key = getattr(auto, name), key
-        self.held: dict[Any, tuple[Any, float]] = {}
-        self.saved = 0.0
-        setattr(auto, name, self)
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        """What it says."""
-        key = self.key(*given, **named)
-        if key in self.held:
-            found, seconds = self.held[key]
-            self.saved += seconds
-            return found
-        began = common.clock()
-        found = self.ask(*given, **named)
-        self.held[key] = found, common.clock() - began
-        return found
-
-
-REMEMBERED = (
-    Remembered("calibrate", lambda _model, _batches, *, target_modules, **_: str(target_modules)),
-    Remembered("tradeoffs", lambda units, choices, *_: (tuple(u.name for u in units), tuple(map(len, choices)))),
-)
-
-
-def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False) -> Made:
-    """A uniform baseline, in the metric of the text if it is calibrated."""
-    model = lab.new()
-    if not calibrated:
-        return model, compress(model, config).bits_per_weight, {}
-    names = [unit.name for unit in find_units(lab.dense, config.target_modules)[0]]
-    moments = auto.calibrate(lab.dense, lab.samples.batches, target_modules=names, gradients=True)
-    known = auto.Trial(lab.samples, moments, {})
-    decided = replace(plan(lab.dense, config, calibration=moments), calibration=known)
-    return model, compress(model, decided).bits_per_weight, {}
-
-
-def planned(lab: Lab, target: str, **budget: Any) -> Made:
-    """What the planner chooses; matrices that it leaves dense count in the bits per weight."""
-    model = lab.new()
-    decided = plan(model, MPOConfig(target, **budget), calibration=lab.samples)
-    compress(model, decided)
-    return model, _bits_of(lab, decided, target), {"plan": _chosen(decided)}
-
-
-def _bits_of(lab: Lab, decided: Plan, target: str) -> float:
-    units = find_units(lab.dense, target)[0]
-    sizes = {unit.name: unit.bytes for unit in decided.units}
-    numbers = sum(unit.matrix().numel() for unit in units)
-    return 8 * sum(sizes.get(unit.name, 4 * unit.matrix().numel()) for unit in units) / numbers
-
-
-def _chosen(decided: Plan) -> dict[str, Any]:
-    """What the plan holds, and what it was compared with."""
-    kinds: dict[str, int] = {}
-    for unit in decided.units:
-        spec = unit.spec
-        width = "float" if not spec.bits else "/".join(str(b or "float") for b in spec.core_bits) + " bits"
-        kind = f"{('dense', 'low rank')[len(spec.sites) - 1] if len(spec.sites) < 3 else 'chain'} in {width}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return {"kinds": kinds, "considered": [other.to_dict() for other in decided.considered]}
 
 
 def by_torchao(lab: Lab, bits: int) -> Made:
@@ -476,66 +345,16 @@ def run(
         "healed": lambda: healed_jobs(lab, minutes),
         "repair": lambda: repair_jobs(lab, steps, results),
     }
-    where = surroundings()
+
+    def asked_for(job: Job) -> bool:
+        return (not only or job.method in only) and (not budgets or job.key.get("budget") in (None, *budgets))
+
     for part in parts:
-        for job in jobs[part]():
-            if (only and job.method not in only) or (budgets and job.key.get("budget") not in (None, *budgets)):
-                continue
-            if any(_is(row, job) for row in read(results, part)) and job.method not in again:
-                continue
-            for part_of_planner in REMEMBERED:
-                part_of_planner.saved = 0.0
-            lab.samples.remembered.clear()  # what is remembered here has its seconds counted
-            began = common.clock()
-            try:
-                model, bits, more = job.make()
-            except MPOError as error:
-                print(f"{part}: {job.method} {dict(job.key)}: {error}", flush=True)
-                continue
-            seconds = common.clock() - began + sum(part_of_planner.saved for part_of_planner in REMEMBERED)
-            row = {
-                "part": part, "method": job.method, **job.key, "bits_per_weight": bits, "seconds": seconds,
-                **lab.measured(model), **more, "load": os.getloadavg()[0], **where,
-            }  # fmt: skip
-            write(results, row, job)
-            print(f"{part}: {job.method} {dict(job.key)}: {bits:.2f} bpw, D {row['distance']:.4f}, "
-                  f"STS-B {row['spearman']:.4f}, {seconds:.0f} s", flush=True)  # fmt: skip
-
-
-def surroundings() -> dict[str, Any]:
-    """Versions, machine and what the text was."""
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    packages = ("mpo-tn", "numpy", "torch", "transformers", "peft")
-    return {
-        "text": {"calibration": CALIBRATION, "held_out": HELD_OUT, "compared": COMPARED, "seed": SEED},
-        "commit": commit.stdout.strip(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": common._processor(),
-        "threads": torch.get_num_threads(),
-        "clock": "CPU seconds" if common.CPU_TIME else "seconds on the wall",
-    }
-
-
-def read(results: Path, part: str) -> list[dict[str, Any]]:
-    """The rows of a part that are there."""
-    files = sorted(results.glob(f"{part}-*.json"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line]
-
-
-def write(results: Path, row: Mapping[str, Any], job: Job) -> None:
-    """Add a row, in the place of an earlier one of the same job. A file a method: runs side by side do not meet."""
-    rows = [other for other in read(results, job.part) if other["method"] == job.method and not _is(other, job)]
-    lines = [json.dumps(plain(other)) for other in (*rows, row)]
-    results.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", job.method.lower())
-    write_whole(results / f"{job.part}-{name}.json", ("\n".join(lines) + "\n").encode())
-
-
-def _is(row: Mapping[str, Any], job: Job) -> bool:
-    return row["method"] == job.method and all(row.get(name) == value for name, value in job.key.items())
+        make_missing(
+            filter(asked_for, jobs[part]()), results, lab, lab.measured,
+            lambda row: f"D {row['distance']:.4f}, STS-B {row['spearman']:.4f}", again=again,
+            text={"calibration": CALIBRATION, "held_out": HELD_OUT, "compared": COMPARED, "seed": SEED},
+        )  # fmt: skip
 
 
 def tables(results: Path) -> str:
@@ -572,7 +391,7 @@ def _by_budget(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [
         [name, *(_least(rows, methods, reached[budget]) for budget in budgets)] for name, methods in FAMILIES.items()
     ]
-    return _markdown(["D at bits per weight", *(f"{budget:g}" for budget in budgets)], cells)
+    return markdown(["D at bits per weight", *(f"{budget:g}" for budget in budgets)], cells)
 
 
 def _least(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], planned_row: Mapping[str, Any]) -> str:
@@ -589,7 +408,7 @@ def _least(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], planned_ro
     near = [row for row in found if row["bits_per_weight"] <= asked * 1.05]
     best = min(near, key=lambda row: row["distance"]) if near else min(found, key=lambda row: row["bits_per_weight"])
     bits = best["bits_per_weight"]
-    return f"{_plain(best['distance'])} ({best['spearman']:.3f})" + ("" if near else f" at {bits:.2f}")
+    return f"{shown(best['distance'])} ({best['spearman']:.3f})" + ("" if near else f" at {bits:.2f}")
 
 
 def _every_row(
@@ -603,12 +422,12 @@ def _every_row(
     cells = [
         [_name(row), *(f"{row[key]:g}" if key in row else "" for key in keys), _bits(row),
          f"{row['megabytes']:.1f}" if row["megabytes"] else "",
-         _with_error(row["distance"], row["distance_error"]), f"{row['spearman']:.4f} ± {row['spearman_error']:.4f}",
+         with_error(row["distance"], row["distance_error"]), f"{row['spearman']:.4f} ± {row['spearman_error']:.4f}",
          f"{row['change']:+.4f} ± {row['change_error']:.4f}", f"{row['seconds']:.0f}",
          f"{row['seconds_per_1000']:.1f}"]
         for row in ordered
     ]  # fmt: skip
-    return _markdown(head, cells)
+    return markdown(head, cells)
 
 
 def _sorted(row: Mapping[str, Any], name: str) -> float:
@@ -631,23 +450,11 @@ def _healed_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         [_name(row), _bits(row), f"{row['healing']['lr']:g}, {row['healing']['tensor_lr']:g}",
          str(row.get("seed", SEED)),
          f"{row['healing']['trainable']:,}", str(row["healing"]["steps"]), f"{row['healing']['seconds'] / 60:.1f}",
-         _plain(row["distance_before"]), _with_error(row["distance"], row["distance_error"]),
+         shown(row["distance_before"]), with_error(row["distance"], row["distance_error"]),
          f"{row['spearman']:.4f} ± {row['spearman_error']:.4f}"]
         for row in rows
     ]  # fmt: skip
-    return _markdown(head, cells)
-
-
-def _plain(value: float) -> str:
-    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{_plain(value)} ± {_plain(error)}"
-
-
-def _markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
+    return markdown(head, cells)
 
 
 DRAWN = {
