@@ -91,14 +91,12 @@ def _best_values(values: Array, steps: Array, pull: Array, inside: Array, diagon
 
 
 def _best_scale(values: Array, steps: Array, pull: Array, inside: Array) -> Array:
-    """The scales of a group that are best for its integers, where float16 has better ones; never zero."""
+    """The scales of a group that are best for its integers, of those in float16; never zero."""
     xp = namespace(values)
-    # With the scale s + h the error changes by h (h curve - 2 slope).
+    # With the scale s + h the error changes by h (h curve - 2 slope): the nearest to the vertex is the best.
     slope = widen(xp.sum(values * pull, axis=0))
     curve = widen(xp.sum(values * (inside @ values), axis=0))
     moves = curve > 0
     best = steps + xp.where(moves, slope, 0 * slope) / xp.where(moves, curve, 1 + 0 * curve)
     best = widen(half(xp.clip(best, -LARGEST_SCALE, LARGEST_SCALE)))
-    change = best - steps
-    better = moves & (best != 0) & (change * (change * curve - 2 * slope) < 0)
-    return xp.where(better, best, steps)
+    return xp.where(moves & (best != 0), best, steps)

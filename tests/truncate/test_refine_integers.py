@@ -11,9 +11,11 @@ from helpers.moments import correlated, moment
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mpo_tn.truncate.refine_integers as module
 from mpo_tn import quantize
 from mpo_tn.truncate.quantize import BITS
 from mpo_tn.truncate.refine_integers import refine_integers
+from mpo_tn.truncate.scales import LARGEST_SCALE
 
 SEEDS = st.integers(0, 2**32 - 1)
 BIT = st.sampled_from(BITS)
@@ -158,3 +160,22 @@ def test_nothing_to_do():
     zeros = refine_integers(0 * w, 0 * values, scales, metric, 3, GROUP, 2)
     assert not zeros[0].any()
     np.testing.assert_array_equal(zeros[1], scales)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_scales_stay_within_float16(bits):
+    """The best one may be zero, where a matrix has nothing along its integers, or beyond what there is."""
+    values, ones = np.array([[1.0, 1.0]]), np.ones((1, 1))
+    metric = np.array([[1.0, 0.999], [0.999, 1.0]])
+    _, steps = refine_integers(np.array([[0.9, -0.9]]), values, ones, metric, bits, GROUP, 1)
+    assert steps[0, 0] != 0
+    found, steps = refine_integers(np.full((1, 2), 3e6), values, LARGEST_SCALE * ones, metric, bits, GROUP, 2)
+    assert steps[0, 0] == LARGEST_SCALE
+    assert (found == 2 ** (bits - 1) - 1).all()
+
+
+def test_no_scale_becomes_zero():
+    values, steps = np.ones((2, 1), dtype=np.float32), np.array([0.5])
+    pull = -0.5 * values  # all of what is there should go
+    np.testing.assert_array_equal(module._best_scale(values, steps, pull, np.eye(2, dtype=np.float32)), steps)
+    np.testing.assert_array_equal(module._best_scale(values, steps, pull / 2, np.eye(2, dtype=np.float32)), steps / 2)
