@@ -28,6 +28,7 @@ from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common  # threads, before NumPy
 import numpy as np
@@ -35,7 +36,7 @@ import torch
 import transformers
 from torch import nn
 
-from mpo_tn import MPOError, plot
+from mpo_tn import MPOError, plot, quantize
 from mpo_tn.app.demo import ENCODER, demo_model
 from mpo_tn.app.measuring import Bench, Measured, spread
 from mpo_tn.planning.config import MPOConfig
@@ -47,11 +48,12 @@ from mpo_tn.torch.loops.feeding import Feed
 from mpo_tn.torch.loops.healer import Healer, lent
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import Recipe
-from mpo_tn.torch.models import auto
+from mpo_tn.torch.models import auto, fitting
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import count_trainable
 from mpo_tn.torch.models.units import find_units
+from mpo_tn.truncate.quantize import SWEEPS
 from mpo_tn.tuning import Settings, load_task
 from mpo_tn.tuning.result import plain
 from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
@@ -326,8 +328,8 @@ REMEMBERED = (
 )
 
 
-def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False) -> Made:
-    """A uniform baseline, in the metric of the text if it is calibrated."""
+def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False, sweeps: int = 0) -> Made:
+    """A uniform baseline, in the metric of the text if it is calibrated; what others call GPTQ has no sweeps after it."""
     model = lab.new()
     if not calibrated:
         return model, compress(model, config).bits_per_weight, {}
@@ -335,7 +337,9 @@ def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False) -> Mad
     moments = auto.calibrate(lab.dense, lab.samples.batches, target_modules=names, gradients=True)
     known = auto.Trial(lab.samples, moments, {})
     decided = replace(plan(lab.dense, config, calibration=moments), calibration=known)
-    return model, compress(model, decided).bits_per_weight, {}
+    # Of dense matrices only: there is no low rank in bits but this library's own.
+    with mock.patch.object(fitting, "quantize", partial(quantize, sweeps=sweeps)):
+        return model, compress(model, decided).bits_per_weight, {}
 
 
 def planned(lab: Lab, target: str, **budget: Any) -> Made:
@@ -418,7 +422,7 @@ def repaired_lora(lab: Lab, rate: float, seed: int, steps: int) -> Made:
     """The dense matrices frozen in 2 bits by the same error feedback, with LoRA beside them; only that trains."""
     from peft import LoraConfig, get_peft_model
 
-    compressed, bits, more = carried_out(lab, MPOConfig(ENCODER, sites=1, bits=2), calibrated=True)
+    compressed, bits, more = carried_out(lab, MPOConfig(ENCODER, sites=1, bits=2), calibrated=True, sweeps=SWEEPS)
     base = lab.new()
     with torch.no_grad():  # PEFT does not know the modules that hold bits: their values go into linear layers
         for unit in find_units(base, ENCODER)[0]:
