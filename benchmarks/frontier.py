@@ -329,7 +329,7 @@ REMEMBERED = (
 
 
 def carried_out(lab: Lab, config: MPOConfig, *, calibrated: bool = False, sweeps: int = 0) -> Made:
-    """A uniform baseline, in the metric of the text if it is calibrated; what others call GPTQ has no sweeps after it."""
+    """A uniform baseline, in the metric of the text if it is calibrated; GPTQ has no sweeps afterwards."""
     model = lab.new()
     if not calibrated:
         return model, compress(model, config).bits_per_weight, {}

@@ -40,7 +40,7 @@ def refine_integers(
 
     >>> import numpy as np
     >>> w, s = np.array([[0.9, 0.9]]), np.ones((1, 1))
-    >>> metric = np.array([[1.0, 0.9], [0.9, 1.0]])
+    >>> metric = np.array([[1.0, 0.5], [0.5, 1.0]])
     >>> refine_integers(w, np.array([[1.0, 0.0]]), s, metric, 3, 8, 1)
     (array([[1., 1.]]), array([[0.89990234]]))
     """
