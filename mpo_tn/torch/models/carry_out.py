@@ -23,6 +23,9 @@ from mpo_tn.torch.models.units import DenseUnit
 ANCHOR = 0.5
 """Halfway between what fits the matrix and what fits the outputs of the dense model: all the way overfits the text."""
 
+_ROUNDS = 3
+"""Of rounding and refitting, where it is done once and for all."""
+
 Pairs = Sequence[tuple[UnitPlan, DenseUnit]]
 
 
@@ -93,7 +96,9 @@ def _block_by_block(
         else:
             known = replace(known, outer=None if dense is None else dense.outer)
             with torch.no_grad():
-                fits[name] = fit_matrix(unit.matrix(), plan.spec, known, anchor=ANCHOR, biased=is_biased(unit))
+                fits[name] = fit_matrix(
+                    unit.matrix(), plan.spec, known, anchor=ANCHOR, biased=is_biased(unit), rounds=_ROUNDS
+                )
         return replaced(unit, fits[name].rebuilt(), fits[name].shift)
 
     with ExitStack() as stack:
