@@ -276,14 +276,16 @@ class Routed(nn.Module):
         return input
 
 
-def test_experts_that_are_sent_other_tokens_than_in_the_dense_model_are_fitted_all_the_same() -> None:
+def test_experts_that_are_sent_other_tokens_than_in_the_dense_model_are_fitted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(3)
     model, text = Routed(), [{"input": torch.randn(2, 40, 12)} for _ in range(5)]
-    dense, alone = copy.deepcopy(model), copy.deepcopy(model)
-    report = compress(model, MPOConfig(sites=1, bits=2, group=8), calibration=text, anchored=True)
-    compress(alone, MPOConfig(sites=1, bits=2, group=8), calibration=text, anchored=False)
-    held_back = Samples.of(text).held_back
-    assert len(report.layers) == 9
-    assert float(distance(model, dense, held_back)) <= float(distance(alone, dense, held_back)) * (1 + 1e-6)
-    # The layer before them sees what it got in the dense model.
-    assert any("anchored" in layer.metric for layer in report.layers if layer.names[0].endswith("mix"))
+    scores = iter([1.0, 0.0])  # the fits after what came before are kept
+    monkeypatch.setattr(carry_out.Judge, "__call__", lambda _: next(scores))
+    report = compress(model, MPOConfig(sites=1, bits=2, group=8), calibration=text)
+    metrics = {layer.names[0]: layer.metric for layer in report.layers}
+    assert len(metrics) == 9
+    # The layers before them get what they got in the dense model, token by token.
+    assert [("anchored" in metrics[f"blocks.{k}.mix"]) for k in range(3)] == [False, True, True]
+    assert all(metric.startswith("activation") for metric in metrics.values())
