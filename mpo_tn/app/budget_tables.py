@@ -194,9 +194,12 @@ def _widths(decided: Plan) -> str:
 def _families(decided: Plan) -> str:
     """How much of what is planned is held how."""
     whole = _weights(decided)
-    low = sum(unit.dense_parameters for unit in decided.units if unit.spec.bonds)
-    one = decided.matrix_before - low
-    shares = [("in integers", one), ("in low-rank pairs", low), ("left dense", whole - one - low)]
+    chained = [unit for unit in decided.units if unit.spec.bonds]
+    low = sum(unit.dense_parameters for unit in chained if unit.spec.sites.is_low_rank)
+    chains = sum(unit.dense_parameters for unit in chained) - low
+    one = decided.matrix_before - low - chains
+    left = whole - decided.matrix_before
+    shares = [("in integers", one), ("in low-rank pairs", low), ("in chains", chains), ("left dense", left)]
     said = [f"{100 * part / whole:.3g} % {what}" for what, part in shares if part / whole >= _LEAST_SHARE]
     return f"of the weights {', '.join(said)}"
 
