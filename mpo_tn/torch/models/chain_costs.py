@@ -54,7 +54,7 @@ class ChainCost:
             return self.missed[0]
         low, high = (math.log(max(missed, _TINY)) for missed in (self.missed[0], self.missed[-1]))
         power = min((high - low) / math.log(last / first), 0.0)
-        return min(math.exp(low + power * math.log(numbers / first)), 1.0)
+        return math.exp(min(low + power * math.log(numbers / first), 0.0))
 
 
 @dataclass
