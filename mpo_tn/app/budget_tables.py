@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpo_tn.app.cells import module_name, numbers
 from mpo_tn.app.plan_tables import print_left
 from mpo_tn.app.terminal import is_wide, new_table, out
+from mpo_tn.planning.options import BITS, LOW_RANK
 from mpo_tn.planning.plan import without_numbers
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
@@ -169,14 +170,17 @@ def verdict(decided: Plan) -> str:
         size = f"{(other.bytes + _bytes_beside(decided)) / 1e6:.2f} MB"
         said.append(f"{what} ({size}): {_distance(value(other))}{_more(value(other), value(chosen))}.")
 
+    config = decided.config
     if integers is None:
-        said.append("No uniform integers fit the size.")
+        if BITS in config.families and (config.size is not None or config.bits_per_weight is not None):
+            said.append("No uniform integers fit the size.")
     else:
         beside(f"The best uniform integers, {integers.name.removeprefix(_INTEGERS)}", integers)
     if not alone:
         beside("Integers alone, bits chosen by matrix", free)
     if low_rank is None:
-        said.append("No uniform low rank fits the size.")
+        if LOW_RANK in config.families:
+            said.append("No uniform low rank fits the size.")
     else:
         bits = low_rank.name.removeprefix("low rank").strip() or "without bits"
         beside(f"The best uniform low rank, {bits}", low_rank)
@@ -194,9 +198,12 @@ def _widths(decided: Plan) -> str:
 def _families(decided: Plan) -> str:
     """How much of what is planned is held how."""
     whole = _weights(decided)
-    low = sum(unit.dense_parameters for unit in decided.units if unit.spec.bonds)
-    one = decided.matrix_before - low
-    shares = [("in integers", one), ("in low-rank pairs", low), ("left dense", whole - one - low)]
+    chained = [unit for unit in decided.units if unit.spec.bonds]
+    low = sum(unit.dense_parameters for unit in chained if unit.spec.sites.is_low_rank)
+    chains = sum(unit.dense_parameters for unit in chained) - low
+    one = decided.matrix_before - low - chains
+    left = whole - decided.matrix_before
+    shares = [("in integers", one), ("in low-rank pairs", low), ("in chains", chains), ("left dense", left)]
     said = [f"{100 * part / whole:.3g} % {what}" for what, part in shares if part / whole >= _LEAST_SHARE]
     return f"of the weights {', '.join(said)}"
 

@@ -10,6 +10,7 @@ import typer
 from mpo_tn.app.sampling import TEXTS, TOKENS, Sampling
 from mpo_tn.app.terminal import Json, Overwrite, bits_of, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.options import FAMILIES, USUAL_FAMILIES
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import doing
 
@@ -30,7 +31,17 @@ Size = Annotated[
 BitsPerWeight = Annotated[
     float | None, typer.Option(help="The same for the matrices alone: all their bits over their dense weights.")
 ]
-MaxFlops = Annotated[float | None, typer.Option(help="With a budget: flops through the matrices, of the dense ones.")]
+MaxFlops = Annotated[
+    float | None,
+    typer.Option(help="Flops through the matrices, of the dense ones: besides a budget, or as the only one."),
+]
+Family = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"With a budget, what matrices may become: {', '.join(FAMILIES)}; several allowed. Default: "
+        f"{', '.join(USUAL_FAMILIES)}; with the others planning takes several times as long."
+    ),
+]
 Texts = Annotated[
     Path | None,
     typer.Option(
@@ -51,7 +62,12 @@ Sample = Annotated[
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens at which a text is cut; of a language model, a block's.")]
 Seed = Annotated[int, typer.Option(help="Of which texts are taken, and in which order.")]
-Keep = Annotated[float | None, typer.Option(help="Parameters to keep of each matrix, for instance 0.6.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="Parameters to keep of each matrix, for instance 0.6; with --texts and without --sites, of all together."
+    ),
+]
 Bond = Annotated[int | None, typer.Option(help="Largest bond.")]
 Tolerance = Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")]
 Bits = Annotated[int | None, typer.Option(help="Hold cores as integers of 2 to 8 bits, or 16 for float16.")]
@@ -88,6 +104,7 @@ def plan(
     bits: Bits = None,
     central_bits: CentralBits = None,
     group: Group = _GROUP,
+    family: Family = None,
     target: Targets = None,
     exclude: Exclude = None,
     as_json: Json = False,
@@ -106,12 +123,13 @@ def plan(
         sampling = Sampling(texts, text, calibration, sample, max_length, seed)
         config = _config(
             keep, bond, tolerance, sites, target, exclude, bits_of(bits, central_bits), group, size, bits_per_weight,
-            max_flops,
+            max_flops, family,
         )  # fmt: skip
         _check(config, sampling)
         progress(0, 1, "reading the model")
         # Only a tolerance and a budget depend on the numbers.
-        network = load_model(model) if tolerance is not None or config.has_budget else empty_model(model)
+        by_numbers = tolerance is not None or config.has_budget or (config.shares_keep and sampling.is_given)
+        network = load_model(model) if by_numbers else empty_model(model)
         known = sampling.of(network, model)
         progress(0, 1, "planning")
         decided = plan_model(network, config, spectra=True, calibration=known, progress=progress)
@@ -120,7 +138,7 @@ def plan(
     if as_json:
         print_json(decided.to_dict())
         return
-    if config.has_budget:
+    if decided.considered:
         print_budget_plan(decided)
         print_comparison(decided)
         print_notes(_notes(decided))
@@ -153,6 +171,7 @@ def compress(
     bits: Bits = None,
     central_bits: CentralBits = None,
     group: Group = _GROUP,
+    family: Family = None,
     target: Targets = None,
     exclude: Exclude = None,
     plan_file: Annotated[
@@ -185,7 +204,7 @@ def compress(
         sampling = Sampling(texts, text, calibration, sample, max_length, seed)
         config = _config(
             keep, bond, tolerance, sites, target, exclude, bits_of(bits, central_bits), group, size, bits_per_weight,
-            max_flops,
+            max_flops, family,
         )  # fmt: skip
         decided = None
         if plan_file is not None:
@@ -211,7 +230,7 @@ def compress(
         progress(0, 1, "writing the model")
         save_model(network, model, folder, overwrite=overwrite)
         progress(1, 1, "writing the model")
-    by_budget = decided.config.has_budget
+    by_budget = bool(decided.considered)
     if as_json:
         chosen: dict[str, Any] = {"plan": decided.to_dict()} if by_budget else {}
         print_json({"out": str(folder), **report.to_dict(), **chosen})
@@ -230,17 +249,18 @@ def _config(
     keep: float | None = None, bond: int | None = None, tolerance: float | None = None, sites: str = _SITES,
     target: list[str] | None = None, exclude: list[str] | None = None,
     bits: int | dict[str, int | None] | None = None, group: int = _GROUP, size: str | None = None,
-    bits_per_weight: float | None = None, max_flops: float | None = None,
+    bits_per_weight: float | None = None, max_flops: float | None = None, family: list[str] | None = None,
 ) -> MPOConfig:  # fmt: skip
     from mpo_tn.torch import MPOConfig
 
-    by_budget = size is not None or bits_per_weight is not None
-    if by_budget and sites != _SITES:
+    by_budget = size is not None or bits_per_weight is not None or (max_flops is not None and keep is None)
+    if (by_budget or max_flops is not None) and sites != _SITES:
         raise MPOError(f"--sites {sites} with a budget, for which structures are chosen: leave one of them out")
     return MPOConfig(
         target_modules=targets_of(target, ALL_MATRICES if by_budget else ALL_LINEAR),
         exclude_modules=tuple(exclude or ()), sites=sites_of(sites), keep=keep, bond=bond, tolerance=tolerance,
         bits=bits, group=group, size=size, bits_per_weight=bits_per_weight, max_flops=max_flops,
+        families=tuple(family or USUAL_FAMILIES),
     )  # fmt: skip
 
 

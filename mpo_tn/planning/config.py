@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, is_real, whole_number
+from mpo_tn.planning.options import DENSE, FAMILIES, USUAL_FAMILIES
 from mpo_tn.planning.patterns import matches
 from mpo_tn.planning.sizes import size_of
 from mpo_tn.planning.spec import ModuleSpec, check_core_bits, sites_from_json, sites_to_json
@@ -17,6 +18,7 @@ from mpo_tn.truncation import Truncation
 
 _SIZES = ("keep", "bond", "tolerance")
 _BUDGETS = ("size", "bits_per_weight")
+_SITES = 5
 _BOUNDS = ("min_bits_per_weight", "max_bits_per_weight")
 _OVERRIDABLE = ("sites", *_SIZES, "bits", "group", *_BOUNDS)
 _FRACTIONS = ("bits_per_weight", "max_flops", *_BOUNDS)
@@ -36,7 +38,8 @@ class MPOConfig:
         sites: the number of sites, ``"low-rank"`` for the two-site chain that is a plain low-rank factorisation, or
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.
         keep: parameters of the cores as a fraction of the dense weight, bias apart; the largest single cap on the bonds
-            that fits is used.
+            that fits is used. Where text is given and no structure (``sites``, ``bits``, ``overrides``) is, it is a
+            budget: the numbers that all matrices together may keep, see :attr:`shares_keep`.
         bond: a cap on every bond, or one for each.
         tolerance: the relative Frobenius error allowed per matrix.
         bits: how the numbers of the cores are held: integers of 2 to 8 bits with scales, or 16 for float16; None for
@@ -46,19 +49,26 @@ class MPOConfig:
         size: a budget, in bytes or as text such as ``"25MB"``, for the parameters of the whole model. Structure and
             bits are then chosen for each matrix (``sites`` is not looked at); that takes a calibration.
         bits_per_weight: the same for the matrices that ``target_modules`` means, all bits over their dense weights.
-        max_flops: with a budget, flops of the forward pass through the matrices as a fraction of the dense ones.
+        max_flops: flops of the forward pass through the matrices as a fraction of the dense ones, besides a budget or
+            as the only one; structures are then chosen, and numbers stay in their dtype.
         min_bits_per_weight: with a budget, the least that a matrix may be given, and
         max_bits_per_weight: the most; for single matrices in ``overrides``.
+        families: for a budget, what matrices may become: ``"dense"`` (as they are), ``"bits"`` (integers),
+            ``"low-rank"``, ``"k-legs"`` (two sites with legs (out / k, k), (k, in / k) for k = 2, 4, 8) and
+            ``"chains"`` (three to five sites). What the last two lose takes fits to find out, and planning with them
+            takes several times as long.
         overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``, ``bits``, ``group``, and
             the bounds of bits per weight; the first match wins. A replaced size drops the general one; ``{"keep":
             None}`` makes the match exact.
 
-    At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none means exact. ``keep=1.0``
+    At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none, and no ``max_flops``,
+    means exact. ``keep=1.0``
     is not exact: full bonds hold a few per cent more numbers than the matrix.
 
     Raises:
         MPOError: two sizes at once, a size or bits out of range, an unknown override; bits, or a size in an override,
-            with a budget; limits of flops or bits per weight without one.
+            with a budget; limits of bits per weight without one, of flops with ``bond`` or ``tolerance``; a family that
+            is none.
 
     >>> MPOConfig(keep=0.6, overrides={"re:.*pooler.*": {"bond": 8}}).for_module("pooler.dense").bond
     8
@@ -66,7 +76,7 @@ class MPOConfig:
 
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
-    sites: int | str | Sites = 5
+    sites: int | str | Sites = _SITES
     keep: float | None = None
     bond: int | tuple[int, ...] | None = None
     tolerance: float | None = None
@@ -77,6 +87,7 @@ class MPOConfig:
     max_flops: float | None = None
     min_bits_per_weight: float | None = None
     max_bits_per_weight: float | None = None
+    families: Sequence[str] = USUAL_FAMILIES
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
@@ -100,6 +111,7 @@ class MPOConfig:
             "bits": _plain_bits(self.bits, self.group),
             "group": check_core_bits(16, self.group)[1],
             "size": None if self.size is None else size_of(self.size),
+            "families": tuple(self.families),
             **{name: None if (value := getattr(self, name)) is None else float(value) for name in _FRACTIONS},
         }
         for name, value in plain.items():
@@ -130,16 +142,40 @@ class MPOConfig:
             raise MPOError(f"min_bits_per_weight={low} is above max_bits_per_weight={high}: nothing is between")
         if self.has_budget and self.bits is not None:
             raise MPOError(f"bits={self.bits!r} with a budget, for which bits are chosen: leave one of them out")
-        for name in ("max_flops", *_BOUNDS):
-            if getattr(self, name) is not None and not self.has_budget:
+        for name in _BOUNDS:
+            if getattr(self, name) is not None and not (self.size or self.bits_per_weight):
                 raise MPOError(
                     f"{name}={getattr(self, name)!r} goes with a budget: give size or bits_per_weight as well"
                 )
+        if self.max_flops is not None and (self.bond is not None or self.tolerance is not None):
+            raise MPOError(
+                f"max_flops={self.max_flops!r} chooses structures, and bond or tolerance cuts given ones: leave one out"
+            )
+        if self.max_flops is not None and self.keep is not None and not self.shares_keep:
+            raise MPOError(
+                f"max_flops={self.max_flops!r} with keep chooses structures: leave out sites, bits and their overrides"
+            )
+        if unknown := [name for name in self.families if name not in FAMILIES]:
+            raise MPOError(f"families={self.families!r} names {unknown[0]!r}: they are {', '.join(FAMILIES)}")
+        if not set(self.families) - {DENSE}:
+            raise MPOError(f"families={self.families!r} leaves nothing to choose: name one besides {DENSE}")
 
     @property
     def has_budget(self) -> bool:
-        """Whether structure and bits of each matrix are to be chosen for a budget of bytes."""
-        return any(getattr(self, name) is not None for name in _BUDGETS)
+        """Whether structure and bits of each matrix are to be chosen, for a budget of bytes or of flops."""
+        return any(getattr(self, name) is not None for name in (*_BUDGETS, "max_flops"))
+
+    @property
+    def shares_keep(self) -> bool:
+        """Whether ``keep`` leaves structures open: with text it is then shared out among the matrices.
+
+        Without, and where ``sites``, ``bits`` or ``overrides`` say what they become, each of them keeps as much.
+
+        >>> MPOConfig(keep=0.4).shares_keep, MPOConfig(keep=0.4, sites=3).shares_keep
+        (True, False)
+        """
+        given = {name for override in self.overrides.values() for name in override} & {"sites", "bits", *_SIZES}
+        return self.keep is not None and self.sites == _SITES and self.bits is None and not given
 
     def for_module(self, name: str) -> MPOConfig:
         """The configuration of one module, with the first matching override applied."""
@@ -170,6 +206,7 @@ class MPOConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["sites"] = sites_to_json(self.sites)
         values["bond"] = _to_json(self.bond)
+        values["families"] = list(self.families)
         for name in ("target_modules", "exclude_modules"):
             values[name] = values[name] if isinstance(values[name], str) else list(values[name])
         values["overrides"] = {
@@ -192,7 +229,7 @@ class MPOConfig:
         for name in ("target_modules", "exclude_modules"):
             if name in plain and not isinstance(plain[name], str):
                 plain[name] = tuple(plain[name])
-        plain["sites"] = sites_from_json(plain.get("sites", 5))
+        plain["sites"] = sites_from_json(plain.get("sites", _SITES))
         plain["overrides"] = {
             pattern: {key: sites_from_json(value) if key == "sites" else value for key, value in override.items()}
             for pattern, override in plain.get("overrides", {}).items()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.budget import Point, spend
-from mpo_tn.planning.options import BITS, DENSE, FACTOR_WIDTHS, LOW_RANK, WIDTHS, Option
+from mpo_tn.planning.options import BITS, CHAINS, DENSE, FACTOR_WIDTHS, K_LEGS, LOW_RANK, WIDTHS, Option
+
+USUAL = "joint of integers and low rank"
+"""The baseline of plans with chains: what would be chosen without them."""
+
+_BY_MATRIX = {
+    BITS: "integers, bits chosen by matrix",
+    LOW_RANK: "low rank, rank and bits by matrix",
+    K_LEGS: "k-legs, bond and bits by matrix",
+    CHAINS: "chains, bonds and bits by matrix",
+}
 
 _PRICES = 40
 """So many prices of a flop are tried."""
@@ -15,7 +25,7 @@ _PRICES = 40
 
 @dataclass(frozen=True)
 class Priced:
-    """One option of one matrix: bytes, flops of a token, and the expected cost."""
+    """One option of one matrix: what it takes of the budget, flops of a token, and the expected cost."""
 
     option: Option
     size: int
@@ -27,7 +37,8 @@ class Priced:
 class Candidate:
     """A plan to compare: of each matrix one option, by its place in the list.
 
-    ``baseline`` is the family of a uniform plan, also where another plan comes to the same; ``""`` for others.
+    ``baseline`` is the family of a uniform plan, also where another plan comes to the same, or :data:`USUAL`; ``""``
+    for others.
     """
 
     name: str
@@ -38,11 +49,11 @@ class Candidate:
 
 
 def candidates(priced: Sequence[Sequence[Priced]], budget: int, *, max_flops: float | None = None) -> list[Candidate]:
-    """The plans that fit a budget of bytes: the joint one first, then those of one family, then uniform ones.
+    """The plans that fit a budget: the joint one first, then those of some families, then uniform ones.
 
     Args:
         priced: the options of each matrix.
-        budget: bytes for all matrices together.
+        budget: bytes for all matrices together, or numbers, whatever the sizes are.
         max_flops: flops of a token for all of them together, if they are limited.
 
     Returns:
@@ -52,14 +63,24 @@ def candidates(priced: Sequence[Sequence[Priced]], budget: int, *, max_flops: fl
         MPOError: nothing fits.
     """
     every = [list(range(len(row))) for row in priced]
+    there = {p.option.family for row in priced for p in row}
     found = [_joint("joint", priced, every, budget, max_flops)]
-    for family, name in ((BITS, "integers, bits chosen by matrix"), (LOW_RANK, "low rank, rank and bits by matrix")):
-        allowed = [[k for k in own if priced[i][k].option.family == family] or own for i, own in enumerate(every)]
-        found.append(_joint(name, priced, allowed, budget, max_flops))
-    for bits in sorted(WIDTHS, reverse=True):
+
+    def only(name: str, families: Collection[str], baseline: str = "") -> None:
+        allowed = [
+            [k for k in own if row[k].option.family in families] or own for row, own in zip(priced, every, strict=True)
+        ]
+        found.append(_joint(name, priced, allowed, budget, max_flops, baseline))
+
+    if there & {K_LEGS, CHAINS}:
+        only(USUAL, (DENSE, BITS, LOW_RANK), USUAL)
+    for family, name in _BY_MATRIX.items():
+        if family in there:
+            only(name, (family,))
+    for bits in sorted(WIDTHS, reverse=True) if BITS in there else ():
         uniform = _pick(priced, lambda option, bits=bits: option.family == BITS and option.width == bits)
         found.append(_candidate(f"integers, {bits} bits", priced, uniform, BITS))
-    for bits in FACTOR_WIDTHS:
+    for bits in FACTOR_WIDTHS if LOW_RANK in there else ():
         name = "low rank" if bits is None else f"low rank in {bits} bits"
         found.append(_candidate(name, priced, _uniform_rank(priced, bits, budget), LOW_RANK))
     kept = [plan for plan in found if plan is not None and _fits(plan, priced, budget, max_flops)]
@@ -76,12 +97,12 @@ def _nothing_fits(priced: Sequence[Sequence[Priced]], budget: int, max_flops: fl
     least = sum(min(option.size for option in row) for row in priced)
     if least > budget:
         return MPOError(
-            f"the smallest plan takes {least} bytes and the budget is {budget}: give more, or plan less of the model"
+            f"the smallest plan takes {least} and the budget is {budget}: give more, or plan less of the model"
         )
     fewest = sum(min(option.flops for option in row) for row in priced)
     return MPOError(
-        f"no plan was found that takes {budget} bytes and {max_flops or 0:.4g} flops a token at the most (without a "
-        f"limit on bytes the fewest flops are {fewest:.4g}): give more of either"
+        f"no plan was found that takes {budget} and {max_flops or 0:.4g} flops a token at the most (without a "
+        f"limit on size the fewest flops are {fewest:.4g}): give more of either"
     )
 
 
@@ -101,7 +122,7 @@ def _candidate(
 
 def _joint(
     name: str, priced: Sequence[Sequence[Priced]], allowed: Sequence[Sequence[int]], budget: int,
-    max_flops: float | None,
+    max_flops: float | None, baseline: str = "",
 ) -> Candidate | None:  # fmt: skip
     """The cheapest choice; where flops are limited, at the least price of a flop for which they fit."""
 
@@ -119,7 +140,7 @@ def _joint(
 
     chosen = at(0.0)
     if chosen is None or max_flops is None or flops(chosen) <= max_flops:
-        return _candidate(name, priced, chosen)
+        return _candidate(name, priced, chosen, baseline)
     # At some price flops are all that counts.
     low, high = 0.0, max(p.cost for row in priced for p in row) / max_flops or 1.0
     best: list[int] | None = None
@@ -133,7 +154,7 @@ def _joint(
             low, high = high, 8 * high
         else:
             low = middle
-    return _candidate(name, priced, best)
+    return _candidate(name, priced, best, baseline)
 
 
 def _pick(priced: Sequence[Sequence[Priced]], wanted: Callable[[Option], bool]) -> list[int] | None:

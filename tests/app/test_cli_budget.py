@@ -15,6 +15,7 @@ from helpers.task_folders import sentence, write_decoder, write_encoder
 from mpo_tn.app import cli
 from mpo_tn.torch import Plan, calibrate
 from mpo_tn.torch.hf.folder import load_model
+from mpo_tn.torch.models.auto import LEFT_BY_PLAN
 
 SIZES = {"encoder": "30KB", "decoder": "20KB"}
 
@@ -142,6 +143,24 @@ def test_text_without_a_budget_fits_to_it(mpo_tn: Any, home: Path, tmp_path: Pat
     assert all("activation" in layer["metric"] and layer["weighted_error"] > 0 for layer in layers)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [("--keep", "0.4"), ("--max-flops", "0.5")])
+def test_numbers_or_flops_as_a_budget(mpo_tn: Any, home: Path, tmp_path: Path, asked: tuple[str, str]) -> None:
+    given = (*asked, "--texts", home / "own.txt", "--max-length", "16", "--family", "dense", "--family", "low-rank")
+    code, printed, _ = mpo_tn("plan", home / "encoder", *given, "--out", tmp_path / "plan.json")
+    assert code == 0
+    words = " ".join(printed.split())
+    assert "What was compared" in words
+    assert "integers" not in words.partition("Best is")[2]
+    decided = Plan.load(tmp_path / "plan.json")
+    dense = sum(part.parameters for part in decided.left if part.reason == LEFT_BY_PLAN)
+    assert decided.matrix_after + dense <= float(asked[1]) * (decided.matrix_before + dense)
+    assert not decided.has_bits
+    code, printed, _ = mpo_tn("compress", home / "encoder", tmp_path / "out", *given, "--json")
+    assert code == 0
+    assert Plan.from_dict(json.loads(printed)["plan"]) == decided
+
+
 MISTAKES = {
     "no text": (("--size", "30KB"), "give --texts FILE, some hundred texts"),
     "no such file": (("--size", "30KB", "--texts", "nowhere.txt"), "nowhere.txt"),
@@ -151,7 +170,12 @@ MISTAKES = {
     "size of words": (("--size", "small", "--texts", "own.txt"), "size='small' is not a size"),
     "sites": (("--size", "30KB", "--sites", "3", "--texts", "own.txt"), "--sites 3 with a budget"),
     "bits": (("--size", "30KB", "--bits", "4", "--texts", "own.txt"), "with a budget, for which bits are chosen"),
-    "flops alone": (("--max-flops", "0.5"), "goes with a budget"),
+    "flops alone": (("--max-flops", "0.5"), "give --texts FILE, some hundred texts"),
+    "flops of given legs": (("--max-flops", "0.5", "--sites", "3", "--texts", "own.txt"), "--sites 3 with a budget"),
+    "all flops": (("--max-flops", "1", "--texts", "own.txt"), "give less than 1"),
+    "nothing kept": (("--keep", "0.0001", "--texts", "own.txt"), "give at least keep="),
+    "all kept": (("--keep", "1", "--texts", "own.txt"), "nothing has to be compressed"),
+    "no family": (("--size", "30KB", "--family", "trees", "--texts", "own.txt"), "names 'trees'"),
     "tolerance on text": (("--tolerance", "0.1", "--texts", "own.txt"), "--tolerance is an error of the matrix"),
     "too small": (("--size", "1KB", "--texts", "own.txt"), "give at least"),
     "too large": (("--size", "1GB", "--texts", "own.txt"), "nothing has to be compressed"),

@@ -182,8 +182,14 @@ def test_what_was_written_before_there_were_budgets_is_read() -> None:
         ({"bits_per_weight": "3"}, "bits_per_weight='3'"),
         ({"size": "much"}, "size='much' is not a size: give for instance 25MB"),
         ({"size": 0}, "size=0 is not"),
-        ({"max_flops": 0.5}, "max_flops=0.5 goes with a budget"),
-        ({"max_flops": 0.5, "keep": 0.5}, "max_flops=0.5 goes with a budget"),
+        ({"max_flops": 0.5, "bond": 4}, "max_flops=0.5 chooses structures"),
+        ({"max_flops": 0.5, "tolerance": 0.1}, "max_flops=0.5 chooses structures"),
+        ({"max_flops": 0.5, "keep": 0.4, "sites": 3}, "max_flops=0.5 with keep chooses structures"),
+        ({"max_flops": 0.5, "bits": 4}, "bits=4 with a budget"),
+        ({"min_bits_per_weight": 2, "max_flops": 0.5}, "min_bits_per_weight=2 goes with a budget"),
+        ({"families": ("bits", "trees")}, "names 'trees': they are dense, bits, low-rank, k-legs, chains"),
+        ({"families": ("dense",)}, "leaves nothing to choose"),
+        ({"families": ()}, "leaves nothing to choose"),
         ({"min_bits_per_weight": 3}, "min_bits_per_weight=3 goes with a budget"),
         ({"overrides": {"x": {"max_bits_per_weight": 3}}}, "max_bits_per_weight=3 goes with a budget"),
         (
@@ -202,3 +208,26 @@ def test_what_was_written_before_there_were_budgets_is_read() -> None:
 def test_budgets_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(MPOError, match=message):
         MPOConfig(**config)
+
+
+def test_flops_are_a_budget_of_their_own() -> None:
+    assert MPOConfig(max_flops=0.5).has_budget
+    assert MPOConfig(max_flops=0.5, keep=0.4).has_budget
+    assert not MPOConfig(keep=0.4).has_budget
+
+
+@pytest.mark.parametrize(
+    "given", [{"sites": 3}, {"bits": 4}, {"overrides": {"x": {"keep": 0.5}}}, {"overrides": {"x": {"bits": 4}}}]
+)
+def test_keep_is_shared_where_no_structure_is_given(given: dict[str, Any]) -> None:
+    assert MPOConfig(keep=0.4).shares_keep
+    assert MPOConfig(keep=0.4, overrides={"x": {"group": 8}}).shares_keep
+    assert not MPOConfig(keep=0.4, **given).shares_keep
+    assert not MPOConfig(bond=4).shares_keep
+
+
+def test_families_round_trip() -> None:
+    config = MPOConfig(size="1MB", families=["bits", "k-legs"])
+    assert config.families == ("bits", "k-legs")
+    assert MPOConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert MPOConfig.from_dict({"keep": 0.5}).families == ("dense", "bits", "low-rank")

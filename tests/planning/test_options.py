@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_tn.planning.entries import UnitPlan
-from mpo_tn.planning.options import BITS, DENSE, FACTOR_WIDTHS, LOW_RANK, WIDTHS, options, ranks
+from mpo_tn.planning.options import (
+    BITS,
+    CHAINS,
+    DENSE,
+    FACTOR_WIDTHS,
+    FAMILIES,
+    K_LEGS,
+    LOW_RANK,
+    WIDTHS,
+    options,
+    ranks,
+)
 
 SIDES = st.integers(1, 3000)
 
@@ -43,11 +54,54 @@ def test_ranks_rise_from_few_to_all(out: int, in_: int) -> None:
     assert all(high - low <= max(low, step) for low, high in itertools.pairwise(found))
 
 
+@given(SIDES, SIDES, st.sampled_from([2, 4]), st.booleans())
+def test_chains_are_small_and_multiply_to_the_matrix(out: int, in_: int, itemsize: int, rounded: bool) -> None:
+    found = options("linear", out, in_, itemsize=itemsize, families=FAMILIES, rounded=rounded)
+    assert len({str(option) for option in found}) == len(found)
+    for option in found:
+        if not option.is_fitted:
+            continue
+        spec = option.spec
+        assert spec is not None
+        assert option.rank is None
+        assert spec.kept <= 0.35
+        assert UnitPlan(("m",), spec, "float32").parameters == spec.num_parameters == option.numbers(out * in_)
+        assert option.bytes(out * in_ * itemsize, itemsize) < out * in_ * itemsize
+        assert option.width in (FACTOR_WIDTHS if rounded else (None,))
+        if option.family == K_LEGS:
+            k = spec.sites.in_[0]
+            assert (spec.sites.out, spec.sites.in_) == ((out // k, k), (k, in_ // k))
+            assert spec.sites.shape == (out, in_)
+            assert len(set(spec.core_bits)) == 1
+        else:
+            assert option.family == CHAINS
+            assert 3 <= len(spec.sites) <= 5
+            held = [bits for k, bits in enumerate(spec.core_bits) if k != spec.center]
+            assert set(held) == ({None} if option.width is None else {8})
+
+
+def test_k_legs_hold_as_many_numbers_as_low_rank() -> None:
+    found = options("linear", 384, 1536, itemsize=4, families=FAMILIES)
+    legs = [option for option in found if option.family == K_LEGS]
+    assert {option.spec.sites.in_[0] for option in legs if option.spec} == {2, 4, 8}
+    assert all(option.spec.num_parameters == option.spec.bonds[0] * (384 + 1536) for option in legs if option.spec)
+    assert not [o for o in options("linear", 27, 64, itemsize=4, families=(K_LEGS,)) if o.family == K_LEGS]
+
+
 def test_a_family_can_be_left_out() -> None:
-    assert {o.family for o in options("linear", 64, 64, itemsize=4, families=(BITS,))} == {DENSE, BITS}
-    assert {o.family for o in options("linear", 64, 64, itemsize=4, families=())} == {DENSE}
+    def families(*chosen: str, **more: bool) -> set[str]:
+        return {o.family for o in options("linear", 64, 64, itemsize=4, families=chosen, **more)}
+
+    assert families(DENSE, BITS) == {DENSE, BITS}
+    assert families(BITS) == {BITS}
+    # Nothing smaller than the matrix: it stays.
+    assert families() == families(BITS, rounded=False) == {DENSE}
+    assert families(*FAMILIES, rounded=False) == {DENSE, LOW_RANK, K_LEGS, CHAINS}
 
 
 def test_what_is_called_how() -> None:
     names = {str(option) for option in options("linear", 128, 128, itemsize=4)}
     assert {"dense", "dense in 4 bits", "rank 16", "rank 16 in 3 bits"} <= names
+    names = {str(option) for option in options("linear", 512, 512, itemsize=4, families=FAMILIES)}
+    assert {"4-legs, bond 16", "4-legs, bond 16 in 3 bits"} <= names
+    assert any(name.startswith("5 sites, bonds ") and name.endswith(" in 4 bits") for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,21 +11,33 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mpo_tn import MPOError
-from mpo_tn.planning.options import BITS, DENSE, LOW_RANK, Option, options
-from mpo_tn.planning.search import Candidate, Priced, candidates
+from mpo_tn.planning.options import (
+    BITS,
+    CHAINS,
+    DENSE,
+    FAMILIES,
+    K_LEGS,
+    LOW_RANK,
+    USUAL_FAMILIES,
+    Option,
+    options,
+)
+from mpo_tn.planning.search import USUAL, Candidate, Priced, candidates
 
 
-def priced(seed: int, matrices: int, *, few: int | None = None) -> list[list[Priced]]:
+def priced(
+    seed: int, matrices: int, *, few: int | None = None, families: Sequence[str] = USUAL_FAMILIES
+) -> list[list[Priced]]:
     """Options of matrices of some sizes with costs that fall with what they take; some of them only."""
     rng = np.random.default_rng(seed)
     found: list[list[Priced]] = []
     for _ in range(matrices):
         out, in_ = (int(side) for side in rng.choice([16, 48, 64, 96, 200], 2))
-        every = options("linear", out, in_, itemsize=4)
+        every = options("linear", out, in_, itemsize=4, families=families)
         chosen: list[Option] = every
         if few is not None:
             chosen = [every[k] for k in sorted(rng.choice(len(every), min(few, len(every)), replace=False))]
-        hurts = {BITS: rng.random(), LOW_RANK: rng.random(), DENSE: 0.0}
+        hurts = {BITS: rng.random(), LOW_RANK: rng.random(), DENSE: 0.0, K_LEGS: rng.random(), CHAINS: rng.random()}
         row: list[Priced] = []
         for option in chosen:
             size = option.bytes(4 * out * in_, 4)
@@ -125,7 +138,23 @@ def test_flops_at_any_price() -> None:
 
 def test_what_does_not_fit_names_the_least() -> None:
     options_ = priced(0, 2)
-    with pytest.raises(MPOError, match=f"takes {least(options_)} bytes and the budget is {least(options_) - 1}"):
+    with pytest.raises(MPOError, match=f"takes {least(options_)} and the budget is {least(options_) - 1}"):
         candidates(options_, least(options_) - 1)
     with pytest.raises(MPOError, match=r"flops a token at the most .* fewest flops are"):
         candidates(options_, 10 * least(options_), max_flops=1.0)
+
+
+@given(st.integers(0, 2**31), st.floats(1.0, 6.0))
+def test_with_chains_what_would_be_chosen_without_is_compared(seed: int, share: float) -> None:
+    options_ = priced(seed, 3, families=FAMILIES)
+    usual = [[p for p in row if p.option.family in USUAL_FAMILIES] for row in options_]
+    budget = int(share * least(usual))
+    plans = candidates(options_, budget)
+    (without,) = [plan for plan in plans if plan.baseline == USUAL]
+    alone = candidates(usual, budget)[0]
+    assert without.expected == pytest.approx(alone.expected)
+    assert {p.option.family for p in picked(without, options_)} <= set(USUAL_FAMILIES)
+    assert all(sum(p.size for p in picked(plan, options_)) == plan.size <= budget for plan in plans)
+    for plan in plans:
+        if plan.name.startswith(("k-legs", "chains")):
+            assert {p.option.family for p in picked(plan, options_)} <= {plan.name.split(",")[0]}

@@ -13,10 +13,11 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.cost import chain_routes
 from mpo_tn.planning.entries import ACTIVATION, FROBENIUS, ITEMSIZES, Alternative, LeftDense, UnitPlan
 from mpo_tn.planning.options import BITS, LOW_RANK, Option, options
 from mpo_tn.planning.plan import Plan
-from mpo_tn.planning.search import Candidate, Priced, candidates
+from mpo_tn.planning.search import USUAL, Candidate, Priced, candidates
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.torch.models.calibrate import calibrate
@@ -76,18 +77,18 @@ def plan_for_budget(
     tell = progress or silent
     found = survey(model, config.target_modules, config.exclude_modules)
     check_weights(found.units)
+    choices = [_options(unit, config, config.for_module(unit.name)) for unit in found.units]
     budget = _budget(found, config)
-    choices = [_options(unit, config.for_module(unit.name)) for unit in found.units]
     _check_budget(found, choices, budget, config)
     samples = source if isinstance(source, Samples) else None
     calibration, measured = _measured(model, found, choices, config, source, tell)
-    priced = [_priced(tradeoff) for tradeoff in measured]
+    priced = [_priced(tradeoff, config) for tradeoff in measured]
     dense_flops = sum(2.0 * unit.matrix().numel() for unit in found.units)
     limit = None if config.max_flops is None else config.max_flops * dense_flops
     plans = candidates(priced, budget, max_flops=limit)
     trial = Trial(samples, calibration, {})
     if samples is None:
-        best, considered = plans[0], [_alternative(plan) for plan in plans]
+        best, considered = plans[0], [_alternative(plan, measured) for plan in plans]
     else:
         best, considered = _compare(model, found, measured, plans, trial, tell)
     return _plan(model, config, found, measured, best, considered, trial)
@@ -129,18 +130,34 @@ def check_weights(units: Sequence[DenseUnit]) -> None:
 
 
 def _budget(found: Survey, config: MPOConfig) -> int:
-    """Bytes for the cores of all units."""
+    """Bytes for the cores of all units, or numbers where ``keep`` is asked for."""
+    weights = sum(unit.matrix().numel() for unit in found.units)
+    if config.keep is not None:
+        return int(config.keep * weights)
     if config.bits_per_weight is not None:
-        return int(config.bits_per_weight * sum(unit.matrix().numel() for unit in found.units) / 8)
+        return int(config.bits_per_weight * weights / 8)
+    if config.size is None:
+        return _dense_bytes(found)
     assert isinstance(config.size, int)
-    beside = sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
-    return config.size - beside
+    return config.size - _beside(found)
 
 
-def _options(unit: DenseUnit, own: MPOConfig) -> list[Option]:
+def _dense_bytes(found: Survey) -> int:
+    return sum(unit.matrix().numel() * ITEMSIZES[unit.storage] for unit in found.units)
+
+
+def _beside(found: Survey) -> int:
+    """Bytes of everything but the units."""
+    return sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
+
+
+def _options(unit: DenseUnit, config: MPOConfig, own: MPOConfig) -> list[Option]:
     out, in_ = (int(size) for size in unit.matrix().shape)
     itemsize = ITEMSIZES[unit.storage]
-    found = options(unit.kinds[0], out, in_, itemsize=itemsize, group=own.group)
+    by_bytes = config.size is not None or config.bits_per_weight is not None
+    found = options(
+        unit.kinds[0], out, in_, itemsize=itemsize, group=own.group, families=config.families, rounded=by_bytes
+    )
     low, high = own.min_bits_per_weight or 0.0, own.max_bits_per_weight or float("inf")
     within = [o for o in found if low <= 8 * o.bytes(out * in_ * itemsize, itemsize) / (out * in_) <= high]
     if not within:
@@ -151,21 +168,40 @@ def _options(unit: DenseUnit, own: MPOConfig) -> list[Option]:
     return within
 
 
-def _sizes(unit: DenseUnit, choices: Sequence[Option]) -> list[int]:
+def _bytes(unit: DenseUnit, option: Option) -> int:
     itemsize = ITEMSIZES[unit.storage]
-    return [option.bytes(unit.matrix().numel() * itemsize, itemsize) for option in choices]
+    return option.bytes(unit.matrix().numel() * itemsize, itemsize)
+
+
+def _size(unit: DenseUnit, option: Option, config: MPOConfig) -> int:
+    """What an option takes of the budget."""
+    return _bytes(unit, option) if config.keep is None else option.numbers(unit.matrix().numel())
 
 
 def _check_budget(found: Survey, choices: Sequence[Sequence[Option]], budget: int, config: MPOConfig) -> None:
+    """Refuse a budget that is met by nothing, or by everything."""
     weights = sum(unit.matrix().numel() for unit in found.units)
-    least = sum(min(_sizes(unit, own)) for unit, own in zip(found.units, choices, strict=True))
-    dense = sum(unit.matrix().numel() * ITEMSIZES[unit.storage] for unit in found.units)
-    beside = sum(part.bytes for part in found.left) + sum(room for _, room in found.beside.values())
+    least = sum(min(_size(unit, o, config) for o in own) for unit, own in zip(found.units, choices, strict=True))
+    dense, beside = _dense_bytes(found), _beside(found)
+    matrices = f"for {len(found.units)} matrices"
+    if config.keep is not None:
+        if budget < least:
+            raise MPOError(
+                f"keep={config.keep} leaves {budget} numbers {matrices}, and the least they can take is {least}: give "
+                f"at least keep={math.ceil(1e4 * least / weights) / 1e4:.4g}"
+            )
+        if budget >= weights and config.max_flops is None:
+            raise MPOError(f"keep={config.keep} leaves all numbers {matrices}: nothing has to be compressed; give less")
+        return
+    if config.size is None and config.bits_per_weight is None:
+        assert config.max_flops is not None
+        if config.max_flops >= 1:
+            raise MPOError(f"max_flops={config.max_flops} is what they take as they are: give less than 1")
+        return
     asked = f"size={config.size}" if config.size is not None else f"bits_per_weight={config.bits_per_weight}"
     if budget < least:
         raise MPOError(
-            f"{asked} leaves {max(budget, 0)} bytes for {len(found.units)} matrices, and the least they can take is "
-            f"{least}"
+            f"{asked} leaves {max(budget, 0)} bytes {matrices}, and the least they can take is {least}"
             + (
                 f", beside {beside} bytes of everything else: give at least size={least + beside}, or name more of the "
                 "model (word tables have to be named)"
@@ -175,25 +211,35 @@ def _check_budget(found: Survey, choices: Sequence[Sequence[Option]], budget: in
         )
     if budget >= dense and config.max_flops is None:
         raise MPOError(
-            f"{asked} leaves {budget} bytes for {len(found.units)} matrices, which take {dense} as they are"
+            f"{asked} leaves {budget} bytes {matrices}, which take {dense} as they are"
             + (f", {dense + beside} with everything else" if config.size is not None else "")
             + ": nothing has to be compressed; give less"
         )
 
 
-def _priced(tradeoff: Tradeoff) -> list[Priced]:
-    weights = tradeoff.unit.matrix().numel()
-    sizes = _sizes(tradeoff.unit, tradeoff.options)
+def _priced(tradeoff: Tradeoff, config: MPOConfig) -> list[Priced]:
+    unit = tradeoff.unit
+    weights = unit.matrix().numel()
     return [
-        Priced(option, size, 2.0 * min(weights, option.spec.num_parameters if option.spec else weights),
-               tradeoff.cost(option))
-        for option, size in zip(tradeoff.options, sizes, strict=True)
-    ]  # fmt: skip
+        Priced(option, _size(unit, option, config), _flops(option, weights), tradeoff.cost(option))
+        for option in tradeoff.options
+    ]
 
 
-def _alternative(plan: Candidate, distance: float | None = None) -> Alternative:
+def _flops(option: Option, weights: int) -> float:
+    """Of a token; a matrix that is rebuilt for many of them takes what it did."""
+    if option.spec is None or not option.spec.bonds:
+        return 2.0 * weights
+    if not option.is_fitted:
+        return 2.0 * min(weights, option.spec.num_parameters)
+    cheapest = min(route.forward.flops_per_token for route in chain_routes(option.spec.core_shapes))
+    return float(min(2 * weights, cheapest))
+
+
+def _alternative(plan: Candidate, measured: Sequence[Tradeoff], distance: float | None = None) -> Alternative:
     known = distance is not None and math.isfinite(distance)
-    return Alternative(plan.name, plan.size, distance if known else None, plan.expected)
+    held = sum(_bytes(each.unit, each.options[k]) for each, k in zip(measured, plan.chosen, strict=True))
+    return Alternative(plan.name, held, distance if known else None, plan.expected)
 
 
 def _compare(
@@ -204,8 +250,8 @@ def _compare(
     assert trial.samples is not None
     judge = Judge(model, trial.samples.held_back)
     promising = sorted(plans[1:], key=lambda plan: plan.expected)[: _COMPARED - 1]
-    # The best uniform plan of each family is a baseline, whatever is expected of it.
-    for family in (BITS, LOW_RANK):
+    # The best uniform plan of each family is a baseline, and so is what there is without chains, whatever is expected.
+    for family in (BITS, LOW_RANK, USUAL):
         own = [plan for plan in plans if plan.baseline == family]
         best = min(own, key=lambda plan: (plan.expected, -plan.size), default=None)
         if best is not None and best not in promising and best is not plans[0]:
@@ -224,7 +270,8 @@ def _compare(
     if not math.isfinite(results[0][0]):
         raise MPOError(f"none of {len(results)} plans gives a model whose output is finite: give a larger budget")
     rest = [plan for plan in plans if plan not in tried]
-    return results[0][1], [*(_alternative(plan, d) for d, plan in results), *(_alternative(plan) for plan in rest)]
+    told = [_alternative(plan, measured, d) for d, plan in results]
+    return results[0][1], [*told, *(_alternative(plan, measured) for plan in rest)]
 
 
 def _tried(found: Survey, measured: Sequence[Tradeoff], plan: Candidate, trial: Trial, judge: Judge) -> float:

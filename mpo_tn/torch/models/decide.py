@@ -41,8 +41,9 @@ def plan(
             are the full bonds. Costs about as much as compressing; nothing is looked at where there is no tolerance.
         calibration: batches (mappings of tensors, as a tokenizer gives them), of which every fifth is held back to
             judge by; or a :class:`~mpo_tn.torch.Calibration`. Matrices are then fitted in the metric of what their
-            layers get, and for a budget (``size``, ``bits_per_weight``) structure and bits of each are chosen by what
-            the model does on the text that was held back; without text errors alone choose.
+            layers get, and for a budget (``size``, ``bits_per_weight``, ``max_flops``, or ``keep`` where structures are
+            left open) structure and bits of each are chosen by what the model does on the text that was held back;
+            without text errors alone choose.
         progress: told of every step.
 
     Returns:
@@ -51,8 +52,11 @@ def plan(
 
     Guarantee (plan-is-what-comes): with ``keep``, one ``bond`` for all, or full bonds, the parameters and bytes are
     those that come out. With a tolerance, or bonds given one by one, they are the most that can.
+    Guarantee (share-of-all): with ``keep`` and a calibration, and structures left open, the numbers of all matrices
+    together, those left dense included, are at most that share of what they were.
     Guarantee (never-worse): for a budget, the plan is the one of least D on held-back text among the plans compared;
-    the best uniform plan of integers and that of low rank are always among them.
+    the best uniform plan of integers and that of low rank, if the families have them, are always among them, and with
+    chains what would be chosen without.
 
     Raises:
         MPOError: a budget without a calibration, or one that cannot be met or is more than the model takes; a pattern
@@ -68,7 +72,7 @@ def plan(
     """
     refuse_compressed(model)
     source = samples_of(calibration)
-    if config.has_budget:
+    if config.has_budget or (config.shares_keep and source is not None):
         if source is None:
             raise MPOError("a budget is spent by what the model does on text: give calibration=batches")
         return plan_for_budget(model, config, source, progress)

@@ -7,8 +7,8 @@ amounts that differ by a factor of several, so each family is tried in each matr
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from mpo_tn.fit.quantized import quantize_chain
 from mpo_tn.linalg import frobenius_norm, widen
 from mpo_tn.planning.options import BITS, Option
 from mpo_tn.progress import Progress
+from mpo_tn.sites import Sites
 from mpo_tn.torch.models.calibration import Calibration, Moments
+from mpo_tn.torch.models.chain_costs import Alike, ChainCost, chain_costs
 from mpo_tn.torch.models.fitting import metric_of, row_weights
 from mpo_tn.torch.models.samples import Judge, is_biased, replaced
 from mpo_tn.torch.models.units import DenseUnit
@@ -80,15 +82,22 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """One matrix, what it could become, and what that is expected to cost."""
+    """One matrix, what it could become, and what that is expected to cost; ``chains`` by their legs."""
 
     unit: DenseUnit
     options: tuple[Option, ...]
     errors: Errors
     sensitivity: Sensitivity
+    chains: Mapping[Sites, ChainCost] = field(default_factory=dict[Sites, ChainCost])
 
     def cost(self, option: Option) -> float:
         """What an option is expected to add to D."""
+        if option.spec is not None and option.is_fitted:
+            chain = self.chains[option.spec.sites]
+            cut = chain.cut(option.spec.num_parameters)
+            rounded = 0.0 if option.width is None else chain.factor * self.errors.of_rounding(option.width) * (1 - cut)
+            cutting = self.sensitivity.cutting if chain.sensitivity is None else chain.sensitivity
+            return self.sensitivity.rounding * rounded + cutting * cut
         rounded, cut = self.errors.parts(option)
         return self.sensitivity.rounding * rounded + self.sensitivity.cutting * cut
 
@@ -113,12 +122,16 @@ def tradeoffs(
     """
     found: list[Tradeoff] = []
     factors: dict[str, float] = {}
+    alike: dict[str, Alike] = {}
     for done, (unit, options) in enumerate(zip(units, choices, strict=True)):
         progress(done, len(units), unit.name)
         known = calibration.of(unit.name)
         try:
             with torch.no_grad():
-                found.append(_tradeoff(unit, tuple(options), known, judge, group, factors))
+                one = _tradeoff(unit, tuple(options), known, judge, group, factors)
+                rounding = one.errors.rounding if any(option.width for option in options) else {}
+                chains = chain_costs(unit, options, known, judge, rounding, group, alike)
+                found.append(replace(one, chains=chains))
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
     progress(len(units), len(units), units[-1].name)
@@ -142,7 +155,13 @@ def _with_unseen(found: Sequence[Tradeoff], calibration: Calibration) -> list[Tr
     typical = Sensitivity(
         *(float(np.median([getattr(each, kind) for each in seen])) for kind in ("rounding", "cutting"))
     )
-    return [replace(each, sensitivity=typical) if each.unit.name in unseen else each for each in found]
+    return [
+        replace(
+            each, sensitivity=typical,
+            chains={legs: replace(chain, sensitivity=None) for legs, chain in each.chains.items()},
+        )
+        if each.unit.name in unseen else each for each in found
+    ]  # fmt: skip
 
 
 class _Layer:

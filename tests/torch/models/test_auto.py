@@ -9,14 +9,17 @@ import torch
 import transformers
 from helpers.adapter import Snapshot
 from helpers.calibrating import padded_batches
-from helpers.planning import TEXT, Chain, bytes_in_files, planned, vectors, with_table
+from helpers.planning import LINEAR, TEXT, Chain, bytes_in_files, planned, vectors, with_table
 from helpers.tiny_models import EMBEDDINGS, FAMILIES, VOCAB, tiny
 from torch import nn
 
 import mpo_tn.torch.models.auto as auto
 from mpo_tn import MPOError
-from mpo_tn.planning.options import BITS, LOW_RANK
+from mpo_tn.planning.options import BITS, CHAINS, K_LEGS, LOW_RANK, Option
+from mpo_tn.planning.options import FAMILIES as STRUCTURES
 from mpo_tn.planning.plan import Plan
+from mpo_tn.planning.search import USUAL
+from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch import MPOConfig, calibrate, compress, plan
 from mpo_tn.torch.models.distance import distance
 from mpo_tn.torch.models.samples import Samples
@@ -78,6 +81,95 @@ def test_the_best_is_found_where_expectations_are_wrong(monkeypatch: pytest.Monk
     joint = next(other for other in misled.considered if other.name == "joint")
     assert misled.considered[0].distance < joint.distance  # type: ignore[operator]
     assert honest.considered[0].distance <= misled.considered[0].distance * 1.5  # type: ignore[operator]
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("within-budget", "never-worse")
+@pytest.mark.parametrize("bits", [1.5, 3.0])
+def test_with_chains_a_plan_is_no_worse_than_without(bits: float) -> None:
+    target = r".*layer\.0.*(query|output\.dense)"
+    _, decided = planned("bert", bits_per_weight=bits, families=STRUCTURES, target_modules=target)
+    first, *others = decided.considered
+    assert first.distance is not None
+    tried = {other.name: other.distance for other in decided.considered if other.distance is not None}
+    # Where no chain is chosen, the two are one.
+    assert USUAL in tried or USUAL not in {other.name for other in others}
+    assert first.distance <= min(tried.values())
+    weights = decided.matrix_before + sum(p.parameters for p in decided.left if p.reason == auto.LEFT_BY_PLAN)
+    assert first.bytes <= bits * weights / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [K_LEGS, CHAINS])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_chains_are_carried_out_as_planned(family: str, chosen: str, tmp_path: Any) -> None:
+    # The table has a prime number of rows: no two legs.
+    target = with_table(family) if chosen == CHAINS else LINEAR
+    model, decided = planned(family, bits_per_weight=3.0, families=(chosen,), target_modules=target)
+    chains = [unit for unit in decided.units if len(unit.spec.sites) > 1]
+    assert chains
+    assert not any(unit.spec.sites.is_low_rank for unit in chains)
+    assert all((len(unit.spec.sites) == 2) == (chosen == K_LEGS) for unit in chains)
+    assert any(unit.spec.bits for unit in chains)
+    report = compress(model, decided)
+    assert report.parameters_after == decided.parameters_after
+    assert [layer.spec.bonds for layer in report.layers] == [unit.spec.bonds for unit in decided.units]
+    assert bytes_in_files(model, tmp_path) == pytest.approx(decided.bytes_after, rel=0.01)
+    found = float(distance(model, tiny(family), Samples.of(TEXT).held_back))
+    assert found <= (decided.considered[0].distance or 0.0) * (1 + 1e-3) + 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("share-of-all", "never-worse")
+@pytest.mark.parametrize("keep", [0.25, 0.4, 0.7])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_keep_is_shared_out_by_what_text_says(family: str, keep: float) -> None:
+    model = tiny(family)
+    decided = plan(model, MPOConfig(target_modules=with_table(family), keep=keep), calibration=TEXT)
+    stays = sum(part.parameters for part in decided.left if part.reason == auto.LEFT_BY_PLAN)
+    assert decided.matrix_after + stays <= keep * (decided.matrix_before + stays)
+    assert not decided.has_bits
+    tried = [other.distance for other in decided.considered if other.distance is not None]
+    assert decided.considered[0].distance == min(tried)
+    if keep > 0.3:  # the same share of every matrix
+        assert any(other.name == "low rank" for other in decided.considered)
+    assert len({round(unit.spec.kept, 1) for unit in decided.units}) > 1
+    report = compress(model, decided)
+    assert report.parameters_after == decided.parameters_after
+    found = float(distance(model, tiny(family), Samples.of(TEXT).held_back))
+    assert found <= min(tried) * (1 + 1e-3) + 1e-11
+
+
+def test_keep_is_of_every_matrix_without_text_or_with_a_structure() -> None:
+    for config, text in ((MPOConfig(keep=0.5), None), (MPOConfig(keep=0.5, sites="low-rank"), TEXT)):
+        decided = plan(tiny("bert"), config, calibration=text)
+        assert not decided.considered
+        assert all(0.3 < unit.spec.kept <= 0.5 for unit in decided.units)
+
+
+def test_keep_without_text_to_judge_by() -> None:
+    model = tiny("bert")
+    decided = plan(model, MPOConfig(keep=0.4), calibration=calibrate(model, TEXT))
+    assert decided.matrix_after <= 0.4 * decided.matrix_before
+    assert {other.distance for other in decided.considered} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("families", [("dense", "low-rank"), STRUCTURES])
+def test_flops_alone(families: tuple[str, ...]) -> None:
+    model = tiny("bert")
+    config = MPOConfig(target_modules=r".*layer\.0.*(query|output\.dense)", max_flops=0.5, families=families)
+    decided = plan(model, config, calibration=TEXT)
+    assert not decided.has_bits
+    dense = sum(part.parameters for part in decided.left if part.reason == auto.LEFT_BY_PLAN)
+    flops = sum(min(2 * unit.dense_parameters, auto._flops(_option(unit.spec), 10**9)) for unit in decided.units)
+    assert 0.3 * (decided.matrix_before + dense) < flops / 2 + dense <= 0.5 * (decided.matrix_before + dense)
+    assert decided.bytes_after < decided.bytes_before
+    compress(model, decided)
+
+
+def _option(spec: ModuleSpec) -> Option:
+    return Option(LOW_RANK if spec.sites.is_low_rank else CHAINS, spec)
 
 
 @pytest.mark.slow

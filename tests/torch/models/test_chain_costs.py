@@ -1,0 +1,109 @@
+"""What chains are expected to cost, from few fits: against what they do cost."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from helpers.adapter import Snapshot
+from helpers.planning import TEXT, Chain, vectors
+from helpers.tiny_models import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import mpo_tn.torch.models.chain_costs as chain_costs
+from mpo_tn.planning.options import CHAINS, FAMILIES, K_LEGS, options
+from mpo_tn.progress import silent
+from mpo_tn.torch.models.calibrate import calibrate
+from mpo_tn.torch.models.calibration import Moments
+from mpo_tn.torch.models.chain_costs import ChainCost
+from mpo_tn.torch.models.fitting import fit_matrix
+from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
+from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
+from mpo_tn.torch.models.units import find_units
+
+
+def measured(model: nn.Module, text: object, *, judged: bool = True, rounded: bool = True) -> list[Tradeoff]:
+    samples = Samples.of(text)  # type: ignore[arg-type]
+    units = find_units(model, "all-linear")[0][:3]
+    choices = [
+        options(unit.kinds[0], *unit.matrix().shape, itemsize=4, families=FAMILIES, rounded=rounded) for unit in units
+    ]
+    known = calibrate(model, samples.batches, gradients=True)
+    judge = Judge(model, samples.held_back) if judged else None
+    return tradeoffs(units, choices, known, judge, 128, silent)
+
+
+@given(st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(2, 10**6), st.integers(2, 10**6))
+def test_between_two_fits_errors_go_with_a_power(first: float, second: float, low: int, high: int) -> None:
+    low, high = min(low, high), max(low, high) + 1
+    missed = (max(first, second), min(first, second))
+    cost = ChainCost((low, high), missed, 1.0, None)
+    for numbers, expected in zip((low, high), missed, strict=True):
+        assert cost.cut(numbers) == pytest.approx(expected)
+    middle = math.sqrt(low * high)
+    assert cost.cut(middle) == pytest.approx(math.sqrt(missed[0] * missed[1]))
+    assert 0 <= cost.cut(10 * high) <= cost.cut(high) <= cost.cut(low) <= cost.cut(low / 10) <= 1 + 1e-12
+
+
+def test_one_fit_says_the_same_of_all() -> None:
+    assert ChainCost((10,), (0.3,), 1.0, None).cut(1000) == 0.3
+
+
+@pytest.mark.slow
+def test_costs_are_about_what_chains_cost() -> None:
+    model = tiny("bert")
+    before = Snapshot(model)
+    found = measured(model, TEXT)
+    before.assert_same(model)
+    samples = Samples.of(TEXT)
+    known, judge = calibrate(model, samples.batches, gradients=True), Judge(model, samples.held_back)
+    ratios: list[float] = []
+    for each in found[:2]:
+        for option in each.options:
+            if option.is_fitted and option.spec is not None and option.width in (4, None):
+                own = known.of(each.unit.name) or Moments(0)
+                fitted = fit_matrix(each.unit.matrix(), option.spec, own, biased=is_biased(each.unit), rounds=1)
+                with replaced(each.unit, fitted.rebuilt(), fitted.shift):
+                    ratios.append(math.log2(each.cost(option) / judge()))
+    assert len(ratios) >= 10
+    assert np.median(np.abs(ratios)) < 1
+
+
+def test_matrices_that_are_alike_take_one_fit_for_each_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: dict[str, list[int]] = {}
+    tried = chain_costs._Tries.tried
+
+    def counting(self: chain_costs._Tries, spec: chain_costs.ModuleSpec) -> tuple[float, float | None]:
+        fits.setdefault(self.unit.name, []).append(len(spec.sites))
+        return tried(self, spec)
+
+    monkeypatch.setattr(chain_costs._Tries, "tried", counting)
+    found = measured(Chain(), vectors())
+    first, second, _ = (fits[each.unit.name] for each in found)
+    assert len(first) > 4
+    assert sorted(sites > 2 for sites in second) == [False, True]
+    assert set(found[0].chains) == set(found[1].chains)
+
+
+def test_every_chain_has_a_cost_that_falls_with_what_it_keeps() -> None:
+    for judged, rounded in ((True, True), (False, False)):
+        for each in measured(Chain(), vectors(), judged=judged, rounded=rounded):
+            for family in (K_LEGS, CHAINS):
+                assert any(option.family == family for option in each.options)
+            for legs in each.chains:
+                own = [o for o in each.options if o.spec is not None and o.spec.sites == legs and o.width is None]
+                costs = [each.cost(o) for o in sorted(own, key=lambda o: o.numbers(0))]
+                assert costs == sorted(costs, reverse=True)
+                assert all(math.isfinite(cost) and cost >= 0 for cost in costs)
+
+
+def test_nothing_is_fitted_where_no_chain_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_costs, "Fitter", None)
+    samples, model = Samples.of(vectors()), Chain()
+    units = find_units(model, "all-linear")[0]
+    choices = [options("linear", *unit.matrix().shape, itemsize=4) for unit in units]
+    found = tradeoffs(units, choices, calibrate(model, samples.batches), None, 128, silent)
+    assert [dict(each.chains) for each in found] == [{}] * 3
