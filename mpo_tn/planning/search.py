@@ -68,7 +68,10 @@ def candidates(priced: Sequence[Sequence[Priced]], budget: int, *, max_flops: fl
 
     def only(name: str, families: Collection[str], baseline: str = "") -> None:
         allowed = [
-            [k for k in own if row[k].option.family in families] or own for row, own in zip(priced, every, strict=True)
+            [k for k in own if row[k].option.family in families]
+            or [k for k in own if not row[k].option.is_fitted]
+            or own
+            for row, own in zip(priced, every, strict=True)
         ]
         found.append(_joint(name, priced, allowed, budget, max_flops, baseline))
 

@@ -96,7 +96,9 @@ def test_a_family_can_be_left_out() -> None:
     assert families(BITS) == {BITS}
     # Nothing smaller than the matrix: it stays.
     assert families() == families(BITS, rounded=False) == {DENSE}
-    assert families(*FAMILIES, rounded=False) == {DENSE, LOW_RANK, K_LEGS, CHAINS}
+    assert families(*FAMILIES, rounded=False) == {DENSE, LOW_RANK, CHAINS}  # no multiple of 16 is a bond that small
+    larger = options("linear", 128, 128, itemsize=4, families=FAMILIES, rounded=False)
+    assert {o.family for o in larger} == {DENSE, LOW_RANK, K_LEGS, CHAINS}
 
 
 def test_what_is_called_how() -> None:
