@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from mpo_tn import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan
 from mpo_tn.torch import compress, plan
-from mpo_tn.torch.models import auto
+from mpo_tn.torch.models import auto, carry_out, fitting
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.units import find_units
 
@@ -103,8 +105,24 @@ def forget() -> None:
         part.held.clear()
 
 
-def carried_out(subject: Subject, config: MPOConfig, *, calibrated: bool = False) -> Made:
+@contextmanager
+def as_published() -> Generator[None]:
+    """GPTQ as it is in the paper: layer after layer, to what the layers before give, with no regard to the dense model,
+    and nothing improved once it has been rounded.
+    """
+    held = carry_out.ANCHOR, fitting.quantize
+    carry_out.ANCHOR, fitting.quantize = 0.0, partial(fitting.quantize, sweeps=0)
+    try:
+        yield
+    finally:
+        carry_out.ANCHOR, fitting.quantize = held
+
+
+def carried_out(subject: Subject, config: MPOConfig, *, calibrated: bool = False, published: bool = False) -> Made:
     """A uniform baseline, in the metric of the text if it is calibrated."""
+    if published:
+        with as_published():
+            return carried_out(subject, config, calibrated=True)
     model = subject.new()
     if not calibrated:
         return model, compress(model, config).bits_per_weight, {}
@@ -115,11 +133,11 @@ def carried_out(subject: Subject, config: MPOConfig, *, calibrated: bool = False
     return model, compress(model, decided).bits_per_weight, {}
 
 
-def planned(subject: Subject, target: Any, **budget: Any) -> Made:
+def planned(subject: Subject, target: Any, *, refine: bool = False, **budget: Any) -> Made:
     """What the planner chooses; matrices that it leaves dense count in the bits per weight."""
     model = subject.new()
     decided = plan(model, MPOConfig(target, **budget), calibration=subject.samples)
-    compress(model, decided)
+    compress(model, decided, refine=refine)
     return model, _bits_of(subject, decided, target), {"plan": chosen(decided)}
 
 

@@ -159,9 +159,13 @@ def compress(
         Path | None, typer.Option("--plan", help="Carry out a plan that mpo-tn plan wrote, edited or not.")
     ] = None,
     anchored: Annotated[
-        bool,
-        typer.Option("--anchored", help="Also fit layer after layer, and keep what held-back text prefers."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--anchored/--no-anchored",
+            help="Fit layer after layer, too, and keep what held-back text prefers. By default with --texts.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

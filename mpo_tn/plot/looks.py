@@ -28,6 +28,8 @@ LOOKS: dict[str, Look] = {
     "low-rank-bits": Look("low rank in 2 to 4 bits, calibrated", 4, "P"),
     "mpo": Look("MPO, 5 sites", 2, "D"),
     "planned": Look("planned", 3, "^", open=True),
+    "refined": Look("planned, blocks refined", 3, "P"),
+    "integers": Look("integers, fitted", 0, "v"),
     "healed": Look("planned and healed", 3, "^"),
     # Ways to tune.
     "full": Look("dense, all trained", 5, "*"),

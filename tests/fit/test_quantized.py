@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from helpers.moments import correlated, random_metric, scale, weighted
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mpo_tn.fit.quantized as module
 from mpo_tn import MPO, Integers, Metric, MPOError, Sites, quantize, quantize_chain
 
 SEEDS = st.integers(0, 2**32 - 10)
@@ -76,6 +78,20 @@ def test_alternating_beats_rounding_by_far(bits, shape):
     assert added[2] < 0.77 * added[0]
     assert found.error <= once.error
     assert chain.bonds == start.bonds
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_pairs_gain_by_sweeps_and_by_a_second_round(bits, monkeypatch):
+    w = np.random.default_rng(0).standard_normal((96, 128))
+    metric = Metric(correlated(128, 0, 3.0))
+    start, report = MPO.low_rank_fit(w, 40, metric)
+    added = []
+    for sweeps, rounds in ((0, 1), (4, 1), (4, 2)):
+        monkeypatch.setattr(module, "quantize", partial(quantize, sweeps=sweeps))
+        error = quantize_chain(start, w, (bits, bits), 32, metric, rounds=rounds)[2].error
+        added.append(error**2 - report.error**2)
+    assert added[1] < 0.99 * added[0]
+    assert added[2] < 0.97 * added[1]
 
 
 def test_the_core_that_is_not_rounded_makes_up_for_the_other():

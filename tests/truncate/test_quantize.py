@@ -86,9 +86,9 @@ def test_greedy_steps_are_the_best_for_what_is_left(rows, columns, bits, seed):
     """Each integer is the nearest to the least-squares optimum of its column, given the columns before it."""
     w = matrix_of(rows, columns, seed)
     metric = moment(columns, seed, spread=0.5)
-    found = quantize(w, bits, 16, metric=metric)
-    order, _, weights = module._feedback(metric)
+    found = quantize(w, bits, 16, metric=metric, sweeps=0)
     damped = metric / np.mean(np.diag(metric)) + module._DAMPING * np.eye(columns)
+    order, _, weights = module._feedback(damped)
     difference = w - found.matrix()
     spread = np.repeat(found.scales.astype(float), 16, axis=1)[:, :columns]
     top = 2 ** (bits - 1)
@@ -129,7 +129,7 @@ def test_scales_are_chosen_by_what_columns_weigh():
 
 def test_the_identity_rounds_to_the_nearest():
     w = matrix_of(5, 30, 0)
-    a, b = quantize(w, 3, 8), quantize(w, 3, 8, metric=7 * np.eye(30))
+    a, b = quantize(w, 3, 8), quantize(w, 3, 8, metric=7 * np.eye(30), sweeps=0)
     np.testing.assert_array_equal(a.values, b.values)
     np.testing.assert_array_equal(a.scales, b.scales)
 
@@ -217,6 +217,8 @@ W = np.ones((2, 16))
         (lambda: quantize(W.astype(int), 4), "of dtype int64 cannot be decomposed"),
         (lambda: quantize(W * 1e7, 4), "entries of size 1e+07 are beyond scales in float16"),
         (lambda: quantize(W * 1e-7, 4), "no entry is larger than 1e-07, below scales in float16"),
+        (lambda: quantize(W, 4, metric=np.eye(16), sweeps=-1), "sweeps=-1 must be a whole number of at least 0"),
+        (lambda: quantize(W, 4, metric=np.eye(16), sweeps=None), "sweeps=None"),
         (lambda: quantize(W, 4, metric=np.eye(3)), "the metric is (3, 3) for a matrix with 16 columns"),
         (lambda: quantize(W, 4, metric=np.full((16, 16), np.inf)), "the metric has entries that are NaN or infinite"),
         (lambda: quantize(W, 4, metric=np.eye(16) - 0.5), "the metric has negative eigenvalues"),

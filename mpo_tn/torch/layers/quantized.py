@@ -12,7 +12,8 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import check_core_bits
 from mpo_tn.torch.layers.packing import Form, Packed, Shape, pack
-from mpo_tn.truncate.quantize import GROUP, Integers, group_count, quantize
+from mpo_tn.truncate.quantize import GROUP, Integers, quantize
+from mpo_tn.truncate.scales import group_count
 
 
 def buffer_kinds(shape: Sequence[int], bits: int, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

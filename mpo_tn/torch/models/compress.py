@@ -55,7 +55,7 @@ def compress(
     config: MPOConfig | Plan,
     *,
     calibration: Iterable[Any] | Calibration | Samples | None = None,
-    anchored: bool = False,
+    anchored: bool | None = None,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Replace linear layers and embeddings of ``model`` by their MPOs, in place, as a configuration or a plan says.
@@ -65,8 +65,8 @@ def compress(
         config: which modules, which legs, how much to keep; or a :class:`~mpo_tn.torch.Plan`, edited or not. With a
             configuration it is ``compress(model, plan(model, config))``.
         calibration: as for :func:`plan`; of a plan that was made with one and not loaded from a file it is known.
-        anchored: also fit block by block, each to what the blocks before it give by then, and keep what is closer to
-            the dense model on text that was held back. Takes several times as long.
+        anchored: whether what is fitted to text is also fitted layer after layer, each to what those before it give by
+            then; text that was held back says which is kept. By default wherever there is text, and not moments alone.
         progress: called before each unit and once when all are decomposed, with how many units are done, how many
             there are, and the name of the next (or last) one.
 

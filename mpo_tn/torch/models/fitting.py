@@ -114,6 +114,15 @@ class Fitter:
         assert self.metric is not None
         return LowRankFits(self.matrix, self.metric)
 
+    @cached_property
+    def _norm(self) -> float:
+        return frobenius_norm(self.wide)
+
+    @cached_property
+    def _size(self) -> float:
+        assert self.metric is not None
+        return self.metric.weighed(self.wide)
+
     def fit(self, spec: ModuleSpec, *, rounds: int = 2) -> Fitted:
         """What a structure comes to. See :func:`fit_matrix`."""
         bits = [None if number == 16 else number for number in spec.core_bits]
@@ -129,9 +138,9 @@ class Fitter:
         arrays = [_array(core, shape) for core, shape in zip(cores, shapes, strict=True)]
         rebuilt = dense(arrays)[: self.matrix.shape[0], : self.matrix.shape[1]]
         difference = self.wide - rebuilt
-        error, norm = frobenius_norm(difference), frobenius_norm(self.wide)
+        error, norm = frobenius_norm(difference), self._norm
         if self.metric is not None:
-            size, missed = self.metric.weighed(self.wide), self.metric.weighed(difference)
+            size, missed = self._size, self.metric.weighed(difference)
         else:
             assert weights is not None
             size, missed = frobenius_norm(weights * self.wide), frobenius_norm(weights * difference)

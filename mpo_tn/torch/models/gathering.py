@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -21,6 +22,14 @@ Heard = Mapping[str, list[torch.Tensor]]
 """What was heard in one run under each key, call by call: tokens without padding, on the host."""
 
 
+class OtherCallsError(MPOError):
+    """A unit is called otherwise than in the dense model, as an expert that other tokens are sent to."""
+
+
+class _EnoughError(Exception):
+    """All that was wanted of a run is known."""
+
+
 class Gatherer:
     """Sums over what units are given, in as many runs as one likes.
 
@@ -32,11 +41,22 @@ class Gatherer:
     def __init__(self, model: nn.Module, readers: Mapping[str, Reader]) -> None:
         self.readers = readers
         self._listener = Listener(model, readers)
-        self._probed = not readers
+        self._probed = len(readers) < 2
         self._sums: dict[str, InputSum] = {}
         self._counts: dict[str, torch.Tensor] = {}
         self._tokens: int | None = 0
         self._digests: list[bytes] = []
+        self._place: dict[str, int] = {}
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Of every unit that was reached the key of its inputs; known after a run, or a probe."""
+        return self._listener.inputs
+
+    @property
+    def reached(self) -> bool:
+        """Whether anything reached any unit."""
+        return any(total.tokens for total in self._sums.values()) or bool(self._counts)
 
     def probe(self, run: Callable[[], object]) -> None:
         """See once, in a run of its own, which units are given the same tensors. The first run does it by itself."""
@@ -44,31 +64,46 @@ class Gatherer:
             self._listener.probe(run)
             self._probed = True
 
-    def gather(self, call: Call, run: Callable[[], T], dense: Heard | None = None) -> T:
+    def gather_until_known(self, call: Call, run: Callable[[], object], dense: Heard) -> None:
+        """Take in one run, and end it as soon as every unit was called as often as in the dense model."""
+
+        def left() -> bool:
+            return any(len(rows) > self._place.get(key, 0) for key, rows in dense.items() if key in self.readers)
+
+        with contextlib.suppress(_EnoughError):
+            self.gather(call, run, dense, while_=left)
+
+    def gather(
+        self, call: Call, run: Callable[[], T], dense: Heard | None = None, *, while_: Callable[[], bool] | None = None
+    ) -> T:
         """Take in one run. Returns what it returns.
 
         Args:
             call: that is run: its masks, and what the text is known by.
             run: runs the model, or a part of it.
             dense: what was heard when the dense model was run with the same text.
+            while_: asked after every input; if it says no the run is broken off.
 
         Raises:
-            MPOError: entries that are not finite; another number of tokens than in the dense model.
+            MPOError: entries that are not finite.
+            OtherCallsError: another number of tokens than in the dense model.
         """
-        place: dict[str, int] = {}
+        place = self._place = dict[str, int]()
 
         def rows(key: str, x: torch.Tensor) -> None:
             if key not in self._sums:
                 self._sums[key] = InputSum(x.shape[1], x.device)
-            place[key] = place.get(key, -1) + 1
+            place[key] = place.get(key, 0) + 1
             there = None
             if dense is not None:
-                there = dense[key][place[key]] if len(dense.get(key, ())) > place[key] else None
+                there = dense[key][place[key] - 1] if len(dense.get(key, ())) >= place[key] else None
                 if there is None or there.shape != x.shape:
-                    raise MPOError(
+                    raise OtherCallsError(
                         f"{key} is not called as in the dense model: change what layers are, not their calls"
                     )
             self._sums[key].add(x, key, there)
+            if while_ is not None and not while_():
+                raise _EnoughError
 
         def ids(unit: str, x: torch.Tensor) -> None:
             out = self.readers[unit].shape[0]
