@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 from baselines import Subject, at_size, carried_out, forget, make_missing, planned, stored_bytes, zeroed
-from language_models import LENGTH, SEED, WINDOWS, Language, gpt, stories
+from language_models import LENGTH, MEASURED, SEED, Language, gpt, stories
 from rows import Job, Made, markdown, read, shown
 from torch.nn import functional
 
@@ -31,13 +31,16 @@ from mpo_tn import plot
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.storage.files import write_whole
 from mpo_tn.torch import plan
-from mpo_tn.torch.models.distance import distance
+from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.truncate.quantize import GROUP
 
 BUDGETS = (8.1, 4.1, 3.1, 2.3, 1.65, 1.25)
 ROUNDED = ((8, 128), (4, 128), (3, 128), (2, 128), (2, 32))
 """Bits, and columns a scale."""
-FACTORS = (8, 4, 3, 2)
+FACTORS = (4, 3, 2)
+PAIRED = BUDGETS[2:]
+"""Of low-rank pairs in bits: above, integers are far ahead."""
 BATCH = 8
 DENSE, FLOOR = "dense", "matrices zero"
 MODELS = ("stories260K", "GPT")
@@ -50,16 +53,17 @@ class Lab(Subject):
     def __init__(self, language: Language) -> None:
         super().__init__(language.model, Samples.of(_batches(language.calibration)))
         self.language = language
+        self.first = _batches(next(iter(language.measured.values())))
+        self.wanted = list(outputs(self.dense, self.first))
 
     def measured(self, model: Any) -> dict[str, Any]:
         """Losses by text, in the mean and by window; D on the first text; size."""
         model.eval()
         by_window = {name: _losses(model, ids) for name, ids in self.language.measured.items()}
-        first = next(iter(self.language.measured.values()))
         return {
             "megabytes": stored_bytes(model) / 1e6,
             "loss": {name: float(found.mean()) for name, found in by_window.items()},
-            "distance": float(distance(model, self.dense, _batches(first))),
+            "distance": float(distance(model, self.wanted, self.first)),
             "unigram": self.language.unigram,
             "losses": {name: [round(float(loss), 4) for loss in found] for name, found in by_window.items()},
         }
@@ -94,12 +98,13 @@ def jobs(lab: Lab) -> Iterator[Job]:
     exact: set[float] = set()
     for bits, group in ROUNDED:
         config = MPOConfig(target, sites=1, bits=bits, group=group)
-        exact.add(math.ceil(1e4 * plan(lab.dense, config).bits_per_weight) / 1e4)
+        if group == GROUP:
+            exact.add(math.ceil(1e4 * plan(lab.dense, config).bits_per_weight) / 1e4)
         yield job("rounding", lambda c=config: carried_out(lab, c), bits=bits, group=group)
         yield job("GPTQ", lambda c=config: carried_out(lab, c, calibrated=True), bits=bits, group=group)
     for bits in FACTORS:
         config = MPOConfig(target, sites="low-rank", bits=bits)
-        for budget in BUDGETS:
+        for budget in PAIRED:
             yield job(f"low rank in {bits} bits", lambda c=config, b=budget: uniform(c, b), budget=budget)
     for budget in (*BUDGETS, *sorted(exact, reverse=True)):  # the latter so that plans meet integers at equal bytes
         yield job("planned", lambda b=budget: planned(lab, target, bits_per_weight=b), budget=budget)
@@ -111,7 +116,7 @@ def run(folder: Path, results: Path, cache: Path, names: Sequence[str], again: S
         forget()
         language = stories(folder) if name == "stories260K" else gpt(folder, cache)
         lab = Lab(language)
-        text = {"calibration": len(language.calibration), "tokens": LENGTH, "seed": SEED, "at most": WINDOWS}
+        text = {"calibration": len(language.calibration), "tokens": LENGTH, "seed": SEED, "at most": MEASURED}
         make_missing(
             jobs(lab), results, lab, lab.measured, _said, again=again,
             text={**text, **{name: len(ids) for name, ids in language.measured.items()}},

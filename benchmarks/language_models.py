@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 SEED = 0
 LENGTH = 256
 """Tokens of a window, the first one that of the beginning."""
-WINDOWS = 128
+WINDOWS, MEASURED = 128, 64
 """Windows to calibrate on, and at the most to measure on, of each text."""
 PIECE, BYTE = 1, 6
 """Kinds of pieces of SentencePiece that text is made of."""
@@ -110,18 +110,18 @@ def gpt(folder: Path, cache: Path, recipe: Recipe = Recipe()) -> Language:
 def _language(
     name: str, model: Any, target: str, calibration: torch.Tensor, measured: dict[str, torch.Tensor]
 ) -> Language:
-    first = next(iter(measured.values()))[:WINDOWS, 1:]
+    first = next(iter(measured.values()))[:MEASURED, 1:]
     words = model.config.vocab_size
     seen = torch.bincount(calibration[:, 1:].reshape(-1), minlength=words).double() + 1
     unigram = -float((seen / seen.sum()).log()[first.reshape(-1)].mean())
     drawn = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(SEED))[:WINDOWS]
-    kept = {key: value[:WINDOWS] for key, value in measured.items()}
+    kept = {key: value[:MEASURED] for key, value in measured.items()}
     return Language(name, model.eval(), target, calibration[drawn], kept, unigram)
 
 
 def _wikitext(folder: Path) -> str:
     """The beginning of the test set."""
-    return (folder / "wikitext-2" / "test.txt").read_text(encoding="utf-8")[: 8 * LENGTH * WINDOWS]
+    return (folder / "wikitext-2" / "test.txt").read_text(encoding="utf-8")[: 8 * LENGTH * MEASURED]
 
 
 def openings(tokenizer: Tokenizer, lines: Sequence[str], begin: int) -> torch.Tensor:
