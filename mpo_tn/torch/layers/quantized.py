@@ -180,15 +180,15 @@ class QuantizedCore(nn.Module):
             self._settle()
             self._parameters.pop(SCALE_LOGS, None)
         elif self.scale_logs is None:
-            self.register_parameter(SCALE_LOGS, nn.Parameter(logarithms(self.weight_scale)))
+            self.register_parameter(SCALE_LOGS, nn.Parameter(logarithms(self.get_buffer("weight_scale"))))
 
     def _trained_scales(self) -> torch.Tensor:
         logs = self._parameters[SCALE_LOGS]
         assert logs is not None
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logs.requires_grad):
-            return rounded(logs, self.weight_scale)
+            return rounded(logs, self.get_buffer("weight_scale"))
         self._settle()  # the buffer itself, so that what is made of it can be kept as long as it does not change
-        return self.weight_scale
+        return self.get_buffer("weight_scale")
 
     def _settle(self) -> None:
         """Let the buffer hold what the trained scales are by now."""
@@ -196,14 +196,14 @@ class QuantizedCore(nn.Module):
         if logs is None or logs.is_meta:
             return
         with torch.no_grad():
-            scales = rounded(logs, self.weight_scale).half()
-            if not torch.equal(scales, self.weight_scale):
-                self.weight_scale.copy_(scales)
+            scales = rounded(logs, self.get_buffer("weight_scale")).half()
+            if not torch.equal(scales, self.get_buffer("weight_scale")):
+                self.get_buffer("weight_scale").copy_(scales)
 
     def _follow(self) -> None:
         """Let the trained scales be what the buffer holds by now."""
         if (logs := self.scale_logs) is not None:
-            logs.data, logs.grad = logarithms(self.weight_scale), None
+            logs.data, logs.grad = logarithms(self.get_buffer("weight_scale")), None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The core itself, integers times scales, each number rounded once to the dtype."""
