@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,6 +43,13 @@ def heal(
     ] = 128,
     lr: Annotated[float | None, typer.Option(help="Learning rate of norms and biases.")] = None,
     tensor_lr: Annotated[float | None, typer.Option(help="Learning rate of cores.")] = None,
+    scale_lr: Annotated[float | None, typer.Option(help="Learning rate of scales, relative to each.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What trains beside cores, several times: norms, biases, scales (all three by default), heads."
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: the faster of the two here.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of what is held back, and of the order of batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or for instance cuda.")] = "cpu",
@@ -80,9 +87,11 @@ def heal(
             ),
             kind,
         )  # fmt: skip
+        beside: dict[str, Any] = {"also": also} if also else {}
         result = heal_model(
             student, teacher, batches, dev=dev, objective=goal, train=train, steps=steps, minutes=minutes, lr=lr,
-            tensor_lr=tensor_lr, precision=precision, seed=seed, folder=state, resume=resume, progress=progress,
+            tensor_lr=tensor_lr, scale_lr=scale_lr, precision=precision, seed=seed, folder=state, resume=resume,
+            progress=progress, **beside,
         )  # fmt: skip
         progress(0, 1, "writing the model")
         files = {"healing.json": json.dumps(result.to_dict(), indent=2) + "\n"}

@@ -185,6 +185,9 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Then train scales, norms and biases block after block. With --texts.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -224,9 +227,12 @@ def compress(
             decided = plan_model(network, config, calibration=known, progress=progress)
         # What a plan was decided on it holds itself.
         given = known if plan_file is not None else None
+        if refine and texts is None:
+            raise MPOError("--refine trains block after block on text: give it with --texts")
         report = compress_model(
-            network, decided, calibration=given, anchored=anchored, progress=doing("compressing", progress)
-        )
+            network, decided, calibration=given, anchored=anchored, refine=refine,
+            progress=doing("compressing", progress),
+        )  # fmt: skip
         progress(0, 1, "writing the model")
         save_model(network, model, folder, overwrite=overwrite)
         progress(1, 1, "writing the model")

@@ -44,7 +44,7 @@ class MPOConfig:
         tolerance: the relative Frobenius error allowed per matrix.
         bits: how the numbers of the cores are held: integers of 2 to 8 bits with scales, or 16 for float16; None for
             the dtype of the weight. One number for all cores, or ``{"central": 4, "auxiliary": 8}``, either of which
-            may be left out. With ``sites=1`` it is the dense matrix that is held so. Cores in bits do not train.
+            may be left out. With ``sites=1`` it is the dense matrix that is held so. In bits only scales train.
         group: columns of a core's matrix (left out, in right) that share a scale.
         size: a budget, in bytes or as text such as ``"25MB"``, for the parameters of the whole model. Structure and
             bits are then chosen for each matrix (``sites`` is not looked at); that takes a calibration.

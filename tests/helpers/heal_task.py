@@ -33,16 +33,17 @@ COUNTING = [{"input_ids": (part["input_ids"][:, :1] + torch.arange(9)) % VOCAB} 
 
 
 @cache
-def _made(family: str) -> tuple[Any, Any]:
+def _made(family: str, bits: int | None = None) -> tuple[Any, Any]:
     """Made once and copied: a factorisation may round by where its operands lie, and runs are compared bit for bit."""
-    return small(family, target_modules="all-linear", bond=4), tiny(family)
+    how: dict[str, Any] = {"bond": 4} if bits is None else {"sites": 1, "bits": bits, "group": 8}
+    return small(family, target_modules="all-linear", **how), tiny(family)
 
 
 class Task:
     """A compressed model, the dense one it was made of, and a healing of a few steps."""
 
-    def __init__(self, family: str = "bert") -> None:
-        self.model, self.teacher = copy.deepcopy(_made(family))
+    def __init__(self, family: str = "bert", bits: int | None = None) -> None:
+        self.model, self.teacher = copy.deepcopy(_made(family, bits))
 
     def run(self, **options: Any) -> HealResult:
         given: dict[str, Any] = {"batches": BATCHES, "dev": DEV, "steps": 12, "tensor_lr": 3e-3, **options}

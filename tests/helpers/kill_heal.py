@@ -1,6 +1,6 @@
 """Heals a small model, killing the process at every event in turn, and compares what the restarted runs end in.
 
-Run by tests/torch/loops/test_heal.py in a process of its own: ``python -m helpers.kill_heal FOLDER``. Prints what
+Run by tests/torch/loops/test_heal.py in a process: ``python -m helpers.kill_heal FOLDER [BITS]``. Prints what
 differs and exits with 1, or prints how many kills there were.
 """
 
@@ -21,12 +21,15 @@ from helpers.fuse import KILLED, Fuse
 from helpers.heal_task import Task, bits, without_seconds
 from mpo_tn.torch.state import training_state as state
 
+BITS = int(sys.argv[2]) if len(sys.argv) > 2 else None
+"""Of all cores, or none."""
+
 
 def run(folder: Path, fuse: Fuse) -> str:
     """One call of heal from the start of a process: all that came of it."""
     torch.manual_seed(0)
     random.seed(0)  # which a fork seeds anew
-    task = Task()
+    task = Task(bits=BITS)
     result = task.run(folder=folder, steps=4, every=2, tensor_lr=0.03, progress=lambda *_: fuse.tick())
     return f"{without_seconds(result)} {bits(task.model)} {state.random_digest()}"
 
@@ -53,7 +56,7 @@ def in_a_child(folder: Path, at: int | None) -> tuple[int, str]:
 
 def main(home: Path, say: Callable[[str], None] = print) -> int:
     torch.set_num_threads(1)
-    Task()  # made once, before the forks
+    Task(bits=BITS)  # made once, before the forks
     _, expected = in_a_child(home / "whole", None)
     assert "best_step" in expected, expected
     kills = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -77,19 +78,22 @@ class Form:
 
     def core(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The core itself, each number rounded once to the dtype; in the workspace if that is open."""
-        return self._matrix(tensors).view(self.shape)
+        return self.matrix(tensors).view(self.shape)
 
     def slices(self, tensors: Sequence[torch.Tensor], digits: torch.Tensor) -> torch.Tensor:
         """``core[:, digit]`` for each of ``digits``, (digits, left, in right), unpacking no other rows."""
         left, out, _, _ = self.shape
         rows = (digits[:, None] + out * torch.arange(left, device=digits.device)).reshape(-1)
         picked = [tensor.reshape(left * out, -1)[rows] for tensor in tensors]
-        return self._matrix(picked).view(-1, left, self.columns)
+        return self.matrix(picked).view(-1, left, self.columns)
 
-    def _matrix(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def matrix(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of the matrix (left out, in right), from the same rows of what holds it."""
         if self.bits == 16:
             return self._room(tensors[0]).copy_(tensors[0])
         packed, scales = tensors
+        if scales.requires_grad and torch.is_grad_enabled():
+            return _Scaled.apply(packed, scales, self)  # pyright: ignore[reportReturnType]
         values = unpack(packed, self.bits, self.columns)
         # An integer times a scale is exact in float32; in fewer digits the scale would be rounded first.
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -102,11 +106,40 @@ class Form:
             wide[:, whole * self.group :].mul_(scales[:, whole:])
         return wide if self.dtype == exact else self._room(wide).copy_(wide)
 
+    def of_scales(self, packed: torch.Tensor, of_matrix: torch.Tensor) -> torch.Tensor:
+        """The gradient of the scales (rows, groups) from that of the matrix that the integers and they stand for."""
+        values = unpack(packed, self.bits, self.columns)
+        shares = of_matrix.reshape(values.shape) * values
+        whole = self.columns // self.group
+        parts = [shares[:, : whole * self.group].unflatten(1, (whole, self.group)).sum(2)] if whole else []
+        if whole * self.group < self.columns:
+            parts.append(shares[:, whole * self.group :].sum(1, keepdim=True))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
     def _room(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         dtype = dtype or self.dtype
         if is_open():
             return scratch.take(math.prod(like.shape), dtype).view(like.shape)
         return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+class _Scaled(torch.autograd.Function):
+    """The matrix, for gradients of the scales: what is kept for backward is the integers as they are held."""
+
+    @staticmethod
+    def forward(packed: torch.Tensor, scales: torch.Tensor, form: Form) -> torch.Tensor:
+        return form.matrix((packed, scales))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        packed, scales, ctx.form = inputs
+        ctx.kind = scales.dtype
+        ctx.save_for_backward(packed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (packed,) = ctx.saved_tensors
+        return None, ctx.form.of_scales(packed, gradients[0]).to(ctx.kind), None
 
 
 @dataclass(frozen=True)
@@ -115,7 +148,11 @@ class Packed:
 
     tensors: tuple[torch.Tensor, ...]
     form: Form
-    requires_grad = False
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether its scales train."""
+        return any(tensor.requires_grad for tensor in self.tensors)
 
     @property
     def shape(self) -> Shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def _states(x: torch.Tensor, chain: _Chain, steps: int | None = None) -> list[to
 class _Product(torch.autograd.Function):
     """``linear(x, W, b)`` that saves ``x`` and the cores, and computes gradients for the cores that want one.
 
-    Cores in few bits are saved as they are held and dequantised again in backward.
+    Cores in few bits are saved as they are held and dequantised again in backward; their scales may want gradients.
     """
 
     @staticmethod
@@ -137,7 +138,8 @@ class _Product(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         want_x, want_bias, _, _, _, _, *wanted = ctx.needs_input_grad
         starts = _starts(ctx.forms) if ctx.forms else range(len(tensors))
-        want_cores = [wanted[start] for start in starts]
+        counts = [*starts, len(tensors)]
+        want_cores = [any(wanted[start:end]) for start, end in pairwise(counts)]
         g = gradients[0]
         # The backward pass of a step can run inside of autocast.
         with no_autocast(g.device), workspace(tensors[0]):
@@ -149,8 +151,13 @@ class _Product(torch.autograd.Function):
                 of_x = backward(ctx, g, x, cores, want_x, want_cores, of_cores)
             of_bias = g.sum(0) if want_bias else None
         of_tensors: list[torch.Tensor | None] = [None] * len(tensors)
-        for start, of_core in zip(starts, of_cores, strict=True):
-            of_tensors[start] = of_core
+        for k, (start, of_core) in enumerate(zip(starts, of_cores, strict=True)):
+            form = ctx.forms[k] if ctx.forms else None
+            if of_core is not None and form is not None:
+                packed, scales = tensors[start : start + 2]
+                of_tensors[start + 1] = form.of_scales(packed, of_core).to(scales.dtype)
+            else:
+                of_tensors[start] = of_core
         return of_x, of_bias, None, None, None, None, *of_tensors
 
 

@@ -1,4 +1,4 @@
-"""QuantizedCore: a core held in few bits. It takes no gradient, and no cast touches it."""
+"""QuantizedCore: a core held in few bits. Its integers take no gradient, and no cast touches it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import check_core_bits
 from mpo_tn.torch.layers.packing import Form, Packed, Shape, pack
+from mpo_tn.torch.layers.scales import logarithms, rounded
 from mpo_tn.truncate.quantize import GROUP, Integers, quantize
 from mpo_tn.truncate.scales import group_count
+
+SCALE_LOGS = "weight_scale_logs"
+"""The name of the parameter of a core whose scales train."""
 
 
 def buffer_kinds(shape: Sequence[int], bits: int, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -46,6 +50,8 @@ class QuantizedCore(nn.Module):
         group: columns that share a scale.
         device: of the empty buffers.
         dtype: of what is computed with, in which :meth:`dequantize` gives the core; the default dtype if not given.
+
+    Its scales may train, see :meth:`train_scales`.
 
     Guarantee (bits-not-cast): ``half()``, ``to(dtype)``, ``double()`` and their like change :attr:`dtype` and no bit
     of what is held.
@@ -145,7 +151,60 @@ class QuantizedCore(nn.Module):
         """What a layer computes with, in :attr:`dtype` or another."""
         names = ("weight",) if self.bits == 16 else ("weight_packed", "weight_scale")
         tensors = tuple(self._buffers[name] for name in names)
+        if self._parameters:
+            tensors = (tensors[0], self._trained_scales())
         return Packed(tensors, Form(self.shape, self.bits, self.group, dtype or self.dtype))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def scale_logs(self) -> nn.Parameter | None:
+        """The logarithms of the scales in float32, while they train."""
+        return self._parameters.get(SCALE_LOGS)
+
+    def train_scales(self, trains: bool = True) -> None:
+        """Hold the scales as a parameter, too: their logarithms in float32, for gradients to change; or no longer.
+
+        Guarantee (scales-as-held): the core is always computed with scales that are numbers of float16, finite and not
+        zero, and with the same signs; those are in ``weight_scale`` whenever it is read by ``state_dict`` and after
+        ``train_scales(False)``, so that what is measured in between is what is saved. The parameter is in no
+        ``state_dict``, and no integer ever changes.
+
+        With 16 bits there are no scales, and nothing happens.
+
+        >>> core = QuantizedCore.rounded(torch.tensor([[[[0.5, -1.0, 0.25]]]]), 3)
+        >>> core.train_scales()
+        >>> [name for name, _ in core.named_parameters()], list(core.state_dict())
+        (['weight_scale_logs'], ['weight_packed', 'weight_scale', 'weight_shape'])
+        """
+        if self.bits == 16:
+            return
+        if not trains:
+            self._settle()
+            self._parameters.pop(SCALE_LOGS, None)
+        elif self.scale_logs is None:
+            self.register_parameter(SCALE_LOGS, nn.Parameter(logarithms(self.get_buffer("weight_scale"))))
+
+    def _trained_scales(self) -> torch.Tensor:
+        logs = self._parameters[SCALE_LOGS]
+        assert logs is not None
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logs.requires_grad):
+            return rounded(logs, self.get_buffer("weight_scale"))
+        self._settle()  # the buffer itself, so that what is made of it can be kept as long as it does not change
+        return self.get_buffer("weight_scale")
+
+    def _settle(self) -> None:
+        """Let the buffer hold what the trained scales are by now."""
+        logs = self.scale_logs
+        if logs is None or logs.is_meta:
+            return
+        with torch.no_grad():
+            scales = rounded(logs, self.get_buffer("weight_scale")).half()
+            if not torch.equal(scales, self.get_buffer("weight_scale")):
+                self.get_buffer("weight_scale").copy_(scales)
+
+    def _follow(self) -> None:
+        """Let the trained scales be what the buffer holds by now."""
+        if (logs := self.scale_logs) is not None:
+            logs.data, logs.grad = logarithms(self.get_buffer("weight_scale")), None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The core itself, integers times scales, each number rounded once to the dtype."""
@@ -157,6 +216,7 @@ class QuantizedCore(nn.Module):
             buffer = self.get_buffer(name)
             buffer.data = value.to(buffer.device, copy=True)
         self.shape = other.shape
+        self._follow()
 
     def check(self, name: str, why: str = "the file is damaged, or of another model") -> None:
         """Refuse buffers that no core can be read from, and say ``why``; those on the meta device pass.
@@ -191,7 +251,17 @@ class QuantizedCore(nn.Module):
             moved = fn(buffer)
             if moved is not buffer:
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        if (logs := self.scale_logs) is not None:
+            for held in (logs, logs.grad):
+                if held is not None:
+                    moved = fn(held.data)
+                    held.data = moved if moved.dtype == held.dtype else held.data.to(moved.device)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + SCALE_LOGS, None)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -206,9 +276,13 @@ class QuantizedCore(nn.Module):
         if wrong:
             error_msgs += [f"{prefix}{name} {why}" for name, why in wrong.items()]
             return
+        logs = self._parameters.pop(SCALE_LOGS, None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if logs is not None:
+            self._parameters[SCALE_LOGS] = logs
+            self._follow()
 
     def extra_repr(self) -> str:
         """The line that ``print(model)`` shows."""
@@ -218,3 +292,9 @@ class QuantizedCore(nn.Module):
 def quantized_cores(model: nn.Module) -> dict[str, QuantizedCore]:
     """Every quantised core of a model, once, by the first of its names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedCore)}
+
+
+def trained_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The logarithms of the scales that train, by name; no ``state_dict`` has them."""
+    found = {f"{name}.{SCALE_LOGS}": core.scale_logs for name, core in quantized_cores(model).items()}
+    return {name: logs for name, logs in found.items() if logs is not None}

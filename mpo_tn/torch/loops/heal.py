@@ -17,7 +17,7 @@ from mpo_tn.torch.loops.healer import Healer, Progressed, lent
 from mpo_tn.torch.loops.log_folder import LogFolder, counts, expect
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import TRAINED, HealResult, Recipe
-from mpo_tn.torch.models.trainable import count_trainable, freeze
+from mpo_tn.torch.models.trainable import count_trainable, freeze, is_scale
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.host_values import tensors_digest
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
@@ -26,6 +26,7 @@ LOG_VERSION = 1
 
 _STEPS = 500
 _RATE = 1e-3
+_SCALE_RATE = 2e-2
 _RATES = {"two sites": 3e-3, "cores": 1e-3, "auxiliary": 5e-3}
 """Of norms and biases, and of cores: the best of those tried on MiniLM (docs/healing.md), or between the two best."""
 
@@ -38,11 +39,12 @@ def heal(
     dev: Any = None,
     objective: str = "features",
     train: str = "cores",
-    also: str | Sequence[str] = ("norms", "biases"),
+    also: str | Sequence[str] = ("norms", "biases", "scales"),
     steps: int | None = None,
     minutes: float | None = None,
     lr: float | None = None,
     tensor_lr: float | None = None,
+    scale_lr: float | None = None,
     warmup: float = 0.05,
     clip: float = 1.0,
     temperature: float = 1.0,
@@ -72,8 +74,9 @@ def heal(
             ``"loss"``: what the model itself computes from the ``labels`` of the batches; of a language model without
             them, the loss of the next token.
         train: the cores that train: ``"cores"`` is all of them, ``"auxiliary"`` all but the central tensors. What is
-            held in buffers, as quantised cores are, never does.
-        also: what else does, as in :func:`~mpo_tn.torch.freeze`. Heads and dense word tables stay as they are.
+            held in buffers, as integers are, never does.
+        also: what else does, as in :func:`~mpo_tn.torch.freeze`: by default norms, biases, and the scales of all cores
+            in integers. Heads and dense word tables stay as they are.
         steps: how many, 500 if ``minutes`` is not given either.
         minutes: about how long instead. A few steps are timed (and undone) to make it a number of steps, so another
             call may get another number; give ``steps`` for the same bits every time.
@@ -81,6 +84,7 @@ def heal(
         tensor_lr: of cores. By default what was best on a sentence encoder: 3e-3 where all chains have two sites, as
             low rank has; else 1e-3 for all cores (at three times that, five sites collapsed) and 5e-3 for auxiliary
             tensors alone.
+        scale_lr: of scales, relative to each; 2e-2 by default.
         warmup: share of the steps in which the rates rise.
         clip: longest gradient.
         temperature: of ``objective="logits"``.
@@ -98,8 +102,9 @@ def heal(
     Returns:
         The loss of every step, what was measured on held-out batches, and what was trained.
 
-    Guarantee (heal-frozen-bits): only the parameters that ``train`` and ``also`` mean change; every other tensor of the
-    model keeps its bits, and every flag (``requires_grad``, training mode) is as it was.
+    Guarantee (heal-frozen-bits): only the parameters and scales that ``train`` and ``also`` mean change; every other
+    tensor of the model keeps its bits, and every flag (``requires_grad``, training mode) is as it was. The model has
+    the tensors it had, of the same sizes: scales are float16 again, and were whenever anything was measured.
     Guarantee (heal-never-worse): with ``dev`` the model ends in the state that was best on it, the one it began with
     among them, also if anything raises: ``after <= before``.
     Guarantee (heal-same-bits): killed at any point and called again with the same arguments and ``folder``, the run
@@ -131,7 +136,7 @@ def heal(
         objective=objective, train=train, also=(also,) if isinstance(also, str) else tuple(also),
         steps=_STEPS if steps is None and minutes is None else steps, minutes=minutes,
         lr=_RATE if lr is None else lr, tensor_lr=_tensor_rate(model, train) if tensor_lr is None else tensor_lr,
-        warmup=warmup,
+        scale_lr=_SCALE_RATE if scale_lr is None else scale_lr, warmup=warmup,
         clip=clip, temperature=temperature, blocks=blocks, every=every, precision=precision, seed=seed,
     )  # fmt: skip
     goal = objective_of(objective, temperature=temperature, blocks=blocks)
@@ -144,7 +149,7 @@ def heal(
         if not count_trainable(model)[0]:
             raise MPOError(
                 f"nothing is left to train by train={train!r} and also={recipe.also}: the cores are held in buffers, "
-                "as quantised ones are; let norms and biases train, or other cores"
+                "as quantised ones are; let norms, biases and scales train, or other cores"
             )
         healer = Healer(model, teacher, goal, recipe, feed, held, cache_bytes)
         healer.check()
@@ -244,8 +249,8 @@ class _Run:
             best_step=done.best_step, before=values.get(0), after=values.get(done.best_step),
             losses=tuple(done.losses), held_out=tuple(done.held_out),
             seconds=self.before + time.perf_counter() - self.began, step_seconds=done.step_seconds, lr=recipe.lr,
-            tensor_lr=recipe.tensor_lr, trainable=trainable, total=total, precision=healer.precision,
-            notes=tuple(healer.notes),
+            tensor_lr=recipe.tensor_lr, scale_lr=recipe.scale_lr, trainable=trainable, total=total,
+            precision=healer.precision, notes=tuple(healer.notes),
         )  # fmt: skip
 
     def _line(self, loss: float) -> str:
@@ -284,7 +289,8 @@ def _digest(batch: Fed) -> str:
 
 def _model_digest(state: TrainingState) -> str:
     """A digest of the model's tensors, whatever order a file brought them into."""
-    return tensors_digest(state.tensors[name] for name in sorted(state.tensors) if name.startswith("model/"))
+    own = (name for name in sorted(state.tensors) if name.startswith("model/") and not is_scale(name))
+    return tensors_digest(state.tensors[name] for name in own)
 
 
 def _done_of(log: Mapping[str, Any]) -> Progressed:

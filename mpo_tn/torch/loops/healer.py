@@ -16,7 +16,7 @@ from mpo_tn.torch.loops.feeding import Fed, Feed
 from mpo_tn.torch.loops.objectives import Measured, Objective, Targets
 from mpo_tn.torch.loops.recipe import Recipe, share_of_rate
 from mpo_tn.torch.models.evaluating import set_training, training_flags
-from mpo_tn.torch.models.trainable import parameter_groups
+from mpo_tn.torch.models.trainable import parameter_groups, scales_kept
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 
 # Enough steps to see past the lengths of single batches, few enough not to be felt.
@@ -186,7 +186,10 @@ class Healer:
             restore(self.best, self.model)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        groups = parameter_groups(self.model, self.recipe.lr, self.recipe.tensor_lr, weight_decay=0.0)
+        recipe = self.recipe
+        groups = parameter_groups(
+            self.model, recipe.lr, recipe.tensor_lr, weight_decay=0.0, scale_lr=recipe.scale_lr
+        )  # fmt: skip
         optimizer = torch.optim.AdamW(groups)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -252,14 +255,18 @@ class Healer:
 
 @contextmanager
 def lent(model: nn.Module, teacher: nn.Module | None) -> Generator[None]:
-    """Both in evaluation mode; afterwards every module and every parameter has the flags it had."""
+    """Both in evaluation mode; afterwards every module and every parameter has the flags it had.
+
+    Cores have their scales as parameters only if they had before.
+    """
     networks = [model] if teacher is None else [model, teacher]
     modes = [training_flags(network) for network in networks]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for network in networks:
             network.eval()
-        yield
+        with scales_kept(model):
+            yield
     finally:
         for mode in modes:
             set_training(mode)

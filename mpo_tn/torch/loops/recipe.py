@@ -24,6 +24,7 @@ class Recipe:
     minutes: float | None
     lr: float
     tensor_lr: float
+    scale_lr: float
     warmup: float
     clip: float
     temperature: float
@@ -49,7 +50,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not (is_real(value) and 0 < value < math.inf):
                 raise MPOError(f"{name}={value!r} must be a finite number above 0")
-        for name in ("lr", "tensor_lr", "blocks"):
+        for name in ("lr", "tensor_lr", "scale_lr", "blocks"):
             value = getattr(self, name)
             if not (is_real(value) and 0 <= value < math.inf):
                 raise MPOError(f"{name}={value!r} must be a finite number of at least 0")
@@ -81,7 +82,7 @@ class HealResult:
     ``losses`` are by step, ``held_out`` pairs of (steps done, value) of the held-out batches, the first before any
     step; ``before`` and ``after`` are the first of them and that of ``best_step``, all None without such batches.
     ``unit`` says what is measured. ``seconds`` counts everything, measuring too, ``step_seconds`` the steps alone.
-    ``trainable`` of ``total`` parameters were trained; what is held in buffers, as quantised cores are, is in neither.
+    ``trainable`` of ``total`` parameters were trained; the scales of quantised cores count as trained.
     """
 
     objective: str
@@ -101,6 +102,7 @@ class HealResult:
     total: int
     precision: str
     notes: tuple[str, ...] = ()
+    scale_lr: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +26,14 @@ from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.quantized import QuantizedCore
+from mpo_tn.torch.models.auto import Trial
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.carry_out import fit_units
 from mpo_tn.torch.models.decide import plan, samples_of, units_of_plan
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.host import current_host
-from mpo_tn.torch.models.report import CompressionReport, LayerReport
+from mpo_tn.torch.models.refine import check_refinable, refine_blocks
+from mpo_tn.torch.models.report import CompressionReport, LayerReport, RefinedBlock
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.units import DenseUnit, count_parameters
 from mpo_tn.truncate.basis import Method
@@ -56,6 +59,7 @@ def compress(
     *,
     calibration: Iterable[Any] | Calibration | Samples | None = None,
     anchored: bool | None = None,
+    refine: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Replace linear layers and embeddings of ``model`` by their MPOs, in place, as a configuration or a plan says.
@@ -67,6 +71,9 @@ def compress(
         calibration: as for :func:`plan`; of a plan that was made with one and not loaded from a file it is known.
         anchored: whether what is fitted to text is also fitted layer after layer, each to what those before it give by
             then; text that was held back says which is kept. By default wherever there is text, and not moments alone.
+        refine: whether afterwards block after block trains what is not in integers (float cores, scales, norms, biases)
+            to give what the dense block gave, six times over the text; what was held back says when to stop. Needs
+            text, and a model with blocks.
         progress: called before each unit and once when all are decomposed, with how many units are done, how many
             there are, and the name of the next (or last) one.
 
@@ -80,7 +87,8 @@ def compress(
 
     Raises:
         MPOError: a pattern that matches nothing, a weight with NaN or infinite entries or without data, legs that do
-            not fit, a ratio that cannot be reached; the message names the module. A plan of another model.
+            not fit, a ratio that cannot be reached; the message names the module. A plan of another model. ``refine``
+            without text, or of a model without blocks.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
@@ -88,10 +96,14 @@ def compress(
     >>> report.kept <= 0.5, [type(layer).__name__ for layer in model]
     (True, ['MPOLinear', 'ReLU', 'MPOLinear'])
     """
+    given = samples_of(calibration)
+    text = _text_of(config.calibration if isinstance(config, Plan) and given is None else given)
+    if refine:
+        check_refinable(model, text)
     if isinstance(config, Plan):
-        decided, source = config, config.calibration if calibration is None else samples_of(calibration)
+        decided, source = config, config.calibration if given is None else given
     else:
-        decided = plan(model, config, calibration=calibration, progress=progress)
+        decided = plan(model, config, calibration=given, progress=progress)
         source = decided.calibration
     units = units_of_plan(model, decided)
     in_metric = [(planned, unit) for planned, unit in units if planned.metric == ACTIVATION]
@@ -118,8 +130,18 @@ def compress(
         modules |= _modules(unit, layer.spec, cores, shift)
     if progress and units:
         progress(len(units), len(units), units[-1][1].name)
-    _swap(model, modules, decided.config)
-    return CompressionReport(tuple(layers), decided.skipped, before, count_parameters(model))
+    with ExitStack() as undo:
+        refined: tuple[RefinedBlock, ...] = ()
+        if refine and text is not None:
+            refined = refine_blocks(model, modules, text, undo, progress or silent)
+        _swap(model, modules, decided.config)
+        undo.pop_all()
+    return CompressionReport(tuple(layers), decided.skipped, before, count_parameters(model), refined)
+
+
+def _text_of(source: Trial | Samples | Calibration | None) -> Samples | None:
+    """Text, if there is any and not moments alone."""
+    return source if isinstance(source, Samples) else source.samples if isinstance(source, Trial) else None
 
 
 def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, ModuleSpec]:

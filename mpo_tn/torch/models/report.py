@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpo_tn.planning.entries import FROBENIUS, ITEMSIZES
@@ -67,13 +67,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class RefinedBlock:
+    """A block that was trained, and on held-back text its relative squared distance from the dense one's outputs.
+
+    ``epoch`` is the one that was kept; after 0 of them nothing was.
+    """
+
+    name: str
+    before: float
+    after: float
+    epoch: int
+
+
+@dataclass(frozen=True)
 class CompressionReport:
-    """What :func:`compress` did. Parameters count shared ones once."""
+    """What :func:`compress` did. Parameters count shared ones once.
+
+    The errors of ``layers`` are those of the fits, before blocks were ``refined``.
+    """
 
     layers: tuple[LayerReport, ...]
     skipped: dict[str, str]
     parameters_before: int
     parameters_after: int
+    refined: tuple[RefinedBlock, ...] = ()
 
     @property
     def matrix_before(self) -> int:
@@ -122,13 +139,21 @@ class CompressionReport:
             "kept_model": self.kept_model,
             "bits_per_weight": self.bits_per_weight,
             "rel_error": self.rel_error,
+            **({"refined": [asdict(block) for block in self.refined]} if self.refined else {}),
         }
 
     def __str__(self) -> str:
         bits = f", {self.bits_per_weight:.2f} bits per weight" if self.has_bits else ""
         skipped = f"; {len(self.skipped)} matched modules skipped" if self.skipped else ""
+        refined = ""
+        if self.refined:
+            before, after = (sum(values) / len(self.refined) for values in self._distances())
+            refined = f"; {len(self.refined)} blocks refined, {before:.4g} -> {after:.4g} of their outputs on average"
         return (
             f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
             f"whole model ({self.parameters_before} -> {self.parameters_after}){bits}, relative error "
-            f"{self.rel_error:.4f}{skipped}"
+            f"{self.rel_error:.4f}{skipped}{refined}"
         )
+
+    def _distances(self) -> tuple[list[float], list[float]]:
+        return [block.before for block in self.refined], [block.after for block in self.refined]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import HEADS, matches
 from mpo_tn.torch.layers.cores import Cores
-from mpo_tn.torch.layers.quantized import QuantizedCore
+from mpo_tn.torch.layers.quantized import SCALE_LOGS, QuantizedCore, quantized_cores
 from mpo_tn.torch.models.units import count_parameters, head_modules, mpo_units
 
 POLICIES = ("auxiliary", "central", "cores", "none")
 GROUPS = ("heads", "norms", "biases")
+SCALES = "scales"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Occurrence:
     def is_core(self) -> bool:
         """Whether it is a core of an MPO module."""
         return any(isinstance(owner, Cores) for owner in self.owners)
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it is the scales of a core in bits."""
+        return any(isinstance(owner, QuantizedCore) for owner in self.owners)
 
 
 def occurrences(model: nn.Module) -> list[Occurrence]:
@@ -75,12 +82,14 @@ def freeze(
     Args:
         model: a model with MPO modules; with ``policy="none"`` any model.
         policy: the cores that stay trainable. ``"auxiliary"``, all but the central tensor, is the lightweight
-            fine-tuning of the paper; ``"central"`` is the opposite, ``"cores"`` all, ``"none"`` none. Cores that are
-            held in bits never train.
+            fine-tuning of the paper; ``"central"`` is the opposite, ``"cores"`` all, ``"none"`` none. What cores hold
+            in bits never trains.
         also: what trains outside the cores. ``"heads"``: modules named like a task head or a pooler, and the output
             embeddings; not a weight that a module elsewhere uses too, as a tied output table is. ``"norms"``: the
             parameters of every module whose class, or a base of it, is named ``...Norm``. ``"biases"``: every
             parameter named ``bias``, ``..._bias`` or ``bias_...``. ``"all"``: everything outside the cores.
+            ``"scales"``: those of all cores in integers, as parameters in float32, which are there until another
+            ``freeze`` leaves ``"scales"`` out and in no ``state_dict``.
         train: more of it by pattern, in the grammar of :class:`~mpo_tn.torch.MPOConfig`, on names of parameters or of
             modules with all that is below them. Cores follow ``policy`` and ``overrides`` only.
         overrides: pattern of MPO modules to the policy they get instead; the first match wins. Modules that share
@@ -89,8 +98,8 @@ def freeze(
     Returns:
         How many parameters train, and of which groups.
 
-    Guarantee (last-freeze-holds): only ``requires_grad`` changes, and that of every parameter is set: the last call
-    holds, whatever was set before.
+    Guarantee (last-freeze-holds): no number changes, only ``requires_grad`` does, that of every parameter is set, and
+    cores in integers have their scales as parameters or not: the last call holds, whatever was set before.
     Guarantee (freeze-refused): if anything is wrong nothing changes.
     Build the optimiser afterwards, see :func:`parameter_groups`.
 
@@ -110,11 +119,13 @@ def freeze(
     for given in (policy, *(overrides or {}).values()):
         check_policy(given)
     groups = (also,) if isinstance(also, str) else tuple(also)
-    unknown = [group for group in groups if group not in (*GROUPS, "all")]
+    unknown = [group for group in groups if group not in (*GROUPS, SCALES, "all")]
     if unknown:
-        raise MPOError(f"also={unknown[0]!r} is not one of {', '.join(GROUPS)}, all; name other parameters in train")
+        raise MPOError(
+            f"also={unknown[0]!r} is not one of {', '.join(GROUPS)}, {SCALES}, all; name other parameters in train"
+        )
     cores = _trainable_cores(model, policy, overrides or {})
-    parameters = occurrences(model)
+    parameters = [item for item in occurrences(model) if not item.is_scale]
     named = _named_by(parameters, train)
     outputs = head_modules(model)
 
@@ -135,6 +146,11 @@ def freeze(
         item.parameter.requires_grad_(reason is not None)
         if reason is not None:
             by_group[reason] += item.parameter.numel()
+    for core in quantized_cores(model).values():
+        core.train_scales(SCALES in groups)
+        if core.scale_logs is not None:
+            core.scale_logs.requires_grad_(True)
+            by_group[SCALES] += core.scale_logs.numel()
     return FreezeReport(*count_trainable(model), by_group)
 
 
@@ -209,6 +225,8 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _belongs(item: Occurrence, group: str, outputs: set[nn.Module]) -> bool:
+    if group == SCALES:
+        return False
     if group == "norms":
         return any(is_norm(owner) for owner in item.owners)
     if group == "biases":
@@ -228,6 +246,22 @@ def is_bias(name: str) -> bool:
     """Whether a parameter is a bias, going by its name; ``in_proj_bias`` of nn.MultiheadAttention is one, too."""
     own = name.rpartition(".")[2]
     return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor is the scales of a core in integers while they train, going by its name."""
+    return name.rpartition(".")[2] == SCALE_LOGS
+
+
+@contextmanager
+def scales_kept(model: nn.Module) -> Generator[None]:
+    """Afterwards cores in integers have their scales as parameters only if they had them before."""
+    before = [(core, core.scale_logs is not None) for core in quantized_cores(model).values()]
+    try:
+        yield
+    finally:
+        for core, trained in before:
+            core.train_scales(trained)
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
@@ -255,6 +289,7 @@ def parameter_groups(
     weight_decay: float = 0.01,
     *,
     tensor_weight_decay: float = 0.0,
+    scale_lr: float = 2e-2,
 ) -> list[dict[str, Any]]:
     """The trainable parameters as groups for a torch optimiser, with a learning rate of their own for cores.
 
@@ -268,10 +303,11 @@ def parameter_groups(
         tensor_weight_decay: of cores. None by default: the matrix is a *product* of the cores, so decay of each would
             shrink it by the product of the factors, and by amounts that depend on how its norm happens to be spread
             over the cores (the gauge), which means nothing.
+        scale_lr: of the scales of cores in integers, relative to each: what trains is their logarithms. No decay.
 
     Returns:
-        Dictionaries with ``name`` (``"tensors"``, ``"decay"`` or ``"no_decay"``), ``params``, ``lr``, ``weight_decay``;
-        empty groups are left out.
+        Dictionaries with ``name`` (``"tensors"``, ``"decay"``, ``"no_decay"`` or ``"scales"``), ``params``, ``lr``,
+        ``weight_decay``; empty groups are left out.
 
     Guarantee (one-group-each): every trainable parameter is in exactly one, in order of first occurrence.
 
@@ -286,7 +322,8 @@ def parameter_groups(
     [('tensors', 2, 0.0005), ('no_decay', 1, 0.0002)]
     """
     rates = {
-        "lr": lr, "tensor_lr": tensor_lr, "weight_decay": weight_decay, "tensor_weight_decay": tensor_weight_decay
+        "lr": lr, "tensor_lr": tensor_lr, "weight_decay": weight_decay, "tensor_weight_decay": tensor_weight_decay,
+        "scale_lr": scale_lr,
     }  # fmt: skip
     for name, value in rates.items():
         if not 0 <= value < float("inf"):
@@ -295,12 +332,13 @@ def parameter_groups(
         {"name": "tensors", "params": [], "lr": tensor_lr, "weight_decay": tensor_weight_decay},
         {"name": "decay", "params": [], "lr": lr, "weight_decay": weight_decay},
         {"name": "no_decay", "params": [], "lr": lr, "weight_decay": 0.0},
+        {"name": SCALES, "params": [], "lr": scale_lr, "weight_decay": 0.0},
     ]
-    tensors, decay, no_decay = groups
+    tensors, decay, no_decay, scales = groups
     for item in occurrences(model):
         if item.parameter.requires_grad:
             plain = _belongs(item, "norms", set()) or _belongs(item, "biases", set())
-            group = tensors if item.is_core else no_decay if plain else decay
+            group = tensors if item.is_core else scales if item.is_scale else no_decay if plain else decay
             group["params"].append(item.parameter)
     filled = [group for group in groups if group["params"]]
     if not filled:

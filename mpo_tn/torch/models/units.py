@@ -25,7 +25,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.cores import Core, held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.layers.quantized import QuantizedCore, quantized_cores
+from mpo_tn.torch.layers.quantized import QuantizedCore, quantized_cores, trained_scales
 
 
 @dataclass(frozen=True)
@@ -410,9 +410,9 @@ def _mpo_modules(model: nn.Module) -> dict[MPOLayer, list[str]]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Of the whole model, shared ones once, cores that are held in bits among them."""
-    counted = [*(p for p in model.parameters() if not is_lazy(p)), *quantized_cores(model).values()]
-    return sum(each.numel() for each in counted)
+    """Of the whole model, shared ones once, cores that are held in bits among them, and no scales of those."""
+    plain = {p for p in model.parameters() if not is_lazy(p)} - {*trained_scales(model).values()}
+    return sum(each.numel() for each in (*plain, *quantized_cores(model).values()))
 
 
 def all_bonds(units: Mapping[str, MPOUnit]) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.linalg import check_loaded
 from mpo_tn.storage.files import written_beside
 from mpo_tn.storage.tensors import as_damaged, as_os_error, bytes_digest, file_digest
+from mpo_tn.torch.layers.quantized import trained_scales
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
 from mpo_tn.torch.models.units import MPOUnit, cuttable_units
 from mpo_tn.torch.state.core_tensors import core_shapes, cores_among, kinds_of_cores
@@ -223,7 +224,7 @@ def _present(file: Path) -> Path:
 
 
 def _all_entries(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, each once under its first name."""
+    """Parameters and persistent buffers, each once under its first name, and scales that train."""
     entries: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
@@ -231,7 +232,7 @@ def _all_entries(model: nn.Module) -> dict[str, torch.Tensor]:
             check_loaded(value, name)
             seen.add(id(value))
             entries[name] = value
-    return entries
+    return {**entries, **trained_scales(model)}
 
 
 def _entries(model: nn.Module, which: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

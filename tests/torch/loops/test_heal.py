@@ -15,12 +15,14 @@ import pytest
 import torch
 from helpers.damage import MISSING, changed
 from helpers.heal_task import BATCHES, COUNTING, DEV, Task, batch, bits, without_seconds
+from helpers.in_bits import bytes_of
 from helpers.paths import ROOT, TESTS
 from helpers.tiny_models import tiny
 from torch import nn
 
 from mpo_tn import MPOError
 from mpo_tn.torch import HealResult, MPOConfig, compress, heal
+from mpo_tn.torch.layers.quantized import quantized_cores, trained_scales
 from mpo_tn.torch.loops import healer as healers
 from mpo_tn.torch.models.units import mpo_units
 
@@ -135,6 +137,65 @@ def test_the_rate_of_cores_follows_the_length_of_the_chains() -> None:
         assert (result.lr, result.tensor_lr) == (1e-3, expected)
 
 
+@pytest.mark.guarantee("heal-frozen-bits")
+def test_scales_train_and_integers_stay() -> None:
+    task, without = Task(bits=2), Task(bits=2)
+    before, size = bits(task.model), bytes_of(task.model)
+    result = task.run(steps=30)
+    after = bits(task.model)
+    assert bytes_of(task.model) == size
+    assert not trained_scales(task.model)
+    for name, value in before.items():
+        own = name.rpartition(".")[2]
+        if own == "weight_scale" and "encoder" in name:
+            assert after[name] != value, name
+        elif own not in ("weight_scale", "bias") and "LayerNorm" not in name:
+            assert after[name] == value, name
+    for core in quantized_cores(task.model).values():
+        core.check("a core")
+    scales = sum(core.weight_scale.numel() for core in quantized_cores(task.model).values())
+    fewer = without.run(steps=30, also=("norms", "biases"))
+    assert result.trainable == fewer.trainable + scales
+    assert result.total == fewer.total
+    assert result.after is not None
+    assert fewer.after is not None
+    assert result.after < fewer.after < result.before  # pyright: ignore[reportOperatorIssue]
+    for name, value in bits(without.model).items():
+        if ".cores." in name:
+            assert value == before[name], name
+
+
+@pytest.mark.guarantee("heal-never-worse")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_measured_with_scales_is_what_is_left(dtype: torch.dtype) -> None:
+    task = Task(bits=3)
+    task.model.to(dtype)
+    task.teacher.to(dtype)
+    result = task.run(steps=12, every=2, scale_lr=0.3)  # far too much: the best is somewhere on the way
+    assert result.after == min(value for _, value in result.held_out)
+    assert result.held_out[0][1] != result.held_out[-1][1]
+    again = copy.deepcopy(task).run(steps=1, lr=0, tensor_lr=0, scale_lr=0)
+    assert again.before == result.after
+
+
+@pytest.mark.guarantee("heal-never-worse")
+def test_scales_are_left_in_the_best_state_whatever_ends_it() -> None:
+    task = Task(bits=3)
+    seen: list[int] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        seen.append(done)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    before = bits(task.model)
+    with pytest.raises(KeyboardInterrupt):
+        task.run(steps=12, every=6, progress=progress)
+    assert seen[-1] == 5
+    assert bits(task.model) == before
+    assert not trained_scales(task.model)
+
+
 def test_without_held_out_batches_the_last_state_is_kept() -> None:
     task, again = Task(), Task()
     result, other = task.run(dev=None), again.run(every=12)
@@ -144,7 +205,7 @@ def test_without_held_out_batches_the_last_state_is_kept() -> None:
     assert bits(task.model) == bits(again.model)
 
 
-def stopped(folder: Path, at: int, **options: Any) -> None:
+def stopped(folder: Path, at: int, in_bits: int | None = None, **options: Any) -> None:
     """A run whose process ends after so many steps."""
 
     def progress(done: int, total: int, what: str) -> None:
@@ -152,33 +213,38 @@ def stopped(folder: Path, at: int, **options: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Task().run(folder=folder, progress=progress, **options)
+        Task(bits=in_bits).run(folder=folder, progress=progress, **options)
 
 
 @pytest.mark.guarantee("heal-same-bits")
+@pytest.mark.parametrize("in_bits", [None, 3])
 @pytest.mark.parametrize("at", [1, 3, 7, 12])
-def test_resumed_it_ends_in_the_same_bits(at: int, tmp_path: Path) -> None:
-    whole = Task()
+def test_resumed_it_ends_in_the_same_bits(at: int, in_bits: int | None, tmp_path: Path) -> None:
+    whole = Task(bits=in_bits)
     expected = whole.run(every=3, tensor_lr=0.02)
-    stopped(tmp_path / "run", at, every=3, tensor_lr=0.02)
-    task = Task()
+    stopped(tmp_path / "run", at, in_bits, every=3, tensor_lr=0.02)
+    task = Task(bits=in_bits)
     result = task.run(every=3, tensor_lr=0.02, folder=tmp_path / "run")
     assert without_seconds(result) == without_seconds(expected)
     assert bits(task.model) == bits(whole.model)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "log.json", f"state-{result.best_step:06d}"
     ]  # fmt: skip
-    for model in (task, Task()):  # a finished run answers at once, for the model as it is and for a fresh one
+    for model in (
+        task,
+        Task(bits=in_bits),
+    ):  # a finished run answers at once, for the model as it is and for a fresh one
         assert model.run(every=3, tensor_lr=0.02, folder=tmp_path / "run", progress=None) == result
         assert bits(model.model) == bits(whole.model)
 
 
 @pytest.mark.guarantee("heal-same-bits")
 @pytest.mark.slow
-def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_bits", [[], ["3"]])
+def test_killed_at_any_point_it_ends_in_the_same_bits(in_bits: list[str], tmp_path: Path) -> None:
     path = os.pathsep.join([str(TESTS), str(ROOT)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "helpers.kill_heal", str(tmp_path)]
+    command = [sys.executable, "-m", "helpers.kill_heal", str(tmp_path), *in_bits]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(done.stdout.split()[0]) > 15

@@ -28,6 +28,7 @@ from mpo_tn.torch import (
     parameter_groups,
     print_trainable_parameters,
 )
+from mpo_tn.torch.layers.quantized import quantized_cores, trained_scales
 from mpo_tn.torch.models.trainable import GROUPS, POLICIES
 
 MODELS = {family: small(family) for family in FAMILIES}
@@ -322,3 +323,34 @@ def test_freezing_after_loading_means_the_same(tmp_path: Path) -> None:
     loaded = roundtrip(model, tmp_path)
     assert freeze(model) == freeze(loaded)
     assert trains(model) == trains(loaded)
+
+
+@pytest.mark.guarantee("last-freeze-holds")
+def test_scales_train_if_asked_and_until_the_next_freeze() -> None:
+    model = small("bert", sites=3, bits={"central": 3, "auxiliary": 16}, group=8)
+    names, state = list(model.state_dict()), {name: value.clone() for name, value in model.state_dict().items()}
+    plain = freeze(model, also="all")
+    assert "scales" not in plain.by_group
+    report = freeze(model, "none", also=("scales", "norms"))
+    scales = {core.scale_logs for core in quantized_cores(model).values() if core.bits == 3}
+    assert report.by_group["scales"] == sum(core.numel() for core in scales if core is not None)
+    assert report.trainable == sum(report.by_group.values()) > report.by_group["scales"]
+    assert report.total == plain.total
+    groups = {group["name"]: group for group in parameter_groups(model, 1e-3, scale_lr=0.05)}
+    assert set(groups["scales"]["params"]) == scales
+    assert (groups["scales"]["lr"], groups["scales"]["weight_decay"]) == (0.05, 0.0)
+    assert groups.keys() == {"scales", "no_decay"}
+    assert list(model.state_dict()) == names
+    freeze(model, "none", also=("scales",))  # they stay the same parameters
+    assert {core.scale_logs for core in quantized_cores(model).values() if core.bits == 3} == scales
+    freeze(model, "none", also=("biases",))
+    assert not trained_scales(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_scales_are_no_parameters_that_patterns_mean() -> None:
+    model = small("bert", sites=1, bits=3, group=8)
+    freeze(model, "none", also=("scales",))
+    with pytest.raises(MPOError, match="matches no parameter"):
+        freeze(model, "none", also=("scales",), train=r".*scale_logs")
