@@ -6,7 +6,7 @@ Integers stay; what trains is continuous: cores in full numbers, scales of cores
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -102,7 +102,7 @@ def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 @contextmanager
 def _training(
     model: nn.Module, name: str, waiting: Mapping[str, nn.Module], undo: ExitStack
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]]]:
     """The groups of what may train in a block: nothing that is used elsewhere, too, or is still to be replaced."""
     block = model.get_submodule(name)
     own = {id(module) for module in block.modules()}
