@@ -18,8 +18,9 @@ from mpo_tn import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan
 from mpo_tn.torch import compress, plan
-from mpo_tn.torch.models import auto, carry_out, fitting
+from mpo_tn.torch.models import anchoring, auto, fitting
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.trial import Trial
 from mpo_tn.torch.models.units import find_units
 
 
@@ -110,12 +111,12 @@ def as_published() -> Generator[None]:
     """GPTQ as it is in the paper: layer after layer, to what the layers before give, with no regard to the dense model,
     and nothing improved once it has been rounded.
     """
-    held = carry_out.ANCHOR, fitting.quantize
-    carry_out.ANCHOR, fitting.quantize = 0.0, partial(fitting.quantize, sweeps=0)
+    held = anchoring.ANCHOR, fitting.quantize
+    anchoring.ANCHOR, fitting.quantize = 0.0, partial(fitting.quantize, sweeps=0)
     try:
         yield
     finally:
-        carry_out.ANCHOR, fitting.quantize = held
+        anchoring.ANCHOR, fitting.quantize = held
 
 
 def carried_out(subject: Subject, config: MPOConfig, *, calibrated: bool = False, published: bool = False) -> Made:
@@ -128,7 +129,7 @@ def carried_out(subject: Subject, config: MPOConfig, *, calibrated: bool = False
         return model, compress(model, config).bits_per_weight, {}
     names = [unit.name for unit in find_units(subject.dense, config.target_modules)[0]]
     moments = auto.calibrate(subject.dense, subject.samples.batches, target_modules=names, gradients=True)
-    known = auto.Trial(subject.samples, moments, {})
+    known = Trial(subject.samples, moments, {})
     decided = replace(plan(subject.dense, config, calibration=moments), calibration=known)
     return model, compress(model, decided).bits_per_weight, {}
 

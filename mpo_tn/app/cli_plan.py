@@ -272,7 +272,7 @@ def _config(
 
 def _notes(decided: Plan) -> tuple[str, ...]:
     """What is to be said of the text that a plan was decided on."""
-    from mpo_tn.torch.models.auto import Trial
+    from mpo_tn.torch.models.trial import Trial
 
     return decided.calibration.calibration.notes if isinstance(decided.calibration, Trial) else ()
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,11 +19,13 @@ from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.search import USUAL, Candidate, Priced, candidates
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.progress import Progress, doing, silent
+from mpo_tn.torch.models.anchoring import best_fits, judged
 from mpo_tn.torch.models.calibrate import calibrate
-from mpo_tn.torch.models.calibration import Calibration, Fingerprint, Moments
-from mpo_tn.torch.models.fitting import Fitted, Fitter
-from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
+from mpo_tn.torch.models.calibration import Calibration, Fingerprint
+from mpo_tn.torch.models.fitting import Fitted
+from mpo_tn.torch.models.samples import Judge, Samples
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
+from mpo_tn.torch.models.trial import Trial
 from mpo_tn.torch.models.units import DenseUnit, Survey, survey, survey_named
 
 _JUDGE_TOKENS = 400
@@ -33,41 +34,11 @@ _JUDGE_TOKENS = 400
 _COMPARED = 4
 """So many plans are carried out and compared, the joint one among them."""
 
+_CLOSE, _FINALISTS, _NEGLIGIBLE = 1.2, 2, 0.003
+"""Of the plans whose D is within a fifth of the least, so many are also fitted layer after layer before one is taken;
+not below a D that nobody would notice."""
+
 LEFT_BY_PLAN = "left dense by the plan: within the budget it is worth its bytes"
-
-
-@dataclass(eq=False)
-class Trial:
-    """What was found out on the way to a plan, and what carrying it out can use again.
-
-    Attributes:
-        samples: the text, if there is any.
-        calibration: of the dense model.
-        fits: of units in structures, from the moments of the dense model.
-    """
-
-    samples: Samples | None
-    calibration: Calibration
-    fits: dict[tuple[str, ModuleSpec], Fitted]
-
-    def fit(self, unit: DenseUnit, spec: ModuleSpec) -> Fitted:
-        """A unit fitted on its own, in the metric of what its layer gets in the dense model."""
-        self.fit_all(unit, [spec])
-        return self.fits[unit.name, spec]
-
-    def fit_all(self, unit: DenseUnit, specs: Iterable[ModuleSpec]) -> None:
-        """A unit in several structures, what they have in common done once."""
-        missing = [spec for spec in dict.fromkeys(specs) if (unit.name, spec) not in self.fits]
-        if not missing:
-            return
-        known = self.calibration.of(unit.name) or Moments(0)
-        try:
-            with torch.no_grad():
-                fitter = Fitter(unit.matrix(), known, biased=is_biased(unit))
-                for spec in missing:
-                    self.fits[unit.name, spec] = fitter.fit(spec, rounds=1)
-        except MPOError as error:
-            raise MPOError(f"{unit.name}: {error}") from error
 
 
 def plan_for_budget(
@@ -267,21 +238,36 @@ def _compare(
         results.append((_tried(found, measured, plan, trial, judge), plan))
     tell(len(tried), len(tried), "trying")
     results.sort(key=lambda result: result[0])
-    if not math.isfinite(results[0][0]):
+    least = results[0][0]
+    if not math.isfinite(least):
         raise MPOError(f"none of {len(results)} plans gives a model whose output is finite: give a larger budget")
+    # Of plans that are close the better one need not be the better one once layers see what was done before them.
+    close = [result for result in results if least > _NEGLIGIBLE and result[0] <= _CLOSE * least][:_FINALISTS]
+    if len(close) > 1:
+        finals: list[tuple[float, Candidate, dict[str, Fitted]]] = []
+        for done, (_, plan) in enumerate(close):
+            told = doing(f"finishing {done + 1} of {len(close)} plans", tell)
+            wanted = _wanted(found, measured, plan)
+            fits, distance = best_fits(model, wanted, trial, judge, told)
+            finals.append((distance, plan, fits))
+        finals.sort(key=lambda result: result[0])
+        wanted = _wanted(found, measured, finals[0][1])
+        trial.finished = {name: spec for name, (_, spec) in wanted.items()}, finals[0][2]
+        results = [*((distance, plan) for distance, plan, _ in finals), *results[len(close) :]]
     rest = [plan for plan in plans if plan not in tried]
     told = [_alternative(plan, measured, d) for d, plan in results]
     return results[0][1], [*told, *(_alternative(plan, measured) for plan in rest)]
 
 
+def _wanted(found: Survey, measured: Sequence[Tradeoff], plan: Candidate) -> dict[str, tuple[DenseUnit, ModuleSpec]]:
+    """The units that a plan changes, and what into."""
+    chosen = zip(found.units, measured, plan.chosen, strict=True)
+    return {unit.name: (unit, spec) for unit, each, k in chosen if (spec := each.options[k].spec) is not None}
+
+
 def _tried(found: Survey, measured: Sequence[Tradeoff], plan: Candidate, trial: Trial, judge: Judge) -> float:
-    with ExitStack() as stack:
-        for unit, tradeoff, k in zip(found.units, measured, plan.chosen, strict=True):
-            option = tradeoff.options[k]
-            if option.spec is not None:
-                fitted = trial.fit(unit, option.spec)
-                stack.enter_context(replaced(unit, fitted.rebuilt(), fitted.shift))
-        return judge()
+    wanted = _wanted(found, measured, plan)
+    return judged(wanted, {name: trial.fit(unit, spec) for name, (unit, spec) in wanted.items()}, judge)
 
 
 def _plan(
@@ -312,4 +298,7 @@ def _plan(
             said = reasons.get(part.name, part)
             left.append(replace(part, reason=said.reason, matched=said.matched))
     trial.fits = kept
+    if trial.finished is not None:
+        reached = {unit.name: unit.spec for unit in units if unit.metric == ACTIVATION}
+        trial.finished = reached, {name: trial.finished[1][name] for name in reached}
     return Plan(type(model).__name__, config, tuple(units), tuple(left), tuple(considered), trial)

@@ -26,7 +26,6 @@ from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.quantized import QuantizedCore
-from mpo_tn.torch.models.auto import Trial
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.carry_out import fit_units
 from mpo_tn.torch.models.decide import plan, samples_of, units_of_plan
@@ -35,6 +34,7 @@ from mpo_tn.torch.models.host import current_host
 from mpo_tn.torch.models.refine import check_refinable, refine_blocks
 from mpo_tn.torch.models.report import CompressionReport, LayerReport, RefinedBlock
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.trial import Trial
 from mpo_tn.torch.models.units import DenseUnit, count_parameters
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncate.quantize import Integers

@@ -177,7 +177,8 @@ class _Layer:
 
     def rounded(self, bits: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         part = self.matrix if rows is None else self.matrix[rows]
-        return quantize(part, bits, self.group, metric=self.metric.second).matrix()
+        # Sweeps take as much of the error of every matrix, about.
+        return quantize(part, bits, self.group, metric=self.metric.second, sweeps=0).matrix()
 
     def missed(self, there: torch.Tensor) -> float:
         """The squared error of a whole matrix."""

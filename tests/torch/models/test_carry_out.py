@@ -13,7 +13,7 @@ from helpers.planning import TEXT, Chain, planned, vectors
 from helpers.tiny_models import tiny
 from torch import nn
 
-import mpo_tn.torch.models.carry_out as carry_out
+import mpo_tn.torch.models.anchoring as anchoring
 from mpo_tn import MPOError
 from mpo_tn.torch import Calibration, MPOConfig, Plan, calibrate, compress, plan
 from mpo_tn.torch.models.distance import distance
@@ -77,7 +77,7 @@ def test_a_calibration_from_a_file_is_enough(tmp_path: Path) -> None:
 def test_held_back_text_says_which_way_is_kept(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, decided = planned("bert", bits_per_weight=3.0)
     scores = iter([0.0, 1.0] if better == "alone" else [1.0, 0.0])
-    monkeypatch.setattr(carry_out.Judge, "__call__", lambda _: next(scores))
+    monkeypatch.setattr(anchoring.Judge, "__call__", lambda _: next(scores))
     report = compress(model, decided, anchored=True)
     anchored = [layer for layer in report.layers if "anchored" in layer.metric]
     # The first matrices get what they get in the dense model.
@@ -120,7 +120,7 @@ def test_the_model_is_left_as_it_was_whatever_raises(where: str, monkeypatch: py
         raise StopError
 
     if where == "judging":
-        monkeypatch.setattr(carry_out.Judge, "__call__", stop)
+        monkeypatch.setattr(anchoring.Judge, "__call__", stop)
     with pytest.raises(StopError):
         compress(model, decided, progress=tell, anchored=True)
     before.assert_same(model)
@@ -239,13 +239,13 @@ def test_a_layer_with_padding_legs_is_fitted() -> None:
 def test_layers_see_what_was_done_before_them_in_their_own_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model, decided = planned("bert", bits_per_weight=3.0)
     seen: list[bool] = []
-    fit = carry_out.fit_matrix
+    fit = anchoring.fit_matrix
 
     def watched(matrix: torch.Tensor, spec: Any, known: Any, **options: Any) -> Any:
         seen.append(known.cross is not None)
         return fit(matrix, spec, known, **options)
 
-    monkeypatch.setattr(carry_out, "fit_matrix", watched)
+    monkeypatch.setattr(anchoring, "fit_matrix", watched)
     compress(model, decided, anchored=True)
     # Query, key and value of the first block get what they got, and stay as they are; all after them something else.
     assert seen == [True] * (len(decided.units) - 3)
@@ -282,7 +282,7 @@ def test_experts_that_are_sent_other_tokens_than_in_the_dense_model_are_fitted_a
     torch.manual_seed(3)
     model, text = Routed(), [{"input": torch.randn(2, 40, 12)} for _ in range(5)]
     scores = iter([1.0, 0.0])  # the fits after what came before are kept
-    monkeypatch.setattr(carry_out.Judge, "__call__", lambda _: next(scores))
+    monkeypatch.setattr(anchoring.Judge, "__call__", lambda _: next(scores))
     report = compress(model, MPOConfig(sites=1, bits=2, group=8), calibration=text)
     metrics = {layer.names[0]: layer.metric for layer in report.layers}
     assert len(metrics) == 9
