@@ -42,8 +42,8 @@ class Sites:
         object.__setattr__(self, "in_", _checked_legs("in_", self.in_))
         if len(self.out) != len(self.in_):
             raise MPOError(
-                f"out={list_text(self.out)} has {len(self.out)} legs and in_={list_text(self.in_)} has {len(self.in_)}: "
-                "give one leg per site on each side, using 1 where a site has none"
+                f"out={list_text(self.out)} has {len(self.out)} legs and in_={list_text(self.in_)} has "
+                f"{len(self.in_)}: give one leg per site on each side, using 1 where a site has none"
             )
 
     @classmethod
@@ -190,8 +190,8 @@ def check_legs(sites: Sites, shape: Sequence[int]) -> None:
     """
     if sites.shape != tuple(shape):
         raise MPOError(
-            f"legs out={list_text(sites.out)}, in_={list_text(sites.in_)} multiply to {shape_text(sites.shape)} and the "
-            f"matrix is {tuple(shape)}: legs must multiply exactly, see Sites.balanced"
+            f"legs out={list_text(sites.out)}, in_={list_text(sites.in_)} multiply to {shape_text(sites.shape)} and "
+            f"the matrix is {tuple(shape)}: legs must multiply exactly, see Sites.balanced"
         )
 
 

@@ -95,8 +95,8 @@ class Truncation:
         if isinstance(self.max_bond, tuple):
             if len(self.max_bond) != num_bonds:
                 raise MPOError(
-                    f"max_bond={list_text(self.max_bond)} lists {len(self.max_bond)} bonds and the chain has {num_bonds}: "
-                    "give one number, or one per bond"
+                    f"max_bond={list_text(self.max_bond)} lists {len(self.max_bond)} bonds and the chain has "
+                    f"{num_bonds}: give one number, or one per bond"
                 )
             return self.max_bond
         return (self.max_bond,) * num_bonds
@@ -182,6 +182,10 @@ class Report:
     Guarantee (inequalities): for one sweep whose bonds were all cut in the best way, which is when there are bounds,
     ``max_k e_k <= max_k eps_k <= |W - best| <= error <= sqrt(sum_k eps_k**2) <= sqrt(n-1) |W - best|``, up to
     ``4 eps(dtype) sqrt(size) norm`` (Oseledets, SIAM J. Sci. Comput. 33, 2011, Theorem 2.2 and Corollary 2.4).
+    Guarantee (estimates-told): where only an estimate of the error can be had, ``exact`` is False, both bounds are None
+    and ``error`` is within ``6e-8`` of the norm.
+    Guarantee (lost-below-range): what a norm below the range of the storage dtype loses is in the error, so that no
+    tolerance is met that is not.
     Guarantee (bounds-in-order): what is reported obeys ``lower_bound <= error <= bound`` without any slack.
     """
 

@@ -134,29 +134,34 @@ def to_nodes(chain: Chain) -> list[Any]:
     return nodes
 
 
-def contract_matrix(cores: Sequence[Array], plan: ContractionPlan) -> Array:
+def contract_matrix(cores: Sequence[Array], plan: ContractionPlan, xp: Any = None) -> Array:
     """The dense matrix (out, in) of cores for which ``plan`` was made. See :meth:`ContractionPlan.contract`."""
     rows, columns = math.prod([core.shape[1] for core in cores]), math.prod([core.shape[2] for core in cores])
-    return namespace(cores[0]).reshape(_contracted(cores, plan, "the matrix"), (rows, columns))
+    return _contracted(cores, plan, "the matrix", (rows, columns), xp)
 
 
-def contract_application(cores: Sequence[Array], x: Array, plan: ContractionPlan) -> Array:
+def contract_application(cores: Sequence[Array], x: Array, plan: ContractionPlan, xp: Any = None) -> Array:
     """The product (out, batch) of the matrix of cores and ``x`` (in, batch), for which ``plan`` was made."""
     rows = math.prod([core.shape[1] for core in cores])
-    return namespace(x).reshape(_contracted((*cores, x), plan, "the product"), (rows, x.shape[1]))
+    return _contracted((*cores, x), plan, "the product", (rows, x.shape[1]), xp)
 
 
-def _contracted(arrays: Sequence[Array], plan: ContractionPlan, what: str) -> Array:
-    xp = namespace(arrays[0])
+def _contracted(
+    arrays: Sequence[Array], plan: ContractionPlan, what: str, shape: tuple[int, int], xp: Any = None
+) -> Array:
+    """The arrays contracted; with a namespace that was given as plain as that, without a look at their values."""
+    plain, xp = xp is not None, namespace(arrays[0]) if xp is None else xp
+    operands = [xp.reshape(array, part) for array, part in zip(arrays, plan.shapes, strict=True)]
+    if plain:
+        return xp.reshape(plan.contract(operands, xp), shape)
     if plan.peak_bytes > _memory() and str(array_api_compat.device(arrays[0])) == "cpu":
         raise MPOError(
             f"{what} is too large for this machine: at the worst moment {plan.peak_bytes / 2**30:.3g} GiB are needed, "
             f"and there are {_memory() / 2**30:.3g}"
         )
-    operands = [xp.reshape(array, shape) for array, shape in zip(arrays, plan.shapes, strict=True)]
     if _stays_in_range(operands):
-        return plan.contract(operands, xp)
-    return placed(plan.contract_scaled(operands), what)
+        return xp.reshape(plan.contract(operands, xp), shape)
+    return xp.reshape(placed(plan.contract_scaled(operands), what), shape)
 
 
 def _stays_in_range(operands: Sequence[Array]) -> bool:
@@ -277,7 +282,8 @@ def plan_network(
         if need > memory_limit:
             raise MPOError(
                 f"memory_limit={memory_limit} bytes cannot be met: contracting {len(terms)} arrays of shapes "
-                f"{list_text(shapes)} needs {need} bytes, operands and result included: allow more, use fewer columns at a time, or smaller bonds"
+                f"{list_text(shapes)} needs {need} bytes, operands and result included: allow more, use fewer columns "
+                "at a time, or smaller bonds"
             )
         allowed = [plan for plan in allowed if plan.peak_bytes <= memory_limit]
     return min(allowed, key=_cost)

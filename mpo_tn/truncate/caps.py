@@ -31,8 +31,9 @@ def bonds_within(
     least = sites.num_parameters([1] * len(widest))
     if least > max_parameters:
         raise MPOError(
-            f"max_parameters={max_parameters} cannot be met: with legs out={list_text(sites.out)}, in_={list_text(sites.in_)} the least "
-            f"possible count is {least}, at bonds of 1; allow at least that many or use other legs"
+            f"max_parameters={max_parameters} cannot be met: with legs out={list_text(sites.out)}, "
+            f"in_={list_text(sites.in_)} the least possible count is {least}, at bonds of 1; allow at least that many "
+            "or use other legs"
         )
     lowered, raised = search.lower(list(widest)), search.improve([1] * len(widest))
     return min((tuple(lowered), tuple(raised)), key=search.loss)

@@ -30,7 +30,6 @@ from mpo_tn.truncate.spectra import Spectra, spectra
 from mpo_tn.truncate.sweep import LIGHT_SITES, LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn.truncation import Report, Truncation, checked_truncation
 
-
 _FLAT = 16
 """From so many times as wide as high on, a matrix has its Gram matrix in much less time than its triangle."""
 
@@ -87,9 +86,8 @@ def _sweep(
 ) -> tuple[ChainT, Report] | None:
     """One truncating sweep; None if what was cut and what was kept do not add up, as Gram matrices had too few digits.
 
-    Args:
-        rough: factors from the right come from Gram matrices, with half the digits.
-        hasty: they may, where that is cheaper and as long as it is enough.
+    Factors from the right come from Gram matrices, with half the digits, if ``rough``; if ``hasty``, where that is
+    cheaper and as long as it is enough.
     """
     n = len(chain)
     precision = eps(chain.cores[0])
@@ -129,7 +127,8 @@ def _sweep(
         sweep.know(known)
     cut = math.hypot(*(step.discarded_norm / scale for step in sweep.steps))
     whole = cut**2 + frobenius_norm(times_power_of_two(here.array, here.exponent - size.top)) ** 2
-    digits = EPS["float32" if light else "float64"] * math.sqrt(n)
+    # Isometries are what they are claimed to be to the precision they were stored in.
+    digits = (precision if light or (low, high) != (0, n - 1) else EPS["float64"]) * math.sqrt(n)
     if half and method != "gram" and abs(whole - abs(size.mantissa) ** 2) > _ADDS_UP * digits * whole:
         return None
     cores = [widen(core) for core in (*cores[:-1], here.array)]
