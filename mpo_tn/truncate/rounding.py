@@ -132,8 +132,9 @@ def _sweep(
     if half and method != "gram" and abs(whole - abs(size.mantissa) ** 2) > _ADDS_UP * digits * whole:
         return None
     cores = [widen(core) for core in (*cores[:-1], here.array)]
-    cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), chain.sites.center)
-    rounded, loss = stored(chain.with_cores(cores, (chain.sites.center,) * 2), chain.cores[0], exponent)
+    center = chain.sites.center
+    cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), center)
+    rounded, loss = stored(chain.with_cores(cores, (center, center)), chain.cores[0], exponent)
     return rounded, sweep.report(norm, precision, truncation, loss)
 
 
