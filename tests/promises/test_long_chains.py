@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from mpo_tn import MPO, MPOError, Sites, Truncation
 from mpo_tn.testing import assert_canonical, matrix_with_spectrum
+from mpo_tn.truncate.bond_cut import cut_bond
 
 LOG = 1e-9
 SOAK = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "soak", reason="2,000 sites are for make soak")
@@ -408,6 +410,18 @@ def test_refit_one_core_of_a_long_chain(n):
 # --- what was silent -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("best-cut")
+@pytest.mark.parametrize("n", [6, 500])
+def test_cut_one_bond_of_a_long_chain(n):
+    case = make(n, 4, 0, "float64", "numpy", -200.0, "waves")
+    cut = cut_bond(case.chain.cores, n // 2, 2)
+    cores = [*case.cores[: n // 2], cut.left, cut.right, *case.cores[n // 2 + 2 :]]
+    values = transfer.log_spectra(case.cores)[n // 2]
+    assert np.abs(cut.spectrum / cut.spectrum[0] - values / values[0]).max() <= 1e-6
+    assert math.log(cut.spectrum[0]) == pytest.approx(case.log + math.log(values[0]), abs=1e-6)
+    assert transfer.relative_distance(case.cores, cores) == pytest.approx(float(np.linalg.norm(values[2:])), abs=1e-5)
+
+
 def ising(n: int, dtype: str) -> MPO:
     """``sum Z Z + sum X / 2`` over ``2**(n / 2)``: Frobenius norm ``sqrt(n - 1 + n / 4)``."""
     eye, x, z = np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]]), np.diag([1.0, -1.0])
@@ -500,16 +514,30 @@ def test_gram_on_double_precision_claims_no_exact_error(cap):
 # --- thousands of sites ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("plan-soon")
 @pytest.mark.parametrize("n", [3000, 14300])
 def test_too_many_sites_are_printed_and_refused_at_once(n):
     chain = MPO([np.ones((1, 2, 2, 1))] * n)
     assert len(repr(chain)) < 400
     assert len(str(chain.sites)) < 200
     for call in (chain.plan, chain.to_matrix, lambda: chain @ np.ones(3), lambda: np.ones(3) @ chain):
+        start = time.perf_counter()
         with pytest.raises(MPOError, match=r"10\*\*\d+"):
             call()
+        assert time.perf_counter() - start < 1
     small, report = chain.normalized().compress(Truncation(max_bond=1))
     assert max(len(str(report)), len(repr(report)), len(repr(small))) < 400
+
+
+@pytest.mark.guarantee("plan-soon")
+def test_a_plan_for_thousands_of_sites_without_legs():
+    chain = make(2000, 3, 0, "float64", "numpy", 0.0, "even", sites=few_legs(2000, 0)).chain
+    start = time.perf_counter()
+    plan = chain.plan()
+    assert time.perf_counter() - start < 5
+    assert plan.flops < 10**6
+    assert chain.plan(batch=1).flops < 10**6
+    assert len(repr(plan)) < 200
 
 
 @pytest.mark.slow
