@@ -29,7 +29,8 @@ def log_overlap(a: Cores, b: Cores) -> tuple[complex, float]:
         size = float(np.linalg.norm(carried))
         if size == 0:
             return 0.0, -math.inf
-        carried, logs = carried / size, [*logs, first, second, math.log(size)]
+        carried = carried / size
+        logs += [first, second, math.log(size)]
     return carried[0, 0] / abs(carried[0, 0]), math.fsum(logs)
 
 
@@ -47,7 +48,8 @@ def log_trace(cores: Cores) -> tuple[complex, float]:
         size = float(np.linalg.norm(carried))
         if size == 0:
             return 0.0, -math.inf
-        carried, logs = carried / size, [*logs, first, math.log(size)]
+        carried = carried / size
+        logs += [first, math.log(size)]
     return carried[0] / abs(carried[0]), math.fsum(logs)
 
 

@@ -200,6 +200,28 @@ def test_normalized(case, canonical):
     assert abs(log - case.log) <= digits(case)
 
 
+@pytest.mark.guarantee("norm", "log-inner", "log-trace")
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("n", [500, 600, 1023, 1024, 1100, 3000])
+def test_products_of_matrices_of_norm_one(n, library):
+    """Every partial product but the whole is out of range, or soon would be, if nothing were taken out."""
+    u, rho, big = (
+        MPO([to_backend(np.eye(2).reshape(1, 2, 2, 1) / by, library, "float64")] * n) for by in (2**0.5, 2, 1)
+    )
+    slack = 2 * n * EPS["float64"]
+    assert u.inner(u) == pytest.approx(1.0, rel=slack)
+    assert u.norm() == pytest.approx(1.0, rel=slack)
+    assert rho.trace() == 1.0
+    assert rho.log_trace() == (1.0, 0.0)
+    assert rho.log_norm() == pytest.approx(-n * math.log(2) / 2, rel=1e-12)
+    assert big.log_trace() == (1.0, pytest.approx(n * math.log(2), rel=1e-12))
+    assert rho.log_inner(big) == (1.0, 0.0)
+    assert u.compress(Truncation(rel_error=1e-5))[1].norm == pytest.approx(1.0, rel=slack)
+    if n > 1023:
+        with pytest.raises(MPOError, match=r"the trace, about .*, overflows double precision: use log_trace\(\)"):
+            big.trace()
+
+
 def test_nothing():
     """A chain of zeros, somewhere in it, has a norm of 0 and no logarithm."""
     cores = [np.full((1, 2, 2, 1), 1e200)] * 900
@@ -397,9 +419,10 @@ def test_cast_error(n, dtype, decades):
 @pytest.mark.parametrize("sites", [1, 2])
 def test_fit_from_a_chain_that_has_nothing_in_common(n, decades, sites):
     """Overlaps fall by a factor at every site, far out of range, and a fit has to start from them all the same."""
-    target = make(n, 2, 1, "float64", "numpy", decades, "even", most=2)
-    start = make(n, 3, 2, "float64", "numpy", 0.0, "even", sites=target.chain.sites)
-    fitted, report = start.chain.fit(target.chain, sites=sites, sweeps=3, max_bond=3 if sites == 2 else None)
+    # Overlaps of bonds of 4 and more have norms beyond 2 also where the fit is good.
+    target = make(n, 5, 1, "float64", "numpy", decades, "even", most=2)
+    start = make(n, 6, 2, "float64", "numpy", 0.0, "even", sites=target.chain.sites)
+    fitted, report = start.chain.fit(target.chain, sites=sites, sweeps=3, max_bond=6 if sites == 2 else None)
     assert report.norm == pytest.approx(math.exp(target.log), rel=1e-9)
     distance = transfer.relative_distance(target.cores, cores_of(fitted))
     assert abs(report.rel_error - distance) <= 3e-6
