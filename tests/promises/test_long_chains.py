@@ -419,8 +419,9 @@ def test_cast_error(n, dtype, decades):
 @pytest.mark.parametrize("sites", [1, 2])
 def test_fit_from_a_chain_that_has_nothing_in_common(n, decades, sites):
     """Overlaps fall by a factor at every site, far out of range, and a fit has to start from them all the same."""
-    # Overlaps of bonds of 4 and more have norms beyond 2 also where the fit is good.
-    target = make(n, 5, 1, "float64", "numpy", decades, "even", most=2)
+    # Overlaps of bonds of 5, from the first one on, have norms beyond 2 also where the fit is good.
+    legs = Sites((3,) + (2,) * (n - 2) + (3,), (3, *range(1, 3)) + (2,) * (n - 4) + (3,))
+    target = make(n, 5, 1, "float64", "numpy", decades, "even", sites=legs)
     start = make(n, 6, 2, "float64", "numpy", 0.0, "even", sites=target.chain.sites)
     fitted, report = start.chain.fit(target.chain, sites=sites, sweeps=3, max_bond=6 if sites == 2 else None)
     assert report.norm == pytest.approx(math.exp(target.log), rel=1e-9)
