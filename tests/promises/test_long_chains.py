@@ -434,7 +434,9 @@ def test_fit_from_a_chain_that_has_nothing_in_common(n, decades, sites):
     # A projection of the target is never larger, and grows from update to update.
     assert max(norms) <= target.log + 1e-9
     if sites == 1:
-        assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(norms))
+        # Double precision, in which the chain is shown, does not hold the first of them if the target is small.
+        held = [norm for norm in norms if norm > -690]
+        assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(held))
     assert report.norm == pytest.approx(math.exp(target.log), rel=1e-9)
     distance = transfer.relative_distance(target.cores, cores_of(fitted))
     assert abs(report.rel_error - distance) <= 3e-6
