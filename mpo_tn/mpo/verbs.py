@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
+from mpo_tn.exceptions import count_text, list_text
 from mpo_tn.linalg import Array
 from mpo_tn.mpo.fitting import Fitting
 from mpo_tn.mpo.measures import Measures
@@ -165,8 +166,11 @@ class MPO(Operators, Measures, Fitting):
     def to_matrix(self, *, memory_limit: int | None = None) -> Array:
         """The dense matrix (out, in), contracted in the order of :meth:`plan` in the cores' own dtype.
 
+        No intermediate leaves the range of the dtype: where one may, a power of two is taken out after every step.
+
         Raises:
-            MPOError: ``memory_limit`` (bytes, for cores, intermediates and the matrix) cannot be met.
+            MPOError: ``memory_limit`` (bytes, for cores, intermediates and the matrix) cannot be met; the matrix is
+                larger than any memory, or out of the range of the dtype.
         """
         matrix = contraction.contract_matrix(self.cores, self.plan(memory_limit=memory_limit))
         # A single core is only reshaped, and the caller may write into what it gets.
@@ -175,8 +179,12 @@ class MPO(Operators, Measures, Fitting):
     def plan(self, *, batch: int | None = None, memory_limit: int | None = None) -> contraction.ContractionPlan:
         """How :meth:`to_matrix`, or :meth:`apply` for ``batch`` columns, contracts: path, flops, peak bytes. Cached.
 
+        Guarantee (plan-soon): the answer for any number of sites comes at once, if only that the result is too large:
+            of more than 100 sites three plain orders are compared.
+
         Raises:
-            MPOError: no order found keeps the peak, operands and result included, within ``memory_limit`` bytes.
+            MPOError: no order found keeps the peak, operands and result included, within ``memory_limit`` bytes; the
+                result has more than ``2**62`` entries.
 
         >>> import numpy as np
         >>> mpo, _ = MPO.from_matrix(np.eye(16), Sites.balanced(16, 16, n=2))
@@ -196,7 +204,8 @@ class MPO(Operators, Measures, Fitting):
         only if that saves flops or memory and costs more of neither.
 
         Raises:
-            MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met.
+            MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met; a product that
+                is larger than any memory, or out of the range of the dtype.
 
         >>> import numpy as np
         >>> mpo = MPO.low_rank(np.ones((4, 1)), np.ones((1, 6)))
@@ -227,7 +236,8 @@ class MPO(Operators, Measures, Fitting):
         Cost: about ``6 n p d**3`` flops for site sizes p and bonds d, less where the form is known already.
 
         Raises:
-            MPOError: ``center`` is not a site.
+            MPOError: ``center`` is not a site; the norm, which is then all in one core, is out of the range of the
+                dtype (see :meth:`normalized`).
 
         >>> import numpy as np
         >>> mpo, _ = MPO.from_matrix(np.eye(8), Sites.balanced(8, 8, n=3))
@@ -248,10 +258,14 @@ class MPO(Operators, Measures, Fitting):
         ``report.error`` to ``4 * eps(dtype) * sqrt(size)`` times the norm, or, of a chain without a centre, times the
         product of the norms of its cores (for ``gram`` on data of more than 32 bits ``6e-8`` of that).
 
+        By ``method="gram"`` on data of more than 32 bits ``report.error`` is an estimate, and ``report.exact`` says so.
+        A chain may have any number of sites: a power of two is taken out at each.
+
         Cost: about ``4 n p d**3`` flops for site sizes p and bonds d, of which sites with a known form need none.
 
         Raises:
-            MPOError: as for :class:`Truncation`, and a tolerance below machine precision.
+            MPOError: as for :class:`Truncation`, and a tolerance below machine precision; a norm beyond the range of
+                the dtype, or out of that of double precision (see :meth:`normalized`).
 
         >>> import numpy as np
         >>> w = 1 / (1 + np.add.outer(np.arange(16.0), np.arange(16.0)))
@@ -298,9 +312,10 @@ class MPO(Operators, Measures, Fitting):
         return cls(*chain_file.load(path, framework))
 
     def __repr__(self) -> str:
-        rows, columns = self.shape
+        rows, columns = map(count_text, self.shape)
         dtype = str(self.dtype).rsplit(".", maxsplit=1)[-1]
+        out, in_, bonds = map(list_text, (self.sites.out, self.sites.in_, self.bonds))
         return (
-            f"MPO({rows} x {columns}, out={self.sites.out}, in_={self.sites.in_}, bonds={self.bonds}, "
-            f"center={self.center}, {self.num_parameters} {dtype} parameters)"
+            f"MPO({rows} x {columns}, out={out}, in_={in_}, bonds={bonds}, center={self.center}, "
+            f"{self.num_parameters} {dtype} parameters)"
         )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
+from dataclasses import replace
 
 import array_api_compat
 
-from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
-from mpo_tn.chains.chain import Chain
-from mpo_tn.exceptions import MPOError
+from mpo_tn.chains.canonical import ChainT, check_cores, moved, stored
+from mpo_tn.chains.scaled import Scaled, Size, unit, unit_cores
 from mpo_tn.linalg import (
+    EPS,
     Array,
     adjoint,
-    binary_exponent,
     dtype_name,
     eps,
     frobenius_norm,
@@ -27,10 +25,16 @@ from mpo_tn.linalg import (
     triangle,
     widen,
 )
-from mpo_tn.truncate.basis import CANCELS, Method, checked_method
+from mpo_tn.truncate.basis import Factor, Method, checked_method
 from mpo_tn.truncate.spectra import Spectra, spectra
-from mpo_tn.truncate.sweep import LIGHT_SIZE, BondCallback, Budget, Sweep
+from mpo_tn.truncate.sweep import LIGHT_SITES, LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn.truncation import Report, Truncation, checked_truncation
+
+_FLAT = 16
+"""From so many times as wide as high on, a matrix has its Gram matrix in much less time than its triangle."""
+
+_ADDS_UP = 64
+"""What is cut and what is kept add up to the whole to so many times the precision, and the root of the sites."""
 
 
 def compress(
@@ -53,14 +57,15 @@ def compress(
         caps = known.bonds_for(truncation.max_parameters, caps)
     single = is_single(chain.cores[0])
     gram = method == "gram" or (single and method != "svd")
-    if method == "auto" and not single and not truncation.has_tolerance and _halves(caps, chain.bonds):
-        rounded, report = _sweep(chain, truncation, caps, known, method, None, gram=True)
-        if all(step.discarded_norm == 0 or step.discarded_norm > CANCELS * report.norm for step in report.bonds):
-            if callback is not None:
-                for k, step in enumerate(report.bonds):
-                    callback(k, step)
-            return rounded, report
-    return _sweep(chain, truncation, caps, known, method, callback, gram=gram)
+    # Where much is cut, half the digits probably tell what to cut: that is looked at bond by bond.
+    hasty = method == "auto" and not single and not truncation.has_tolerance and _halves(caps, chain.bonds)
+    found = _sweep(chain, truncation, caps, known, method, callback, rough=gram, hasty=hasty)
+    if found is None:
+        found = _sweep(chain, truncation, caps, known, "svd", callback, rough=False, hasty=False)
+    assert found is not None
+    rounded, report = found
+    # Gram matrices of double precision data have half its digits.
+    return rounded, replace(report, exact=False, bound=None, lower_bound=None) if gram and not single else report
 
 
 def _halves(caps: tuple[int | None, ...], bonds: tuple[int, ...]) -> bool:
@@ -76,79 +81,105 @@ def _sweep(
     method: Method,
     callback: BondCallback | None,
     *,
-    gram: bool,
-) -> tuple[ChainT, Report]:
+    rough: bool,
+    hasty: bool,
+) -> tuple[ChainT, Report] | None:
+    """One truncating sweep; None if what was cut and what was kept do not add up, as Gram matrices had too few digits.
+
+    Factors from the right come from Gram matrices, with half the digits, if ``rough``; if ``hasty``, where that is
+    cheaper and as long as it is enough.
+    """
     n = len(chain)
     precision = eps(chain.cores[0])
     single = is_single(chain.cores[0])
     notes = storage_notes(chain.cores[0])
-    light = gram and single and not notes and math.prod(chain.shape) >= LIGHT_SIZE
-    cores, exponent = _unit_cores(chain, narrow if light else widen)
-    rights = _right_factors(cores, chain.canonical_interval[1], gram=gram)
+    light = rough and single and not notes and n <= LIGHT_SITES and math.prod(chain.shape) >= LIGHT_SIZE
+    low, high = chain.canonical_interval
+    cores, exponent = unit_cores([(narrow if light else widen)(core) for core in chain.cores], low, high)
+    rights, half = _right_factors(cores, high, least=1 if rough else _FLAT if hasty else math.inf)
+    xp = namespace(cores[0])
 
-    size = frobenius_norm(_times(cores[0], rights[0]))
-    exponent += binary_exponent(size)
-    if exponent >= sys.float_info.max_exp:
-        raise MPOError(f"the norm of the matrix of shape {chain.shape} overflows double precision: scale a core down")
-    cores[0] = times_power_of_two(cores[0], -binary_exponent(size))
-    scale = math.ldexp(1.0, exponent)
-    norm = math.ldexp(size, exponent - binary_exponent(size))
+    first = _times(Scaled(cores[0], exponent), rights[0])
+    size = Size(frobenius_norm(first.array), first.exponent)
+    norm = abs(size.number("the norm", "normalized() first, and log_norm()"))
+    scale = math.ldexp(1.0, size.top)
     budget = Budget(truncation.budget(norm, precision, dtype_name(chain.cores[0])), n - 1)
-    # A norm below the smallest number is reported as 0, and so is everything that was cut from it.
-    budget.scale(scale or 1.0)
+    budget.scale(scale)
     sweep = Sweep(caps, budget, method, single, scale, callback)
     sweep.notes += notes
     if chain.center is None:
         sweep.notes.append(f"brought to canonical form first; the canonical interval was {chain.canonical_interval}")
 
-    xp = namespace(cores[0])
+    here = Scaled(cores[0], exponent)
     for k in range(n - 1):
-        left, out, in_, _ = cores[k].shape
-        u, _ = sweep.cut(_rows(_times(cores[k], rights[k])), k)
-        rest = adjoint(xp.astype(u, cores[k].dtype, copy=False)) @ _rows(cores[k])
+        left, out, in_, _ = here.array.shape
+        group = _group(here, rights[k], size.top)
+        found = sweep.found(group, k)
+        if hasty and half and not _tells_enough(found, int(group.shape[0]), caps[k]):
+            again, half = _right_factors(cores, high, least=math.inf, first=k)
+            rights[k:] = again[k:]
+            found = sweep.found(_group(here, rights[k], size.top), k)
+        u, _ = sweep.take(found, k)
+        rest = adjoint(xp.astype(u, here.array.dtype, copy=False)) @ _rows(here.array)
         cores[k] = xp.reshape(u, (left, out, in_, u.shape[1]))
-        cores[k + 1] = xp.tensordot(rest, cores[k + 1], axes=1)
+        here = unit(xp.tensordot(rest, cores[k + 1], axes=1), here.exponent)
     if known is not None:
         sweep.know(known)
-    cores = [widen(core) for core in cores]
-    cores[-1] = times_power_of_two(cores[-1], exponent)
-    swept = canonicalize(chain.with_cores(cores, (n - 1, n - 1)), chain.sites.center)
-    return stored(swept, chain.cores[0]), sweep.report(norm, precision, truncation)
+    cut = math.hypot(*(step.discarded_norm / scale for step in sweep.steps))
+    whole = cut**2 + frobenius_norm(times_power_of_two(here.array, here.exponent - size.top)) ** 2
+    # Isometries are what they are claimed to be to the precision they were stored in.
+    digits = (precision if light or (low, high) != (0, n - 1) else EPS["float64"]) * math.sqrt(n)
+    if half and method != "gram" and abs(whole - (norm / scale) ** 2) > _ADDS_UP * digits * whole:
+        return None
+    cores = [widen(core) for core in (*cores[:-1], here.array)]
+    center = chain.sites.center
+    cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), center)
+    rounded, loss = stored(chain.with_cores(cores, (center, center)), chain.cores[0], exponent)
+    return rounded, sweep.report(norm, precision, truncation, loss)
 
 
-def _unit_cores(chain: Chain, convert: Callable[[Array], Array]) -> tuple[list[Array], int]:
-    """The cores, converted, of norms near one where they are no isometries, and the power of two left out."""
-    low, high = chain.canonical_interval
-    cores = [convert(core) for core in chain.cores]
-    total = 0
-    for k in range(low, high + 1):
-        exponent = binary_exponent(frobenius_norm(cores[k]))
-        cores[k] = times_power_of_two(cores[k], -exponent)
-        total += exponent
-    return cores, total
+def _right_factors(cores: list[Array], last: int, *, least: float, first: int = 0) -> tuple[list[Scaled | None], bool]:
+    """``L`` of ``T_{k+1} .. T_n = L Q`` for every site k from ``first`` on, with ``Q Q^H = 1``; None: the identity.
 
-
-def _right_factors(cores: list[Array], last: int, *, gram: bool) -> list[Array | None]:
-    """``L`` of ``T_{k+1} .. T_n = L Q`` for every site k, with ``Q Q^H = 1``; None where it is the identity.
-
-    Sites after ``last`` are right-isometric. A Gram matrix gives ``L`` to half the digits, for data that has no more.
+    Sites after ``last`` are right-isometric. A Gram matrix gives ``L`` to half the digits; it is taken for what is
+    wider than high, at least so many times, and whether it was is told.
     """
     xp = namespace(cores[0])
-    factors: list[Array | None] = [None] * len(cores)
-    for k in range(last, 0, -1):
-        columns = xp.reshape(_times(cores[k], factors[k]), (cores[k].shape[0], -1))
-        if columns.shape[0] < columns.shape[1] and gram:
-            found = left_factor(widen(columns), gram=True)
+    factors: list[Scaled | None] = [None] * len(cores)
+    half = False
+    for k in range(last, first, -1):
+        product = _times(Scaled(cores[k]), factors[k])
+        columns = xp.reshape(product.array, (cores[k].shape[0], -1))
+        rows, width = columns.shape
+        if rows < width and width >= least * rows:
+            found, half = left_factor(widen(columns), gram=True), True
             weighted = found.u * xp.asarray(found.values, device=array_api_compat.device(found.u))
             columns = xp.astype(weighted, columns.dtype, copy=False)
-        elif columns.shape[0] < columns.shape[1]:
+        elif rows < width:
             columns = adjoint(triangle(adjoint(columns)))
-        factors[k - 1] = columns
-    return factors
+        factors[k - 1] = unit(columns, product.exponent)
+    return factors, half
 
 
-def _times(core: Array, factor: Array | None) -> Array:
-    return core if factor is None else namespace(core).tensordot(core, factor, axes=1)
+def _group(here: Scaled, factor: Scaled | None, top: int) -> Array:
+    """What is left of the chain at a site, as a matrix (left out in, right), in multiples of ``2**top``."""
+    product = _times(here, factor)
+    return times_power_of_two(_rows(product.array), product.exponent - top)
+
+
+def _tells_enough(found: Factor, rows: int, cap: int | None) -> bool:
+    """Whether a basis is as good as any although what is right of its bond has half the digits.
+
+    Either it is complete, or so much is missed that a Gram matrix was enough to find it.
+    """
+    return found.method == "gram" or (rows == found.available and (cap is None or cap >= rows))
+
+
+def _times(core: Scaled, factor: Scaled | None) -> Scaled:
+    if factor is None:
+        return core
+    product = namespace(core.array).tensordot(core.array, factor.array, axes=1)
+    return Scaled(product, core.exponent + factor.exponent)
 
 
 def _rows(core: Array) -> Array:
