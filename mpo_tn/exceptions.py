@@ -1,10 +1,15 @@
-"""The one error that users of this package have to catch, and what tells numbers from what is none."""
+"""The one error that users of this package have to catch, and what its messages are made of."""
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
+
+_SHOWN = 16
+"""The most entries of a list that are printed; of a longer one the first and the last few."""
 
 
 class MPOError(ValueError):
@@ -34,3 +39,34 @@ def whole_number(value: Any) -> int | None:
 def is_real(value: Any) -> bool:
     """Whether it is a real number of any library, and no bool."""
     return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def count_text(number: int) -> str:
+    """A whole number of any size in a few characters.
+
+    >>> count_text(4096), count_text(2**14300)
+    ('4096', 'about 10**4304.7')
+    """
+    return str(number) if abs(number) < 10**18 else f"about 10**{math.log10(number):.1f}"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape as Python prints it, if its numbers are not too large for that.
+
+    >>> shape_text((4, 2**4000))
+    '(4, about 10**1204.1)'
+    """
+    sizes = tuple(shape)
+    return str(sizes) if max(sizes, default=0) < 10**18 else f"({', '.join(map(count_text, sizes))})"
+
+
+def list_text(values: Sequence[Any]) -> str:
+    """A tuple as Python prints it, or the ends of a long one and its length.
+
+    >>> list_text((2, 3)), list_text(range(500))
+    ('(2, 3)', '(0, 1, 2, 3, 4, 5, ..., 498, 499: 500 in all)')
+    """
+    if len(values) <= _SHOWN:
+        return str(tuple(values))
+    first, last = ", ".join(map(str, values[:6])), ", ".join(map(str, values[-2:]))
+    return f"({first}, ..., {last}: {len(values)} in all)"

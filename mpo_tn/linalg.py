@@ -39,8 +39,7 @@ DOUBLE = ("float64", "complex128")
 _SQUARES_IN_RANGE = (1e-140, 1e140)
 """Norms whose square is in range, and the square of whose entries is where they matter to 16 digits."""
 
-_PIECE = 2**16
-"""Entries of an array that are widened at once in order to be summed."""
+_PIECE = 2**16  # entries of an array that are widened at once in order to be summed
 
 
 def namespace(array: Array) -> Any:
@@ -285,13 +284,14 @@ def times_power_of_two(array: Array, exponent: int, *, in_place: bool = False) -
 
     ``in_place``: an array of NumPy or torch that may be written into, which spares the memory of the result.
     """
-    if abs(exponent) > 1000:
-        half = exponent // 2
-        return array * 2.0**half * 2.0 ** (exponent - half)
+    exponent = max(-2200, min(exponent, 2200))  # beyond that nothing is left, or all is infinite
+    most = 1000 if dtype_name(array) in DOUBLE else 14 if dtype_name(array) == "float16" else 120
+    while abs(exponent) > most:
+        step = math.copysign(most, exponent)
+        array, exponent = array * 2.0**step, exponent - int(step)
     if in_place:
         array *= 2.0**exponent
-        return array
-    return array * 2.0**exponent
+    return array if in_place else array * 2.0**exponent
 
 
 def tails(values: np.ndarray) -> np.ndarray:

@@ -15,9 +15,10 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.chains import contraction
-from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores
+from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.chains.scaled import TOP, Scaled, Size, has_values, shared_out, unit, unit_cores
+from mpo_tn.exceptions import MPOError, shape_text, whole_number
 from mpo_tn.linalg import (
     Array,
     binary_exponent,
@@ -27,7 +28,9 @@ from mpo_tn.linalg import (
     frobenius_norm,
     full_precision,
     namespace,
+    restored,
     times_power_of_two,
+    triangle,
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
@@ -46,9 +49,11 @@ def add(a: ChainT, b: Chain) -> ChainT:
     """
     _check_pair("add", a, b, same_legs=True)
     last = len(a) - 1
-    if last == 0:
-        return a.with_cores([a.cores[0] + b.cores[0]], None)
     xp = namespace(a.cores[0])
+    if last == 0:
+        with np.errstate(over="ignore"):
+            total = a.cores[0] + b.cores[0]
+        return a.with_cores([_checked_sum(total, a.cores[0], b.cores[0])], None)
     cores: list[Array] = []
     for k, (core, other) in enumerate(zip(a.cores, b.cores, strict=True)):
         if k == 0:
@@ -68,7 +73,10 @@ def subtract(a: ChainT, b: Chain) -> ChainT:
 
 
 def scaled(chain: ChainT, number: complex, act: Callable[[Any, Any], Any]) -> ChainT:
-    """``act(chain, number)`` for multiplication or division: one core inside the canonical interval takes it all."""
+    """``act(chain, number)`` for multiplication or division: one core inside the canonical interval takes it all.
+
+    Where that core would leave the range of its dtype, the others inside the interval take their share.
+    """
     xp = namespace(chain.cores[0])
     cores = list(chain.cores)
     if isinstance(number, complex) and not dtype_name(cores[0]).startswith("complex"):
@@ -78,23 +86,62 @@ def scaled(chain: ChainT, number: complex, act: Callable[[Any, Any], Any]) -> Ch
         cores = [xp.astype(core, getattr(xp, wider)) for core in cores]
     if not abs(number) <= float(xp.finfo(cores[0].dtype).max) or (act is operator.truediv and number == 0):
         raise MPOError(f"an MPO cannot be scaled by {number!r}: it is zero or beyond the range of {describe(cores[0])}")
-    low, _ = chain.canonical_interval
-    cores[low] = act(cores[low], number)
+    low, high = chain.canonical_interval
+    power = binary_exponent(abs(number)) * (-1 if act is operator.truediv else 1)
+    if number and has_values(cores[low]) and _is_risky(cores[low], power):
+        # By its digits here, and by its power of two wherever there is room.
+        core, digits = unit(cores[low]), Size(number, -binary_exponent(abs(number))).rounded()
+        cores[low] = act(core.array, digits)
+        exponents = [core.exponent + power if k == low else 0 for k in range(len(cores))]
+        cores = shared_out(cores, exponents, range(low, high + 1), "the multiple")
+    else:
+        cores[low] = act(cores[low], number)
     return chain.with_cores(cores, chain.canonical_interval)
+
+
+def normalized(chain: ChainT) -> ChainT:
+    """The chain over its norm. See :meth:`mpo_tn.MPO.normalized`."""
+    size = norm_of(chain)
+    if not size.mantissa:
+        raise MPOError(f"the norm of the matrix of shape {shape_text(chain.shape)} is 0: there is nothing to normalize")
+    low, high = chain.canonical_interval
+    inside, exponent = unit_cores([widen(core) for core in chain.cores[low : high + 1]])
+    inside[0] = inside[0] / abs(size.mantissa)
+    # The product of many cores of norm 1 may be of any size: what is left of the power of two is shared out.
+    share, rest = divmod(exponent - size.exponent, len(inside))
+    inside = [times_power_of_two(core, share + (k < rest)) for k, core in enumerate(inside)]
+    parts = [restored(core, chain.cores[low]) for core in inside]
+    return chain.with_cores((*chain.cores[:low], *parts, *chain.cores[high + 1 :]), chain.canonical_interval)
 
 
 def multiply(a: ChainT, b: Chain) -> ChainT:
     """``a @ b`` site by site, every bond the product of the two."""
     _check_pair("multiply", a, b, same_legs=False)
-    xp = namespace(a.cores[0])
     cores: list[Array] = []
-    for core, other in zip(a.cores, b.cores, strict=True):
-        left, out, _, right = core.shape
-        left_b, _, in_, right_b = other.shape
-        both = xp.tensordot(core, other, axes=((2,), (1,)), **full_precision(xp))
-        both = xp.permute_dims(both, (0, 3, 1, 4, 2, 5))
-        cores.append(xp.reshape(both, (left * left_b, out, in_, right * right_b)))
+    exponents: list[int] = []
+    for pair in zip(a.cores, b.cores, strict=True):
+        risky = all(map(has_values, pair)) and any(_is_risky(core, 0) for core in pair)
+        first, second = (unit(core) if risky else Scaled(core) for core in pair)
+        cores.append(_product(first.array, second.array))
+        exponents.append(first.exponent + second.exponent)
+    if any(exponents):
+        cores = shared_out(cores, exponents, range(len(cores)), "the product")
     return a.with_cores(cores, None)
+
+
+def _product(core: Array, other: Array) -> Array:
+    """``--A_k--`` above ``--B_k--``, both bonds as one."""
+    xp = namespace(core)
+    left, out, _, right = core.shape
+    left_b, _, in_, right_b = other.shape
+    both = xp.permute_dims(xp.tensordot(core, other, axes=((2,), (1,)), **full_precision(xp)), (0, 3, 1, 4, 2, 5))
+    return xp.reshape(both, (left * left_b, out, in_, right * right_b))
+
+
+def _is_risky(core: Array, exponent: int) -> bool:
+    """Whether an operation that changes a core by a power of two comes near the end of the range of its dtype."""
+    reach = TOP[dtype_name(core)] // 3
+    return abs(binary_exponent(frobenius_norm(core)) + exponent) > reach or abs(exponent) > reach
 
 
 def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
@@ -143,34 +190,34 @@ def conj(chain: ChainT) -> ChainT:
     return chain.with_cores(map(conjugate, chain.cores), chain.canonical_interval)
 
 
-def trace(chain: Chain) -> float | complex:
+def trace(chain: Chain) -> Size:
     """The trace, in double precision, as a product of matrices: one a site."""
     check_cores(chain)
     for k, (out, in_) in enumerate(chain.sites):
         if out != in_:
             raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
-    wide, exponent = _normalised(chain)
+    wide, exponent = unit_cores([widen(core) for core in chain.cores])
     xp = namespace(wide[0])
-    partial = None
+    carried = Scaled(one(wide[0]), exponent)
     for core in wide:
         matrix = xp.linalg.trace(xp.permute_dims(core, (0, 3, 1, 2)))
-        partial = matrix if partial is None else partial @ matrix
-    return _number(partial, exponent)
+        carried = unit(carried.array @ matrix, carried.exponent)
+    return Size(carried.array[0, 0].item(), carried.exponent)
 
 
-def inner(a: Chain, b: Chain) -> float | complex:
+def inner(a: Chain, b: Chain) -> Size:
     """``sum conj(a) * b`` over all entries, in double precision, from the first site to the last."""
     _check_pair("take the inner product", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
-    (wide_a, exponent_a), (wide_b, exponent_b) = _normalised(a), _normalised(b)
+    wide_a, exponent_a = unit_cores([widen(core) for core in a.cores])
+    wide_b, exponent_b = unit_cores([widen(core) for core in b.cores])
     xp = namespace(wide_a[0])
-    partial = None  # (bond of a, bond of b)
+    carried = Scaled(one(wide_a[0]), exponent_a + exponent_b)  # (bond of a, bond of b)
     for core, other in zip(wide_a, wide_b, strict=True):
-        if partial is None:
-            partial = xp.ones((1, 1), dtype=core.dtype, device=array_api_compat.device(core))
-        partial = xp.tensordot(conjugate(core), xp.tensordot(partial, other, axes=1), axes=((0, 1, 2), (0, 1, 2)))
-    return _number(partial, exponent_a + exponent_b)
+        passed = xp.tensordot(carried.array, other, axes=1)
+        carried = unit(xp.tensordot(conjugate(core), passed, axes=((0, 1, 2), (0, 1, 2))), carried.exponent)
+    return Size(carried.array[0, 0].item(), carried.exponent)
 
 
 def distance(a: Chain, b: Chain) -> float:
@@ -178,8 +225,43 @@ def distance(a: Chain, b: Chain) -> float:
     _check_pair("take the distance", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
-    wide = [Chain(tuple(map(widen, chain.cores))) for chain in (a, b)]
-    return frobenius_norm(canonicalize(subtract(*wide), len(a) - 1).cores[-1])
+    found = difference(*(unit_cores([widen(core) for core in chain.cores]) for chain in (a, b)))
+    if not found.in_range and not any(norm_of(chain).in_range for chain in (a, b)):
+        found.number("the distance", "normalized(), or (a - b).log_norm()")
+    return found.length("the distance")
+
+
+def difference(a: tuple[list[Array], int], b: tuple[list[Array], int]) -> Size:
+    """``|2**e A - 2**f B|`` of cores in double precision, each with its exponent.
+
+    ::
+
+        [A_1 2**e | B_1 2**f] = Q [R_A 2**e' | R_B 2**f']        QR of columns that are scaled has the same Q, so
+                                                                 either side keeps an exponent of its own
+    """
+    (cores_a, exponent_a), (cores_b, exponent_b) = a, b
+    xp = namespace(cores_a[0])
+    left, right = Scaled(one(cores_a[0]), exponent_a), Scaled(one(cores_b[0]), exponent_b)
+    for k, (core, other) in enumerate(zip(cores_a, cores_b, strict=True)):
+        left = unit(xp.tensordot(left.array, core, axes=1), left.exponent)
+        right = unit(xp.tensordot(right.array, other, axes=1), right.exponent)
+        if k < len(cores_a) - 1:
+            left, right = side_by_side(left, right)
+    return left.plus(Scaled(-right.array, right.exponent)).size()
+
+
+def side_by_side(left: Scaled, right: Scaled) -> tuple[Scaled, Scaled]:
+    """The triangular factor of two cores with the same rows, its columns divided between the two."""
+    xp = namespace(left.array)
+    width = int(left.array.shape[3])
+    joined = xp.concat([xp.reshape(part.array, (-1, part.array.shape[3])) for part in (left, right)], axis=1)
+    r = triangle(joined) if joined.shape[0] > joined.shape[1] else joined
+    return unit(r[:, :width], left.exponent), unit(r[:, width:], right.exponent)
+
+
+def one(like: Array) -> Array:
+    """The 1 x 1 matrix 1, in the library, dtype and device of an array."""
+    return namespace(like).ones((1, 1), dtype=like.dtype, device=array_api_compat.device(like))
 
 
 def identity_cores(sites: Sites, dtype: Any, like: Any) -> list[Array]:
@@ -253,22 +335,13 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
     return namespace(like).zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
 
 
-def _normalised(chain: Chain) -> tuple[list[Array], int]:
-    """Cores in double precision, each of norm between 1 and 2 (or 0), and the power of two that was taken out."""
-    wide = [widen(core) for core in chain.cores]
-    exponents = [binary_exponent(frobenius_norm(core)) for core in wide]
-    return [times_power_of_two(core, -e) for core, e in zip(wide, exponents, strict=True)], sum(exponents)
-
-
-def _number(partial: Any, exponent: int) -> float | complex:
-    """The single entry of ``partial`` times a power of two."""
-    value = partial[0, 0].item()
-    try:
-        if isinstance(value, complex):
-            return complex(math.ldexp(value.real, exponent), math.ldexp(value.imag, exponent))
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        raise MPOError(f"the result, {value:.6g} * 2**{exponent}, overflows double precision: scale a core") from None
+def _checked_sum(total: Array, *parts: Array) -> Array:
+    """The sum of two cores, where it did not leave the range."""
+    if has_values(total) and not math.isfinite(frobenius_norm(total)) and all(
+        math.isfinite(frobenius_norm(part)) for part in parts
+    ):
+        raise MPOError(f"the sum is beyond the range of {describe(total)}: use a wider dtype, or smaller terms")
+    return total
 
 
 def _dtype(xp: Any, dtype: Any) -> Any:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
+import numpy as np
+
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.scaled import TOP, Size, lost, lowest, unit, unit_cores
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
+    EPS,
     Array,
     adjoint,
     binary_exponent,
     check_values,
+    dtype_name,
     frobenius_norm,
     is_half,
     namespace,
     qr,
     restored,
     times_power_of_two,
+    triangle,
     widen,
 )
-
-_LARGEST_EXPONENT = 1023
-"""``2.0**1023`` is the largest power of two in double precision."""
 
 ChainT = TypeVar("ChainT", bound=Chain)
 
@@ -31,26 +35,73 @@ def canonicalize(chain: ChainT, center: int) -> ChainT:
 
     Only sites that are not known to have the form already are touched. See :meth:`mpo_tn.MPO.canonicalize`.
     """
-    site = whole_number(center)
-    if site is None or not 0 <= site < len(chain):
-        raise MPOError(f"center={center!r} is not a site: the chain has sites 0 to {len(chain) - 1}")
+    site = checked_site(chain, center, "center")
     check_cores(chain)
-    center = site
+    cores, exponent = centred(chain, site)
+    found, loss = stored(chain.with_cores(cores, (site, site)), chain.cores[0], exponent)
+    if loss > 0:
+        size = Size(frobenius_norm(cores[site]), exponent)
+        raise MPOError(
+            f"the norm {size} is below the range of {chain.dtype}, by which {loss:.3g} of it would be lost: use a "
+            "wider dtype, or normalized() and log_norm()"
+        )
+    return found
+
+
+def centred(chain: Chain, center: int) -> tuple[list[Array], int]:
+    """Cores in double precision around a centre of norm 1 to 2, or 0, and the exponent that belongs to it."""
     low, high = chain.canonical_interval
-    cores = [widen(core) for core in chain.cores]
     # The norm may be shared out among the cores in ways that leave the range before they cancel.
-    exponents = [binary_exponent(frobenius_norm(core)) for core in cores[low : high + 1]]
-    for k, exponent in enumerate(exponents, start=low):
-        cores[k] = times_power_of_two(cores[k], -exponent)
+    cores, exponent = unit_cores([widen(core) for core in chain.cores], low, high)
+    return moved(cores, exponent, (low, high), center)
+
+
+def moved(cores: list[Array], exponent: int, interval: tuple[int, int], center: int) -> tuple[list[Array], int]:
+    """The same of cores in double precision with a canonical interval; they stand for ``2**exponent`` times as much.
+
+    What is carried from site to site is brought to norm 1 to 2, so that a chain of any length stays in range.
+    """
+    low, high = interval
+    xp = namespace(cores[0])
     for k in range(low, center):
-        cores[k], cores[k + 1] = shift_right(cores[k], cores[k + 1])
+        cores[k], factor = split_right(cores[k])
+        carried = unit(factor, exponent)
+        exponent = carried.exponent
+        cores[k + 1] = xp.tensordot(carried.array, cores[k + 1], axes=1)
     for k in range(high, center, -1):
-        cores[k - 1], cores[k] = shift_left(cores[k - 1], cores[k])
-    total = sum(exponents)
-    if binary_exponent(frobenius_norm(cores[center])) + total > _LARGEST_EXPONENT:
-        raise MPOError(f"the norm of the matrix of shape {chain.shape} overflows double precision: scale a core down")
-    cores[center] = times_power_of_two(cores[center], total)
-    return stored(chain.with_cores(cores, (center, center)), chain.cores[0])
+        factor, cores[k] = split_left(cores[k])
+        carried = unit(factor, exponent)
+        exponent = carried.exponent
+        cores[k - 1] = xp.tensordot(cores[k - 1], carried.array, axes=1)
+    middle = unit(cores[center], exponent)
+    cores[center] = middle.array
+    return cores, middle.exponent
+
+
+def norm_of(chain: Chain) -> Size:
+    """The Frobenius norm, in double precision, from triangles alone."""
+    check_cores(chain)
+    low, high = chain.canonical_interval
+    cores, exponent = unit_cores([widen(core) for core in chain.cores[low : high + 1]])
+    xp = namespace(cores[0])
+    carried = unit(xp.reshape(cores[0], (-1, cores[0].shape[3])), exponent)
+    for core in cores[1:]:
+        rows = carried.array
+        factor = triangle(rows) if rows.shape[0] > rows.shape[1] else rows
+        carried = unit(xp.reshape(xp.tensordot(factor, core, axes=1), (-1, core.shape[3])), carried.exponent)
+    return carried.size()
+
+
+def checked_site(chain: Chain, k: int, name: str) -> int:
+    """The site itself.
+
+    Raises:
+        MPOError: it is none.
+    """
+    site = whole_number(k)
+    if site is None or not 0 <= site < len(chain):
+        raise MPOError(f"{name}={k!r} is not a site: the chain has sites 0 to {len(chain) - 1}")
+    return site
 
 
 def check_cores(chain: Chain) -> None:
@@ -63,29 +114,48 @@ def check_cores(chain: Chain) -> None:
         check_values(core, f"core {k}")
 
 
-def stored(chain: ChainT, like: Array) -> ChainT:
-    """A chain with a centre, in the library, dtype and device of an array.
+def stored(chain: ChainT, like: Array, exponent: int = 0) -> tuple[ChainT, float]:
+    """``2**exponent`` times a chain with a centre, in the library, dtype and device of an array.
 
     Half precision rounds isometries too far off to go on claiming the form, and its range is so small that the norm
     is shared out evenly instead.
 
+    Returns:
+        The chain, and the fraction of its norm that is lost because it is below the range of the dtype: 0 while that is
+        less than the precision of the dtype.
+
     Raises:
         MPOError: the norm at the centre is beyond the range of the dtype.
     """
-    xp = namespace(chain.cores[0])
     center, _ = chain.canonical_interval
-    wide = list(chain.cores)
-    half = is_half(like)
+    half, name = is_half(like), dtype_name(like)
+    middle = unit(chain.cores[center], exponent)
+    size = middle.size()
+    wide, exponents = list(chain.cores), [0] * len(chain)
+    wide[center] = middle.array
     if half:
-        share, rest = divmod(binary_exponent(frobenius_norm(wide[center])), len(wide))
-        wide[center] = times_power_of_two(wide[center], -(share * len(wide) + rest))
-        wide = [times_power_of_two(core, share + int(k < rest)) for k, core in enumerate(wide)]
-    elif frobenius_norm(wide[center]) > float(xp.finfo(like.dtype).max):
+        share, rest = divmod(size.top, len(wide))
+        exponents = [share + int(k < rest) for k in range(len(wide))]
+    elif size.top > TOP[name] or (size.top == TOP[name] and abs(size.mantissa) > 2 - EPS[name]):
         raise MPOError(
-            f"the norm {frobenius_norm(wide[center]):.6g} is beyond the range of {like.dtype}: scale the matrix"
+            f"the norm {size} is beyond the range of {like.dtype}: use a wider dtype, or normalized() and log_norm()"
         )
-    cores = tuple(restored(core, like) for core in wide)
-    return chain.with_cores(cores, None if half else chain.canonical_interval)
+    else:
+        exponents[center] = middle.exponent
+    with np.errstate(over="ignore"):
+        cores = tuple(
+            restored(times_power_of_two(core, e) if e else core, like) for core, e in zip(wide, exponents, strict=True)
+        )
+    if half and not all(bool(namespace(core).all(namespace(core).isfinite(core))) for core in cores):
+        raise MPOError(f"the norm {size} is beyond the range of {like.dtype} in {len(cores)} cores: use a wider dtype")
+    small = [k for k, core in enumerate(wide) if (half or k == center) and _is_small(core, exponents[k], name)]
+    loss = sum(lost(wide[k], exponents[k], cores[k]) for k in small)
+    return chain.with_cores(cores, None if half else chain.canonical_interval), loss
+
+
+def _is_small(core: Array, exponent: int, name: str) -> bool:
+    """Whether a core times a power of two may lose digits below the range of a dtype."""
+    return binary_exponent(frobenius_norm(core)) + exponent < lowest(name, math.prod(core.shape))
 
 
 def shift_right(core: Array, following: Array) -> tuple[Array, Array]:

@@ -9,23 +9,21 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from mpo_tn.chains.algebra import apply, conj, transpose
+from mpo_tn.chains.algebra import apply, conj, side_by_side, transpose
 from mpo_tn.chains.canonical import check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.scaled import Scaled, unit
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     DOUBLE,
     Array,
     adjoint,
-    binary_exponent,
     check_matrix,
     describe,
     dtype_name,
     frobenius_norm,
     machine_eps,
     namespace,
-    qr,
-    times_power_of_two,
     widen,
 )
 
@@ -48,21 +46,22 @@ def cast_error(chain: Chain, dtype: Any) -> float:
         raise MPOError(f"{xp.__name__} has no {name}: use float16, or torch tensors")
     # D_k = A_k - B_k is known exactly, and A_1 .. A_n - B_1 .. B_n = sum_k B_1 .. B_{k-1} D_k A_{k+1} .. A_n, a chain
     # whose columns keep their relative accuracy in QR: errors far below eps * norm come out right.
-    total = 0
-    r_b = r_d = None
+    kept = gone = None
     for k, core in enumerate(chain.cores):
-        a, b = widen(core), widen(_cast(core, wanted, k))
-        exponent = binary_exponent(frobenius_norm(a))
-        a, b = times_power_of_two(a, -exponent), times_power_of_two(b, -exponent)
-        total += exponent
-        xp = namespace(a)
-        d = a - b
-        if r_b is not None:
-            b, d = xp.tensordot(r_b, b, axes=1), xp.tensordot(r_b, d, axes=1) + xp.tensordot(r_d, a, axes=1)
+        a, b = Scaled(widen(core)), Scaled(widen(_cast(core, wanted, k)))
+        a, b, d = unit(a.array), unit(b.array), unit(a.array - b.array)
+        if kept is not None and gone is not None:
+            b, d = _times(kept, b), _times(kept, d).plus(_times(gone, a))
         if k == len(chain) - 1:
-            return math.ldexp(frobenius_norm(d), total)
-        r_b, r_d = _split(xp.concat([b, d], axis=3), int(b.shape[3]))
+            return d.size().length("the error of the cast")
+        kept, gone = side_by_side(b, d)
     raise AssertionError("a chain has at least one core")
+
+
+def _times(carried: Scaled, core: Scaled) -> Scaled:
+    """What is carried from the left, times the next core."""
+    joined = namespace(core.array).tensordot(carried.array, core.array, axes=1)
+    return unit(joined, carried.exponent + core.exponent)
 
 
 def cast_error_estimate(dtype: Any, n: int, norm: float) -> float:
@@ -98,13 +97,6 @@ def _dtype_name(dtype: Any) -> str:
     if isinstance(dtype, float):
         raise MPOError(f"dtype={dtype!r} is not a dtype: pass a name such as 'float32'")
     return getattr(dtype, "__name__", None) or str(dtype).rsplit(".", maxsplit=1)[-1]
-
-
-def _split(joined: Array, width: int) -> tuple[Array, Array]:
-    """The triangular factor of a core of two side by side, its columns divided between the two."""
-    xp = namespace(joined)
-    r = qr(xp.reshape(joined, (-1, joined.shape[3])))[1]
-    return r[:, :width], r[:, width:]
 
 
 @dataclass(frozen=True)

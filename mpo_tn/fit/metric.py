@@ -10,6 +10,7 @@ import numpy as np
 
 from mpo_tn.chains.canonical import wide_chain
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.scaled import Scaled, unit, unit_cores
 from mpo_tn.exceptions import MPOError, is_real
 from mpo_tn.linalg import (
     Array,
@@ -19,12 +20,16 @@ from mpo_tn.linalg import (
     frobenius_norm,
     namespace,
     pivoted_cholesky,
+    times_power_of_two,
     to_numpy,
     widen,
 )
 
 _SYMMETRY = 1e-4
 """How far a moment may be from symmetric, of its norm: moments are accumulated in single precision, too."""
+
+_UNSCALED = 8
+"""So many cores of norm 1 are multiplied in double precision before a power of two is taken out of the product."""
 
 _NEGATIVE = 1e-5
 """How far a moment may be from positive semidefinite, of its trace."""
@@ -148,12 +153,15 @@ class Metric:
 def dense(cores: tuple[Array, ...] | list[Array]) -> Array:
     """The matrix (out, in) of cores in their own precision, from left to right."""
     xp = namespace(cores[0])
-    matrix = cores[0][0]
-    for core in cores[1:]:
-        out, in_ = matrix.shape[0] * core.shape[1], matrix.shape[1] * core.shape[2]
-        joined = xp.permute_dims(xp.tensordot(matrix, core, axes=1), (0, 2, 1, 3, 4))
-        matrix = xp.reshape(joined, (out, in_, core.shape[3]))
-    return matrix[:, :, 0]
+    parts, exponent = unit_cores(cores)
+    matrix = Scaled(parts[0][0], exponent)
+    for k, core in enumerate(parts[1:], start=1):
+        out, in_ = matrix.array.shape[0] * core.shape[1], matrix.array.shape[1] * core.shape[2]
+        joined = xp.permute_dims(xp.tensordot(matrix.array, core, axes=1), (0, 2, 1, 3, 4))
+        matrix = Scaled(xp.reshape(joined, (out, in_, core.shape[3])), matrix.exponent)
+        # Few cores of norm 1 stay in range.
+        matrix = matrix if k % _UNSCALED else unit(matrix.array, matrix.exponent)
+    return times_power_of_two(matrix.array, matrix.exponent)[:, :, 0]
 
 
 def like(moment: Array, array: Array) -> Array:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import array_api_compat
 
+from mpo_tn.chains.algebra import one
 from mpo_tn.chains.canonical import ChainT, canonicalize, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.fit.local_problem import column_moment, reduced_rows
 from mpo_tn.fit.metric import Metric, like, refuse_complex
 from mpo_tn.fit.sweeps import FitReport, best_core
-from mpo_tn.fit.targets import Target, one, target_of, to_right
-from mpo_tn.linalg import Array, adjoint, eps, namespace, restored, widen
+from mpo_tn.fit.targets import Target, target_of, to_right
+from mpo_tn.linalg import Array, adjoint, eps, namespace, restored, times_power_of_two, widen
 from mpo_tn.truncate.quantize import GROUP, Integers, check_bits, quantize
 from mpo_tn.truncate.spectra import float_floor
 
@@ -135,7 +136,8 @@ class _Rounding:
         if self.pair is not None:
             self.cores[k] = self.pair.best(self.cores, k)
             return
-        self.cores[k] = best_core(self.goal, self.cores, k, self.precision, _REFIT_STEPS)
+        core = best_core(self.goal, self.cores, k, self.precision, _REFIT_STEPS)
+        self.cores[k] = times_power_of_two(core.array, core.exponent)
 
     def round(self, k: int) -> None:
         """Put integers in the place of a core."""

@@ -20,8 +20,10 @@ import numpy as np
 
 from mpo_tn.chains.canonical import (
     ChainT,
-    canonicalize,
+    centred,
     check_cores,
+    checked_site,
+    moved,
     shift_left,
     shift_right,
     split_left,
@@ -30,18 +32,21 @@ from mpo_tn.chains.canonical import (
     wide_chain,
 )
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.scaled import Scaled, lost, unit
 from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.fit.metric import Metric
-from mpo_tn.fit.targets import FROBENIUS, Target, from_left, target_of, to_right
+from mpo_tn.fit.targets import FROBENIUS, Target, target_of
 from mpo_tn.linalg import (
     Array,
     adjoint,
+    binary_exponent,
     eps,
     frobenius_norm,
     left_factor,
     namespace,
     restored,
     tails,
+    times_power_of_two,
     widen,
 )
 from mpo_tn.truncate.rounding import compress
@@ -114,73 +119,82 @@ def fit(
     if metric is not None and width == 2:
         raise MPOError("sites=2 with a metric: a metric weighs one site at a time, use sites=1")
     goal = target_of(target, start, metric)
-    wide = canonicalize(wide_chain(start), 0)
-    if max_bond is not None:
-        wide = canonicalize(compress(wide, Truncation(max_bond=max_bond))[0], 0)
+    check_cores(start)
+    begun = start if max_bond is None else compress(wide_chain(start), Truncation(max_bond=max_bond))[0]
+    cores, exponent = centred(begun, 0)
     width = min(width, len(start))
-    search = _Search(goal, wide, width, max_bond, eps(start.cores[0]), callback)
+    search = _Search(goal, start.with_cores(cores, (0, 0)), exponent, width, max_bond, eps(start.cores[0]), callback)
     floor = float_floor(start.dtype, len(start), goal.norm)
-    errors = [goal.error(search.cores)]
+    errors = [search.error()]
     converged = False
     while len(errors) <= sweeps and not converged:
         search.sweep(len(errors) - 1)
-        errors.append(goal.error(search.cores))
+        errors.append(search.error())
         converged = errors[-2] - errors[-1] <= tol * errors[-2] or errors[-1] <= floor
-    moved = canonicalize(wide.with_cores(search.cores, (0, 0)), start.sites.center)
-    result = stored(moved, start.cores[0])
+    center = start.sites.center
+    cores, exponent = moved(search.cores, search.exponent, (0, 0), center)
+    result, _ = stored(start.with_cores(cores, (center, center)), start.cores[0], exponent)
     error = goal.error([widen(core) for core in result.cores])
     return result, FitReport(error, goal.norm, tuple(errors), converged, result.bonds, floor, goal.metric)
 
 
 def refit(chain: ChainT, k: int, target: Array | Chain, *, metric: Metric | None = None) -> tuple[ChainT, FitReport]:
     """The best core ``k`` for the other cores as they are. See :meth:`mpo_tn.MPO.refit`."""
-    site = whole_number(k)
-    if site is None or not 0 <= site < len(chain):
-        raise MPOError(f"k={k!r} is not a site: the chain has sites 0 to {len(chain) - 1}")
+    site = checked_site(chain, k, "k")
     check_cores(chain)
     goal = target_of(target, chain, metric)
     cores = [widen(core) for core in chain.cores]
     cutoff = eps(chain.cores[0])
     core = best_core(goal, cores, site, cutoff)
     before = goal.error(cores)
-    cores[site] = core
+    cores[site] = core.array
     with np.errstate(over="ignore"):
-        new = restored(core, chain.cores[site])
-    if not bool(namespace(new).all(namespace(new).isfinite(new))):
+        new = restored(times_power_of_two(core.array, core.exponent), chain.cores[site])
+    if not math.isfinite(frobenius_norm(new)) or lost(core.array, core.exponent, new) > 0:
+        beyond = "beyond" if core.exponent > 0 else "below"
         raise MPOError(
-            f"the best core {site} has entries of size {float(namespace(core).max(namespace(core).abs(core))):.6g}, "
-            f"beyond the range of {chain.dtype}: scale the other cores"
+            f"the norm of the best core {site}, {core.size()}, is {beyond} the range of {chain.dtype}: scale the other "
+            "cores, or the target"
         )
     low, high = chain.canonical_interval
     kept = (*chain.cores[:site], new, *chain.cores[site + 1 :])
     result = chain.with_cores(kept, (min(low, site), max(high, site)))
-    errors = (before, goal.error(cores))
+    errors = (before, goal.error(cores, core.exponent))
     error = goal.error([widen(part) for part in result.cores])
     floor = float_floor(chain.dtype, len(chain), goal.norm)
     return result, FitReport(error, goal.norm, errors, True, result.bonds, floor, goal.metric)
 
 
-def best_core(goal: Target, cores: list[Array], site: int, cutoff: float, steps: int = _STEPS) -> Array:
+def best_core(goal: Target, cores: list[Array], site: int, cutoff: float, steps: int = _STEPS) -> Scaled:
     """The best core at a site for the others as they are, in double precision; in a metric, after so many steps."""
     left, right = goal.edge(), goal.end()
-    carry: Array | None = None
+    carry = back = None
     for j in range(site):
-        q, carry = split_right(cores[j] if carry is None else from_left(carry, cores[j]))
-        left = goal.advance_left(left, q, j)
-    back: Array | None = None
+        here = unit(cores[j]) if carry is None else _joined(carry, cores[j])
+        q, r = split_right(here.array)
+        carry, left = Scaled(r, here.exponent), goal.advance_left(left, q, j)
     for j in range(len(cores) - 1, site, -1):
-        back, q = split_left(cores[j] if back is None else to_right(cores[j], back))
-        right = goal.advance_right(right, q, j)
+        here = unit(cores[j]) if back is None else _joined(cores[j], back)
+        r, q = split_left(here.array)
+        back, right = Scaled(r, here.exponent), goal.advance_right(right, q, j)
     # The other cores are isometries times carry and back, so the least-squares core is a projection and two inverses;
     # where the others have dependent columns, the one of least norm.
-    core = cores[site] if carry is None else from_left(carry, cores[site])
-    core = core if back is None else to_right(core, back)
+    core = unit(cores[site]) if carry is None else _joined(carry, cores[site])
+    core = core if back is None else _joined(core, back)
     for _ in range(steps if goal.metric != FROBENIUS else 1):
         before, core = core, goal.local(left, right, site, 1, core)
-        if frobenius_norm(core - before) <= _STANDS_STILL * frobenius_norm(core):
+        change = core.plus(Scaled(-before.array, before.exponent)).size()
+        if change.log <= math.log(_STANDS_STILL) + core.size().log:
             break
-    core = core if carry is None else from_left(_pseudo_inverse(carry, cutoff), core)
-    return core if back is None else to_right(core, _pseudo_inverse(back, cutoff))
+    core = core if carry is None else _joined(_pseudo_inverse(carry, cutoff), core)
+    return core if back is None else _joined(core, _pseudo_inverse(back, cutoff))
+
+
+def _joined(first: Scaled | Array, second: Scaled | Array) -> Scaled:
+    """Two arrays, at least one a core, joined over the bond between them."""
+    first, second = (part if isinstance(part, Scaled) else unit(part) for part in (first, second))
+    joined = namespace(first.array).tensordot(first.array, second.array, axes=1)
+    return unit(joined, first.exponent + second.exponent)
 
 
 def _only_turns(cores: list[Array], k: int) -> bool:
@@ -202,13 +216,18 @@ class _Search:
         self,
         goal: Target,
         chain: Chain,
+        exponent: int,
         width: int,
         max_bond: int | None,
         precision: float,
         callback: FitCallback | None,
     ) -> None:
         self.goal, self.width, self.max_bond, self.callback = goal, width, max_bond, callback
-        self.template, self.cutoff = chain, precision * goal.norm
+        self.template = chain
+        # Of the core at the centre, which may be of any size while the chain is far from its target.
+        self.exponent = exponent
+        self.top = binary_exponent(goal.norm)
+        self.cutoff = precision * math.ldexp(goal.norm, -self.top)
         self.cores: list[Array] = list(chain.cores)
         self.solved: list[int] = []
         n = len(self.cores)
@@ -216,6 +235,10 @@ class _Search:
         self.rights: list[Array] = [None] * n + [goal.end()]
         for k in range(n - 1, 0, -1):
             self.rights[k] = goal.advance_right(self.rights[k + 1], self.cores[k], k)
+
+    def error(self) -> float:
+        """How far the chain is from its target."""
+        return self.goal.error(self.cores, self.exponent)
 
     def sweep(self, number: int) -> None:
         """Update every group of sites on the way to the last one, and again on the way back."""
@@ -227,7 +250,8 @@ class _Search:
 
     def update(self, number: int, k: int, *, rightwards: bool) -> None:
         """Replace the sites from ``k`` by the best there is, and leave the centre where the next update wants it."""
-        block = self.best(k)
+        found = self.best(k)
+        block, self.exponent = found.array, found.exponent
         if self.width == 2:
             self.cores[k], self.cores[k + 1] = self.divide(block, k, rightwards)
         else:
@@ -235,7 +259,9 @@ class _Search:
         if self.callback is not None:
             # Before the centre moves on, which changes nothing but rounding.
             center = k if self.width == 1 or not rightwards else k + 1
-            self.callback(number, k, self.template.with_cores(self.cores, (center, center)))
+            cores = list(self.cores)
+            cores[center] = times_power_of_two(cores[center], self.exponent)
+            self.callback(number, k, self.template.with_cores(cores, (center, center)))
         if rightwards:
             if self.width == 1:
                 self.cores[k], self.cores[k + 1] = shift_right(block, self.cores[k + 1])
@@ -246,20 +272,18 @@ class _Search:
                 self.cores[k - 1], self.cores[k] = shift_left(self.cores[k - 1], block)
             self.rights[moved] = self.goal.advance_right(self.rights[moved + 1], self.cores[moved], moved)
 
-    def best(self, k: int) -> Array:
+    def best(self, k: int) -> Scaled:
         """The best block of the sites from ``k`` on."""
         left, right = self.lefts[k], self.rights[k + self.width]
         if self.width == 2:
             return self.goal.local(left, right, k, 2, None)
-        now = self.cores[k]
+        now = Scaled(self.cores[k], self.exponent)
         if self.goal.metric != FROBENIUS and _only_turns(self.cores, k):
             return now
         if self.solved[-1:] == [k] and len(set(self.solved)) > 1:
             return now  # nothing else has changed since: at the turns of a sweep, and beside sites that only turn bonds
-        block = self.goal.local(left, right, k, 1, now)
-        if block is not now:
-            self.solved.append(k)
-        return block
+        self.solved.append(k)
+        return self.goal.local(left, right, k, 1, now)
 
     def divide(self, block: Array, k: int, rightwards: bool) -> tuple[Array, Array]:
         """The best two cores for the block of sites k and k + 1, the centre in the second if ``rightwards``."""
@@ -267,7 +291,8 @@ class _Search:
         left, out, in_, second_out, second_in, right = block.shape
         matrix = xp.reshape(block, (left * out * in_, second_out * second_in * right))
         factor = left_factor(matrix if rightwards else adjoint(matrix), gram=False)
-        kept = max(int((tails(factor.values) > self.cutoff).sum()), 1)
+        cutoff = math.ldexp(self.cutoff, max(-1000, min(self.top - self.exponent, 1000)))
+        kept = max(int((tails(factor.values) > cutoff).sum()), 1)
         u = factor.u[:, : kept if self.max_bond is None else min(kept, self.max_bond)]
         first, second = (u, adjoint(u) @ matrix) if rightwards else (matrix @ u, adjoint(u))
         return (
@@ -289,12 +314,12 @@ def _options(sites: int, sweeps: int, tol: float, max_bond: int | None) -> tuple
     return width, number
 
 
-def _pseudo_inverse(matrix: Array, precision: float) -> Array:
+def _pseudo_inverse(matrix: Scaled, precision: float) -> Scaled:
     """The pseudo-inverse; singular values that the storage dtype cannot tell from zero count as zero."""
-    factor = left_factor(matrix, gram=False)
-    xp = namespace(matrix)
-    rank = int((factor.values > max(matrix.shape) * precision * factor.values.max(initial=0.0)).sum())
+    factor = left_factor(matrix.array, gram=False)
+    xp = namespace(matrix.array)
+    rank = int((factor.values > max(matrix.array.shape) * precision * factor.values.max(initial=0.0)).sum())
     u = factor.u[:, :rank]
-    scaled = adjoint(u) @ matrix  # S V^H
+    scaled = adjoint(u) @ matrix.array  # S V^H
     values = xp.asarray(factor.values[:rank], dtype=scaled.dtype, device=array_api_compat.device(scaled))[:, None]
-    return adjoint(scaled / values) @ (adjoint(u) / values)
+    return Scaled(adjoint(scaled / values) @ (adjoint(u) / values), -matrix.exponent)

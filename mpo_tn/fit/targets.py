@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-import array_api_compat
-
-from mpo_tn.chains.algebra import distance
-from mpo_tn.chains.canonical import canonicalize, check_cores, wide_chain
+from mpo_tn.chains.algebra import difference, one
+from mpo_tn.chains.canonical import centred, check_cores
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.scaled import Scaled, Size, unit, unit_cores
 from mpo_tn.chains.unfolding import interleave
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, shape_text
 from mpo_tn.fit.local_problem import LocalProblem, expand
 from mpo_tn.fit.metric import Metric, dense, like
 from mpo_tn.linalg import (
@@ -59,16 +58,16 @@ class Target(Protocol):
         """The environment right of site k - 1, from the one right of site k and the right-isometric core there."""
         ...
 
-    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
-        """The best block (bond, legs of ``width`` sites from k on, bond) between two environments.
+    def local(self, left: Array, right: Array, k: int, width: int, now: Scaled | None) -> Scaled:
+        """The best block (bond, legs of ``width`` sites from k on, bond) between two environments, of norm near 1.
 
         ``now`` is the core that is there, given for a single site: where the best is found step by step, the block is
         no worse than that.
         """
         ...
 
-    def error(self, cores: list[Array]) -> float:
-        """How far cores, of any form, are from the target, measured on the difference itself."""
+    def error(self, cores: list[Array], exponent: int = 0) -> float:
+        """How far ``2**exponent`` times cores, of any form, are from the target, measured on the difference itself."""
         ...
 
 
@@ -100,60 +99,70 @@ class MatrixTarget:
         """Take one more site into the isometry."""
         return namespace(core).reshape(to_right(core, right), (core.shape[0], -1))
 
-    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
+    def local(self, left: Array, right: Array, k: int, width: int, now: Scaled | None) -> Scaled:
         """What both projections leave of the target."""
         xp = namespace(left)
         legs = [leg for pair in list(self.sites)[k : k + width] for leg in pair]
         block = xp.reshape(left, (-1, right.shape[1])) @ adjoint(right)
-        return xp.reshape(block, (left.shape[0], *legs, right.shape[0]))
+        return unit(xp.reshape(block, (left.shape[0], *legs, right.shape[0])))
 
-    def error(self, cores: list[Array]) -> float:
+    def error(self, cores: list[Array], exponent: int = 0) -> float:
         """The norm of the difference, entry by entry."""
-        right = self.end()
+        carried = Scaled(self.end(), exponent)
         for k in range(len(cores) - 1, -1, -1):
-            right = self.advance_right(right, cores[k], k)
-        return frobenius_norm(self.edge() - right)
+            carried = unit(self.advance_right(carried.array, cores[k], k), carried.exponent)
+        gap = Scaled(self.edge()).plus(Scaled(-carried.array, carried.exponent))
+        return gap.size().length("the error of the fit")
 
 
 class ChainTarget:
-    """A target that is a chain. Environments are overlaps, (bond of the fit, bond of the target)."""
+    """A target that is a chain. Environments are overlaps, (bond of the fit, bond of the target), of norm 1 to 2.
+
+    Of a chain that has little in common with the target they fall with every site, out of any range: hence
+    :class:`~mpo_tn.chains.scaled.Scaled` arrays.
+    """
 
     metric = FROBENIUS
 
     def __init__(self, chain: Chain) -> None:
-        self.chain = canonicalize(wide_chain(chain), chain.sites.center)
-        self.norm = frobenius_norm(self.chain.cores[chain.sites.center])
+        center = chain.sites.center
+        self.cores, self.exponent = centred(chain, center)
+        size = Size(frobenius_norm(self.cores[center]), self.exponent)
+        self.norm = abs(size.number("the norm of the target", "normalized() of both, and log_norm()"))
 
-    def edge(self) -> Array:
+    def edge(self) -> Scaled:
         """The overlap of no sites."""
-        return one(self.chain.cores[0])
+        return Scaled(one(self.cores[0]))
 
-    def end(self) -> Array:
+    def end(self) -> Scaled:
         """The overlap of no sites."""
-        return one(self.chain.cores[0])
+        return Scaled(one(self.cores[0]))
 
-    def advance_left(self, left: Array, core: Array, k: int) -> Array:
+    def advance_left(self, left: Scaled, core: Array, k: int) -> Scaled:
         """The overlap of all sites up to k."""
-        xp = namespace(core)
-        return xp.tensordot(conjugate(core), from_left(left, self.chain.cores[k]), axes=((0, 1, 2), (0, 1, 2)))
+        passed = from_left(left.array, self.cores[k])
+        joined = namespace(core).tensordot(conjugate(core), passed, axes=((0, 1, 2), (0, 1, 2)))
+        return unit(joined, left.exponent)
 
-    def advance_right(self, right: Array, core: Array, k: int) -> Array:
+    def advance_right(self, right: Scaled, core: Array, k: int) -> Scaled:
         """The overlap of all sites from k on."""
         xp = namespace(core)
-        passed = xp.tensordot(self.chain.cores[k], right, axes=((3,), (1,)))
-        return xp.tensordot(conjugate(core), passed, axes=((1, 2, 3), (1, 2, 3)))
+        passed = xp.tensordot(self.cores[k], right.array, axes=((3,), (1,)))
+        return unit(xp.tensordot(conjugate(core), passed, axes=((1, 2, 3), (1, 2, 3))), right.exponent)
 
-    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
+    def local(self, left: Scaled, right: Scaled, k: int, width: int, now: Scaled | None) -> Scaled:
         """The target's cores between two overlaps."""
-        xp = namespace(left)
-        block = left
-        for core in self.chain.cores[k : k + width]:
+        xp = namespace(left.array)
+        block = left.array
+        for core in self.cores[k : k + width]:
             block = xp.tensordot(block, core, axes=1)
-        return xp.tensordot(block, right, axes=((-1,), (1,)))
+        block = xp.tensordot(block, right.array, axes=((-1,), (1,)))
+        return unit(block, self.exponent + left.exponent + right.exponent)
 
-    def error(self, cores: list[Array]) -> float:
+    def error(self, cores: list[Array], exponent: int = 0) -> float:
         """By QR of the difference chain."""
-        return distance(self.chain, Chain(tuple(cores)))
+        wide, taken = unit_cores(cores)
+        return difference((self.cores, self.exponent), (wide, exponent + taken)).length("the error of the fit")
 
 
 class MetricTarget:
@@ -187,16 +196,17 @@ class MetricTarget:
         joined = xp.permute_dims(to_right(core, right), (0, 1, 3, 2, 4))
         return xp.reshape(joined, (core.shape[0], core.shape[1] * right.shape[1], core.shape[2] * right.shape[2]))
 
-    def local(self, left: Array, right: Array, k: int, width: int, now: Array | None) -> Array:
+    def local(self, left: Array, right: Array, k: int, width: int, now: Scaled | None) -> Scaled:
         """The core, improved: by the exact solution where that is cheap, else by conjugate gradients from the core."""
         if now is None:
             raise MPOError("a metric weighs one site at a time: use sites=1")
         problem = LocalProblem(left, right, self.second, self.outer, self.single)
-        return now + problem.step(now, self.matrix - expand(now, left, right))
+        core = times_power_of_two(now.array, now.exponent)
+        return unit(core + problem.step(core, self.matrix - expand(core, left, right)))
 
-    def error(self, cores: list[Array]) -> float:
+    def error(self, cores: list[Array], exponent: int = 0) -> float:
         """The weighted norm of the difference."""
-        return self.weight.weighed(self.matrix - dense(cores))
+        return self.weight.weighed(self.matrix - times_power_of_two(dense(cores), exponent))
 
 
 def _scaled(moment: Array) -> Array:
@@ -221,7 +231,8 @@ def target_of(target: Array | Chain, chain: Chain, metric: Metric | None = None)
         target = check_matrix(target)
         kind = describe(target)
         if tuple(target.shape) != chain.shape:
-            raise MPOError(f"the target is {tuple(target.shape)} and the MPO {chain.shape}: a fit keeps the legs")
+            shapes = f"{tuple(target.shape)} and the MPO {shape_text(chain.shape)}"
+            raise MPOError(f"the target is {shapes}: a fit keeps the legs")
     if kind != describe(chain.cores[0]):
         raise MPOError(
             f"the target is {kind} and the MPO {describe(chain.cores[0])}: use one library, dtype and device"
@@ -231,7 +242,7 @@ def target_of(target: Array | Chain, chain: Chain, metric: Metric | None = None)
     else:
         goal = MatrixTarget(target, chain.sites) if metric is None else MetricTarget(target, metric)
     if not math.isfinite(goal.norm):
-        raise MPOError(f"the norm of the target of shape {chain.shape} overflows double precision: scale it down")
+        raise MPOError(f"the norm of the target of shape {shape_text(chain.shape)} overflows double precision: scale it down")
     return goal
 
 
@@ -243,8 +254,3 @@ def from_left(matrix: Array, core: Array) -> Array:
 def to_right(core: Array, matrix: Array) -> Array:
     """A core times a matrix, over its right bond."""
     return namespace(core).tensordot(core, matrix, axes=1)
-
-
-def one(like: Array) -> Array:
-    """The 1 x 1 matrix 1, in the library, dtype and device of an array."""
-    return namespace(like).ones((1, 1), dtype=like.dtype, device=array_api_compat.device(like))

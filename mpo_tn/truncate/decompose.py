@@ -75,13 +75,13 @@ def decompose(
     cores = _peel(tensor, sites, sweep)
 
     center = sites.center
-    cores[center] = widen(cores[center]) * scale
-    chain = stored(Chain(tuple(cores), (center, center)), matrix)
+    cores[center] = widen(cores[center])
+    chain, lost = stored(Chain(tuple(cores), (center, center)), matrix, exponent)
 
     sweep.notes += notes
     if known is not None:
         sweep.know(known)
-    return chain, sweep.report(norm, eps(matrix), truncation)
+    return chain, sweep.report(norm, eps(matrix), truncation, lost)
 
 
 def _share_memory(a: Array, b: Array) -> bool:

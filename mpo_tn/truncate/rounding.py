@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
 
 import array_api_compat
 
-from mpo_tn.chains.canonical import ChainT, canonicalize, check_cores, stored
-from mpo_tn.chains.chain import Chain
-from mpo_tn.exceptions import MPOError
+from mpo_tn.chains.canonical import ChainT, check_cores, moved, stored
+from mpo_tn.chains.scaled import Scaled, Size, unit, unit_cores
 from mpo_tn.linalg import (
     Array,
     adjoint,
-    binary_exponent,
     dtype_name,
     eps,
     frobenius_norm,
@@ -29,7 +25,7 @@ from mpo_tn.linalg import (
 )
 from mpo_tn.truncate.basis import CANCELS, Method, checked_method
 from mpo_tn.truncate.spectra import Spectra, spectra
-from mpo_tn.truncate.sweep import LIGHT_SIZE, BondCallback, Budget, Sweep
+from mpo_tn.truncate.sweep import LIGHT_SITES, LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn.truncation import Report, Truncation, checked_truncation
 
 
@@ -82,73 +78,64 @@ def _sweep(
     precision = eps(chain.cores[0])
     single = is_single(chain.cores[0])
     notes = storage_notes(chain.cores[0])
-    light = gram and single and not notes and math.prod(chain.shape) >= LIGHT_SIZE
-    cores, exponent = _unit_cores(chain, narrow if light else widen)
-    rights = _right_factors(cores, chain.canonical_interval[1], gram=gram)
+    light = gram and single and not notes and n <= LIGHT_SITES and math.prod(chain.shape) >= LIGHT_SIZE
+    low, high = chain.canonical_interval
+    cores, exponent = unit_cores([(narrow if light else widen)(core) for core in chain.cores], low, high)
+    rights = _right_factors(cores, high, gram=gram)
+    xp = namespace(cores[0])
 
-    size = frobenius_norm(_times(cores[0], rights[0]))
-    exponent += binary_exponent(size)
-    if exponent >= sys.float_info.max_exp:
-        raise MPOError(f"the norm of the matrix of shape {chain.shape} overflows double precision: scale a core down")
-    cores[0] = times_power_of_two(cores[0], -binary_exponent(size))
-    scale = math.ldexp(1.0, exponent)
-    norm = math.ldexp(size, exponent - binary_exponent(size))
+    first = _times(Scaled(cores[0], exponent), rights[0])
+    size = Size(frobenius_norm(first.array), first.exponent)
+    norm = abs(size.number("the norm", "normalized() first, and log_norm()"))
+    scale = math.ldexp(1.0, size.top)
     budget = Budget(truncation.budget(norm, precision, dtype_name(chain.cores[0])), n - 1)
-    # A norm below the smallest number is reported as 0, and so is everything that was cut from it.
-    budget.scale(scale or 1.0)
+    budget.scale(scale)
     sweep = Sweep(caps, budget, method, single, scale, callback)
     sweep.notes += notes
     if chain.center is None:
         sweep.notes.append(f"brought to canonical form first; the canonical interval was {chain.canonical_interval}")
 
-    xp = namespace(cores[0])
+    here = Scaled(cores[0], exponent)
     for k in range(n - 1):
-        left, out, in_, _ = cores[k].shape
-        u, _ = sweep.cut(_rows(_times(cores[k], rights[k])), k)
-        rest = adjoint(xp.astype(u, cores[k].dtype, copy=False)) @ _rows(cores[k])
+        left, out, in_, _ = here.array.shape
+        group = _times(here, rights[k])
+        u, _ = sweep.cut(times_power_of_two(_rows(group.array), group.exponent - size.top), k)
+        rest = adjoint(xp.astype(u, here.array.dtype, copy=False)) @ _rows(here.array)
         cores[k] = xp.reshape(u, (left, out, in_, u.shape[1]))
-        cores[k + 1] = xp.tensordot(rest, cores[k + 1], axes=1)
+        here = unit(xp.tensordot(rest, cores[k + 1], axes=1), here.exponent)
     if known is not None:
         sweep.know(known)
-    cores = [widen(core) for core in cores]
-    cores[-1] = times_power_of_two(cores[-1], exponent)
-    swept = canonicalize(chain.with_cores(cores, (n - 1, n - 1)), chain.sites.center)
-    return stored(swept, chain.cores[0]), sweep.report(norm, precision, truncation)
+    cores = [widen(core) for core in (*cores[:-1], here.array)]
+    cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), chain.sites.center)
+    rounded, loss = stored(chain.with_cores(cores, (chain.sites.center,) * 2), chain.cores[0], exponent)
+    return rounded, sweep.report(norm, precision, truncation, loss)
 
 
-def _unit_cores(chain: Chain, convert: Callable[[Array], Array]) -> tuple[list[Array], int]:
-    """The cores, converted, of norms near one where they are no isometries, and the power of two left out."""
-    low, high = chain.canonical_interval
-    cores = [convert(core) for core in chain.cores]
-    total = 0
-    for k in range(low, high + 1):
-        exponent = binary_exponent(frobenius_norm(cores[k]))
-        cores[k] = times_power_of_two(cores[k], -exponent)
-        total += exponent
-    return cores, total
-
-
-def _right_factors(cores: list[Array], last: int, *, gram: bool) -> list[Array | None]:
+def _right_factors(cores: list[Array], last: int, *, gram: bool) -> list[Scaled | None]:
     """``L`` of ``T_{k+1} .. T_n = L Q`` for every site k, with ``Q Q^H = 1``; None where it is the identity.
 
     Sites after ``last`` are right-isometric. A Gram matrix gives ``L`` to half the digits, for data that has no more.
     """
     xp = namespace(cores[0])
-    factors: list[Array | None] = [None] * len(cores)
+    factors: list[Scaled | None] = [None] * len(cores)
     for k in range(last, 0, -1):
-        columns = xp.reshape(_times(cores[k], factors[k]), (cores[k].shape[0], -1))
+        product = _times(Scaled(cores[k]), factors[k])
+        columns = xp.reshape(product.array, (cores[k].shape[0], -1))
         if columns.shape[0] < columns.shape[1] and gram:
             found = left_factor(widen(columns), gram=True)
             weighted = found.u * xp.asarray(found.values, device=array_api_compat.device(found.u))
             columns = xp.astype(weighted, columns.dtype, copy=False)
         elif columns.shape[0] < columns.shape[1]:
             columns = adjoint(triangle(adjoint(columns)))
-        factors[k - 1] = columns
+        factors[k - 1] = unit(columns, product.exponent)
     return factors
 
 
-def _times(core: Array, factor: Array | None) -> Array:
-    return core if factor is None else namespace(core).tensordot(core, factor, axes=1)
+def _times(core: Scaled, factor: Scaled | None) -> Scaled:
+    if factor is None:
+        return core
+    product = namespace(core.array).tensordot(core.array, factor.array, axes=1)
+    return Scaled(product, core.exponent + factor.exponent)
 
 
 def _rows(core: Array) -> Array:

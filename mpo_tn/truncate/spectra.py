@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from mpo_tn.chains.canonical import canonicalize, shift_right, wide_chain
+from mpo_tn.chains.canonical import centred, check_cores, shift_right
 from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.scaled import Size
 from mpo_tn.chains.unfolding import interleave
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
@@ -266,12 +267,24 @@ def spectra(chain: Chain) -> Spectra:
     """The singular values of every bond, ``n - 1`` host arrays, largest first.
 
     Each has ``min`` of the bond and what its neighbours allow as its length.
+
+    Raises:
+        MPOError: the norm is out of the range of double precision.
     """
-    cores = list(canonicalize(wide_chain(chain), 0).cores)
+    values, size = scaled_spectra(chain)
+    size.number("the norm", "normalized() first, whose spectra are these over the norm")
+    return Spectra((times_power_of_two(part, size.exponent) for part in values), chain.sites)
+
+
+def scaled_spectra(chain: Chain) -> tuple[list[np.ndarray], Size]:
+    """The singular values of every bond over ``2**exponent`` of the norm, and the norm."""
+    check_cores(chain)
+    cores, exponent = centred(chain, 0)
+    size = Size(frobenius_norm(cores[0]), exponent)
     xp = namespace(cores[0])
     found: list[np.ndarray] = []
     for k in range(len(cores) - 1):
         cores[k], cores[k + 1] = shift_right(cores[k], cores[k + 1])
         left = cores[k + 1].shape[0]
         found.append(singular_values(xp.reshape(cores[k + 1], (left, -1)), gram=False))
-    return Spectra(found, chain.sites)
+    return found, size

@@ -24,6 +24,8 @@ LIGHT_SIZE, LIGHT_NORMS = 2**16, (1e-25, 1e25)
 rounding adds stays far below the guarantee, which grows with the square root of the size. Factorisations are double all
 the same."""
 
+LIGHT_SITES = 16
+"""Chains of more sites are not: what rounding adds is added at every site."""
 
 BondCallback = Callable[[int, BondReport], object]
 """Called after each bond with its index and what happened there, in the order of the sweep."""
@@ -133,27 +135,41 @@ class Sweep:
         """Add to every step what the spectra of the original say of it."""
         self.steps = [replace(step, tail=known.tail(k, step.kept)) for k, step in enumerate(self.steps)]
 
-    def report(self, norm: float, precision: float, truncation: Truncation) -> Report:
+    def report(self, norm: float, precision: float, truncation: Truncation, lost: float) -> Report:
         """See :func:`sweep_report`; without bounds where a bond was not cut in the best way."""
-        report = sweep_report(self.steps, norm, len(self.caps) + 1, precision, truncation, self.notes)
+        report = sweep_report(self.steps, norm, len(self.caps) + 1, precision, truncation, self.notes, lost)
         return report if self.optimal else replace(report, bound=None, lower_bound=None)
 
 
 def sweep_report(
-    steps: list[BondReport], norm: float, n: int, precision: float, truncation: Truncation, notes: list[str]
+    steps: list[BondReport],
+    norm: float,
+    n: int,
+    precision: float,
+    truncation: Truncation,
+    notes: list[str],
+    lost: float,
 ) -> Report:
     """The report of one truncating sweep, whose squared errors add up.
+
+    ``lost`` is the fraction of the norm of the result that is below the range of its dtype, see
+    :func:`mpo_tn.chains.canonical.stored`: it is in the core at the centre, so its square adds up with the others.
 
     Raises:
         MPOError: ``truncation.strict`` and the tolerance was missed.
     """
-    error = math.hypot(*(step.discarded_norm for step in steps))
+    cut = [step.discarded_norm for step in steps]
+    if lost > 0:
+        cut.append(lost * math.sqrt(max(norm - math.hypot(*cut), 0.0)) * math.sqrt(norm + math.hypot(*cut)))
+        notes = [*notes, f"below the range of the dtype: {lost:.3g} of the result is lost, which is in the error"]
+    error = math.hypot(*cut)
     floor = float_floor(precision, n, norm)
     allowed = truncation.budget(norm, 0.0, "")
     met = error <= allowed * (1 + 1e-12)
     if not met and truncation.strict:
+        limit = "the range of the dtype" if lost > 0 else truncation.limit
         raise MPOError(
-            f"{truncation.limit} leaves an error of {error:.6g}, above the {allowed:.6g} allowed: raise "
+            f"{limit} leaves an error of {error:.6g}, above the {allowed:.6g} allowed: raise "
             "it or the tolerance, or use strict=False to accept it"
         )
     measured = [step.discarded_norm if step.tail is None else step.tail for step in steps]
