@@ -16,7 +16,7 @@ import numpy as np
 
 from mpo_tn.chains import contraction
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
-from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.chain import Chain, same_kind
 from mpo_tn.chains.scaled import TOP, Scaled, Size, has_values, shared_out, unit, unit_cores
 from mpo_tn.exceptions import MPOError, shape_text, whole_number
 from mpo_tn.linalg import (
@@ -99,6 +99,20 @@ def scaled(chain: ChainT, number: complex, act: Callable[[Any, Any], Any]) -> Ch
     return chain.with_cores(cores, chain.canonical_interval)
 
 
+def traced_multiple(chain: ChainT, number: Array, act: Callable[[Any, Any], Any]) -> ChainT:
+    """The same for a number that JAX traces, in the dtype of the chain; complex if the number is."""
+    xp = namespace(number)
+    cores = list(chain.cores)
+    if dtype_name(number).startswith("complex") and not dtype_name(cores[0]).startswith("complex"):
+        wider = _COMPLEX.get(dtype_name(cores[0]))
+        if wider is None:
+            raise MPOError(f"a complex number times an MPO of {describe(cores[0])}: there is no complex half precision")
+        cores = [xp.astype(core, getattr(xp, wider)) for core in cores]
+    low, _ = chain.canonical_interval
+    cores[low] = act(cores[low], xp.astype(number, cores[low].dtype))
+    return chain.with_cores(cores, chain.canonical_interval)
+
+
 def normalized(chain: ChainT) -> ChainT:
     """The chain over its norm. See :meth:`mpo_tn.MPO.normalized`."""
     size = norm_of(chain)
@@ -127,6 +141,24 @@ def multiply(a: ChainT, b: Chain) -> ChainT:
     if any(exponents):
         cores = shared_out(cores, exponents, range(len(cores)), "the product")
     return a.with_cores(cores, None)
+
+
+def power(chain: ChainT, exponent: int) -> ChainT:
+    """``chain @ chain @ ...``, so many times, by squaring; the identity for 0."""
+    left = whole_number(exponent)
+    if left is None or left < 0:
+        raise MPOError(f"an MPO to the power of {exponent!r}: only whole numbers of at least 0, for roots see to_matrix()")
+    if left == 0:
+        return chain.with_cores(identity_cores(chain.sites, None, chain), None)
+    found: ChainT | None = None
+    while True:
+        if left % 2:
+            found = chain if found is None else multiply(found, chain)
+        left //= 2
+        if left == 0:
+            assert found is not None
+            return found
+        chain = multiply(chain, chain)
 
 
 def _product(core: Array, other: Array) -> Array:
@@ -312,7 +344,7 @@ def low_rank_cores(left: Array, right: Array) -> list[Array]:
 
 
 def _check_same_kind(verb: str, a: Array, b: Array) -> None:
-    if describe(a) != describe(b):
+    if not same_kind(a, b):
         raise MPOError(f"cannot {verb}: {describe(a)} and {describe(b)}: use one library, dtype and device")
 
 
