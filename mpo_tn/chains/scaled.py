@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     EPS,
@@ -125,14 +127,45 @@ def has_values(array: Array) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(array))
 
 
+def size_of(array: Array) -> float:
+    """The 2-norm of all entries, also of a tensor whose gradient is wanted."""
+    return frobenius_norm(array.detach() if hasattr(array, "detach") else array)
+
+
 def unit(array: Array, exponent: int = 0) -> Scaled:
     """``array * 2**exponent`` as an array of norm from 1 to 2, or 0, and its exponent."""
-    norm = frobenius_norm(array)
+    norm = size_of(array)
     if math.isinf(norm):
         array, exponent = times_power_of_two(array, -_STEP), exponent + _STEP
-        norm = frobenius_norm(array)
+        norm = size_of(array)
     taken = binary_exponent(norm)
     return Scaled(times_power_of_two(array, -taken) if taken else array, exponent + taken)
+
+
+def placed(part: Scaled, what: str) -> Array:
+    """The array itself, in its dtype.
+
+    Raises:
+        MPOError: an entry is beyond the range of the dtype, or so much is below it that digits are lost.
+    """
+    if part.exponent == 0:
+        return part.array
+    part = unit(part.array, part.exponent)
+    name, size = dtype_name(part.array), Size(size_of(part.array), part.exponent)
+    with np.errstate(over="ignore"):
+        array = times_power_of_two(part.array, part.exponent)
+    entries = math.prod(array.shape)
+    beyond = size.top >= TOP[name] and not math.isfinite(size_of(array))
+    if beyond or (size.mantissa and size.top < lowest(name, entries) and lost(*_wide(part), array) > 0):
+        raise MPOError(
+            f"{what}, of norm {size}, is {'beyond' if beyond else 'below'} the range of {name}: use normalized() and "
+            "log_norm(), or a wider dtype"
+        )
+    return array
+
+
+def _wide(part: Scaled) -> tuple[Array, int]:
+    return widen(part.array.detach() if hasattr(part.array, "detach") else part.array), part.exponent
 
 
 def unit_cores(cores: Sequence[Array], low: int = 0, high: int | None = None) -> tuple[list[Array], int]:
@@ -153,7 +186,7 @@ def shared_out(cores: Sequence[Array], exponents: Sequence[int], where: Sequence
         MPOError: even so one leaves the range.
     """
     placed = list(exponents)
-    sizes = [frobenius_norm(core) for core in cores]
+    sizes = [size_of(core) for core in cores]
     if not all(map(_fits, cores, sizes, placed)):
         total = sum(placed) + sum(binary_exponent(sizes[k]) for k in where)
         share, rest = divmod(total, len(where))
@@ -190,7 +223,7 @@ def lost(core: Array, exponent: int, cast: Array) -> float:
         cast: what was stored.
     """
     size = frobenius_norm(core)
-    gap = frobenius_norm(core - times_power_of_two(widen(cast), -exponent)) if size > 0 else 0.0
+    gap = frobenius_norm(core - times_power_of_two(_wide(Scaled(cast))[0], -exponent)) if size > 0 else 0.0
     return gap / size if gap > EPS[dtype_name(cast)] * size else 0.0
 
 
