@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, list_text, shape_text, whole_number
 
 # Liu, Gao et al., ACL 2021, supplement, Tables 1 and 2, keyed by (out, in). These four reproduce the paper's counts.
 _PAPER_LEGS = {
@@ -40,8 +42,8 @@ class Sites:
         object.__setattr__(self, "in_", _checked_legs("in_", self.in_))
         if len(self.out) != len(self.in_):
             raise MPOError(
-                f"out={self.out} has {len(self.out)} legs and in_={self.in_} has {len(self.in_)}: "
-                "give one leg per site on each side, using 1 where a site has none"
+                f"out={list_text(self.out)} has {len(self.out)} legs and in_={list_text(self.in_)} has "
+                f"{len(self.in_)}: give one leg per site on each side, using 1 where a site has none"
             )
 
     @classmethod
@@ -89,6 +91,9 @@ class Sites:
         """
         return len(self) == 2 and self.out[1] == 1 and self.in_[0] == 1
 
+    def __repr__(self) -> str:
+        return f"Sites(out={list_text(self.out)}, in_={list_text(self.in_)})"
+
     def __len__(self) -> int:
         return len(self.out)
 
@@ -109,8 +114,8 @@ class Sites:
     @property
     def full_bonds(self) -> tuple[int, ...]:
         """The ``n - 1`` bonds that hold any matrix exactly: ``min(prod_{m<=k} out_m in_m, prod_{m>k} out_m in_m)``."""
-        sizes = self.sizes
-        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+        left, right = (list(accumulate(sizes, mul)) for sizes in (self.sizes, self.sizes[::-1]))
+        return tuple(map(min, left[:-1], right[-2::-1]))
 
     @property
     def center(self) -> int:
@@ -127,7 +132,7 @@ class Sites:
         168336
         """
         if len(bonds) != len(self) - 1:
-            raise MPOError(f"bonds={tuple(bonds)} has {len(bonds)} entries: {len(self)} sites have {len(self) - 1}")
+            raise MPOError(f"bonds={list_text(bonds)} has {len(bonds)} entries: {len(self)} sites have {len(self) - 1}")
         around = (1, *(_positive(f"bond {k}", bond) for k, bond in enumerate(bonds)), 1)
         return sum(left * size * right for left, size, right in zip(around, self.sizes, around[1:], strict=False))
 
@@ -185,8 +190,8 @@ def check_legs(sites: Sites, shape: Sequence[int]) -> None:
     """
     if sites.shape != tuple(shape):
         raise MPOError(
-            f"legs out={sites.out}, in_={sites.in_} multiply to {sites.shape} and the matrix is {tuple(shape)}: legs "
-            "must multiply exactly, see Sites.balanced"
+            f"legs out={list_text(sites.out)}, in_={list_text(sites.in_)} multiply to {shape_text(sites.shape)} and "
+            f"the matrix is {tuple(shape)}: legs must multiply exactly, see Sites.balanced"
         )
 
 

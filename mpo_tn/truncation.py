@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, is_real, whole_number
+from mpo_tn.exceptions import MPOError, is_real, list_text, whole_number
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Truncation:
         if isinstance(self.max_bond, tuple):
             if len(self.max_bond) != num_bonds:
                 raise MPOError(
-                    f"max_bond={self.max_bond} lists {len(self.max_bond)} bonds and the chain has {num_bonds}: "
-                    "give one number, or one per bond"
+                    f"max_bond={list_text(self.max_bond)} lists {len(self.max_bond)} bonds and the chain has "
+                    f"{num_bonds}: give one number, or one per bond"
                 )
             return self.max_bond
         return (self.max_bond,) * num_bonds
@@ -153,19 +153,25 @@ class BondReport:
     method: str | None = None
 
 
+_SHOWN = 16
+"""Of the bonds of longer chains only the first and the last few are printed."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What a truncation did, in the Frobenius norm.
 
     Attributes:
-        error: ``|W - W'|`` for what was cut. Exact (to rounding) when ``exact``, else an upper bound.
+        error: ``|W - W'|`` for what was cut. Exact (to rounding) when ``exact``, else an upper bound, or, without a
+            ``bound``, an estimate: of :meth:`mpo_tn.MPO.compress` by gram on data of more than 32 bits, which is right
+            to ``6e-8`` of the norm.
         norm: ``|W|`` of what was decomposed or compressed.
         bonds: one :class:`BondReport` per inner bond, 0-based, same index as ``MPO.bonds``.
         bound: an upper bound on the error: ``sqrt(sum_k eps_k**2)`` when spectra were asked for, otherwise ``error``.
         lower_bound: no MPO with these bonds can have a smaller error: ``max_k eps_k`` (``max_k e_k`` without spectra).
             Both bounds are None if a bond was cut by an approximate method: krylov, randomized, or gram on data of more
-            than 32 bits. ``error`` is exact all the same.
-        exact: whether ``error`` is an equality rather than a bound.
+            than 32 bits. ``error`` is exact all the same, but for what ``exact`` says.
+        exact: whether ``error`` is an equality rather than a bound, or an estimate if ``bound`` is None.
         tolerance_met: whether the tolerance was met; True when none was given.
         floor: the size of what rounding and the storage dtype usually add to ``error``, see
             :func:`mpo_tn.truncate.float_floor`.
@@ -176,6 +182,10 @@ class Report:
     Guarantee (inequalities): for one sweep whose bonds were all cut in the best way, which is when there are bounds,
     ``max_k e_k <= max_k eps_k <= |W - best| <= error <= sqrt(sum_k eps_k**2) <= sqrt(n-1) |W - best|``, up to
     ``4 eps(dtype) sqrt(size) norm`` (Oseledets, SIAM J. Sci. Comput. 33, 2011, Theorem 2.2 and Corollary 2.4).
+    Guarantee (estimates-told): where only an estimate of the error can be had, ``exact`` is False, both bounds are None
+    and ``error`` is within ``6e-8`` of the norm.
+    Guarantee (lost-below-range): what a norm below the range of the storage dtype loses is in the error, so that no
+    tolerance is met that is not.
     Guarantee (bounds-in-order): what is reported obeys ``lower_bound <= error <= bound`` without any slack.
     """
 
@@ -222,11 +232,18 @@ class Report:
         if self.error == 0 or earlier.error == 0:
             return replace(earlier if self.error == 0 else self, **both)
         error = earlier.error + self.error
-        return Report(error=error, bound=error, lower_bound=0.0, exact=False, **both)
+        estimated = any(not report.exact and report.bound is None for report in (earlier, self))
+        return Report(error=error, bound=None if estimated else error, lower_bound=0.0, exact=False, **both)
+
+    def __repr__(self) -> str:
+        return f"Report({self})"
 
     def __str__(self) -> str:
-        relation = "=" if self.exact else "<="
-        kept = ", ".join(f"{bond.kept}/{bond.available}" for bond in self.bonds) or "none"
+        relation = "=" if self.exact else "is about" if self.bound is None else "<="
+        kept = [f"{bond.kept}/{bond.available}" for bond in self.bonds]
+        if len(kept) > _SHOWN:
+            kept = [*kept[:6], "...", *kept[-2:], f"{len(kept)} in all"]
+        kept = ", ".join(kept) or "none"
         met = "" if self.tolerance_met else "; tolerance NOT met"
         ratio = self.optimality
         certified = "" if ratio is None else f", at most {ratio:.3f} x the best possible"

@@ -17,15 +17,14 @@ import numpy as np
 from mpo_tn.chains import contraction
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain, same_kind
-from mpo_tn.chains.scaled import TOP, Scaled, Size, has_values, shared_out, unit, unit_cores
-from mpo_tn.exceptions import MPOError, shape_text, whole_number
+from mpo_tn.chains.scaled import TOP, Scaled, Size, has_values, shared_out, size_of, unit, unit_cores
+from mpo_tn.exceptions import MPOError, count_text, shape_text, whole_number
 from mpo_tn.linalg import (
     Array,
     binary_exponent,
     conjugate,
     describe,
     dtype_name,
-    frobenius_norm,
     full_precision,
     namespace,
     restored,
@@ -178,7 +177,7 @@ def _product(core: Array, other: Array) -> Array:
 def _is_risky(core: Array, exponent: int) -> bool:
     """Whether an operation that changes a core by a power of two comes near the end of the range of its dtype."""
     reach = TOP[dtype_name(core)] // 3
-    return abs(binary_exponent(frobenius_norm(core)) + exponent) > reach or abs(exponent) > reach
+    return abs(binary_exponent(size_of(core)) + exponent) > reach or abs(exponent) > reach
 
 
 def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
@@ -192,8 +191,8 @@ def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
     rows, columns = chain.shape
     if len(shape) not in (1, 2) or shape[0] != columns:
         raise MPOError(
-            f"an array of shape {shape} cannot be multiplied by a matrix of shape {(rows, columns)}: expected "
-            f"({columns},) or ({columns}, batch)"
+            f"an array of shape {shape} cannot be multiplied by a matrix of shape {shape_text((rows, columns))}: "
+            f"expected ({count_text(columns)},) or ({count_text(columns)}, batch)"
         )
     batch = shape[1] if len(shape) == 2 else 1
     # An empty batch is contracted like a single column: there is no order in which it costs anything.
@@ -210,8 +209,8 @@ def apply_from_left(chain: Chain, x: Array) -> Array:
     rows, columns = chain.shape
     if x.ndim not in (1, 2) or int(x.shape[-1]) != rows:
         raise MPOError(
-            f"an array of shape {tuple(x.shape)} cannot multiply a matrix of shape {(rows, columns)} from the left: "
-            f"expected ({rows},) or (batch, {rows})"
+            f"an array of shape {tuple(x.shape)} cannot multiply a matrix of shape {shape_text((rows, columns))} from "
+            f"the left: expected ({count_text(rows)},) or (batch, {count_text(rows)})"
         )
     return apply(transpose(chain), x) if x.ndim == 1 else apply(transpose(chain), x.T).T
 
@@ -384,9 +383,7 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 
 def _checked_sum(total: Array, *parts: Array) -> Array:
     """The sum of two cores, where it did not leave the range."""
-    if has_values(total) and not math.isfinite(frobenius_norm(total)) and all(
-        math.isfinite(frobenius_norm(part)) for part in parts
-    ):
+    if has_values(total) and not math.isfinite(size_of(total)) and all(math.isfinite(size_of(part)) for part in parts):
         raise MPOError(f"the sum is beyond the range of {describe(total)}: use a wider dtype, or smaller terms")
     return total
 

@@ -142,7 +142,7 @@ def stored(chain: ChainT, like: Array, exponent: int = 0) -> tuple[ChainT, float
         )
     else:
         exponents[center] = middle.exponent
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         cores = tuple(
             restored(times_power_of_two(core, e) if e else core, like) for core, e in zip(wide, exponents, strict=True)
         )

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import array_api_compat
 import opt_einsum
 
 from mpo_tn.chains.chain import Chain
-from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, dtype_name, full_precision, library, namespace
+from mpo_tn.chains.scaled import TOP, Scaled, has_values, placed, size_of, unit
+from mpo_tn.exceptions import MPOError, count_text, list_text, shape_text, whole_number
+from mpo_tn.linalg import Array, binary_exponent, dtype_name, full_precision, library, namespace
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+
+_MOST_ENTRIES = 2**62
+"""No array is larger."""
+
+_FEW = 16
+"""So many arrays of norm near 1 may be multiplied without a look at what comes between."""
+
+_MOST_OPERANDS_FOR_SEARCH = 100
+"""The time that opt_einsum takes grows with a power of 2.6."""
 
 _MOST_OPERANDS_FOR_DP = 12
 """Dynamic programming looks at every connected part of the network, and a vector connects all subsets of the cores."""
@@ -75,6 +87,21 @@ class ContractionPlan:
             live.append(xp.tensordot(first, second, axes=step.axes, **precision))
         return xp.permute_dims(live[0], self.order)
 
+    def contract_scaled(self, operands: Sequence[Array]) -> Scaled:
+        """The same with a power of two taken out after every step, so that no intermediate leaves the range."""
+        xp = namespace(operands[0])
+        precision = full_precision(xp)
+        live = [unit(operand) for operand in operands]
+        for number, step in enumerate(self.steps, start=1):
+            second, first = live.pop(step.second), live.pop(step.first)
+            array = xp.tensordot(first.array, second.array, axes=step.axes, **precision)
+            last = number == len(self.steps)
+            live.append((Scaled if last else unit)(array, first.exponent + second.exponent))
+        return Scaled(xp.permute_dims(live[0].array, self.order), live[0].exponent)
+
+    def __repr__(self) -> str:
+        return f"ContractionPlan({self})"
+
     def __str__(self) -> str:
         return (
             f"{len(self.steps)} pairwise steps, {self.flops:.3g} flops, largest intermediate "
@@ -109,17 +136,50 @@ def to_nodes(chain: Chain) -> list[Any]:
 
 def contract_matrix(cores: Sequence[Array], plan: ContractionPlan, xp: Any = None) -> Array:
     """The dense matrix (out, in) of cores for which ``plan`` was made. See :meth:`ContractionPlan.contract`."""
-    xp = namespace(cores[0]) if xp is None else xp
-    operands = [xp.reshape(core, shape) for core, shape in zip(cores, plan.shapes, strict=True)]
     rows, columns = math.prod([core.shape[1] for core in cores]), math.prod([core.shape[2] for core in cores])
-    return xp.reshape(plan.contract(operands, xp), (rows, columns))
+    return _contracted(cores, plan, "the matrix", (rows, columns), xp)
 
 
 def contract_application(cores: Sequence[Array], x: Array, plan: ContractionPlan, xp: Any = None) -> Array:
     """The product (out, batch) of the matrix of cores and ``x`` (in, batch), for which ``plan`` was made."""
-    xp = namespace(x) if xp is None else xp
-    operands = [xp.reshape(operand, shape) for operand, shape in zip((*cores, x), plan.shapes, strict=True)]
-    return xp.reshape(plan.contract(operands, xp), (math.prod([core.shape[1] for core in cores]), x.shape[1]))
+    rows = math.prod([core.shape[1] for core in cores])
+    return _contracted((*cores, x), plan, "the product", (rows, x.shape[1]), xp)
+
+
+def _contracted(
+    arrays: Sequence[Array], plan: ContractionPlan, what: str, shape: tuple[int, int], xp: Any = None
+) -> Array:
+    """The arrays contracted; with a namespace that was given as plain as that, without a look at their values."""
+    plain, xp = xp is not None, namespace(arrays[0]) if xp is None else xp
+    operands = [xp.reshape(array, part) for array, part in zip(arrays, plan.shapes, strict=True)]
+    if plain:
+        return xp.reshape(plan.contract(operands, xp), shape)
+    if plan.peak_bytes > _memory() and str(array_api_compat.device(arrays[0])) == "cpu":
+        raise MPOError(
+            f"{what} is too large for this machine: at the worst moment {plan.peak_bytes / 2**30:.3g} GiB are needed, "
+            f"and there are {_memory() / 2**30:.3g}"
+        )
+    if _stays_in_range(operands):
+        return xp.reshape(plan.contract(operands, xp), shape)
+    return xp.reshape(placed(plan.contract_scaled(operands), what), shape)
+
+
+def _stays_in_range(operands: Sequence[Array]) -> bool:
+    """Whether no product of some of them can come near the ends of the range; True where there are no values to see."""
+    if not all(map(has_values, operands)):
+        return True
+    if len(operands) > _FEW:
+        return False
+    return sum(abs(binary_exponent(size_of(part))) + 1 for part in operands) <= TOP[dtype_name(operands[0])] // 3
+
+
+@cache
+def _memory() -> float:
+    """The bytes of this machine, where it tells."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 @lru_cache(maxsize=512)
@@ -139,6 +199,14 @@ def plan_for_shapes(
             +--------x--------+--- batch
     """
     n = len(shapes)
+    rows, columns = (math.prod(shape[axis] for shape in shapes) for axis in (1, 2))
+    entries = rows * columns if batch is None else max(rows, columns) * batch
+    if entries > _MOST_ENTRIES:
+        whole = f"the matrix of {n} sites" if batch is None else f"x, or its product with the matrix of {n} sites,"
+        raise MPOError(
+            f"{whole} has {count_text(entries)} entries, shape {shape_text((rows, columns))}: too large to be made; "
+            "norm, inner, trace, compress and the others need no matrix"
+        )
     symbol = opt_einsum.get_symbol
     # Outer bonds and legs of size 1 carry nothing: without them, long chains stay below the 64 axes of NumPy.
     outs = [symbol(k) if shape[1] > 1 else "" for k, shape in enumerate(shapes)]
@@ -192,11 +260,13 @@ def plan_network(
         MPOError: no path found stays within ``memory_limit``.
     """
     plain = memory_limit is None and cap_without_last is None
-    optimizers: list[Any] = ["auto"]
+    optimizers: list[Any] = ["auto"] if len(terms) <= _MOST_OPERANDS_FOR_SEARCH else []
     if not plain and len(terms) <= _MOST_OPERANDS_FOR_DP:
         optimizers += [opt_einsum.DynamicProgramming(minimize=goal) for goal in ("flops", "size")]
     equation = f"{','.join(terms)}->{output}"
     paths: list[Any] = [opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=o)[0] for o in optimizers]
+    if not optimizers:
+        paths = _plain_paths(len(terms), last_apart=cap_without_last is not None)
     if not plain and len(terms) > 1:
         # The last operand takes in the others one by one, from the last or from the first.
         steps = range(len(terms) - 1, 0, -1)
@@ -211,11 +281,43 @@ def plan_network(
         need = min(plan.peak_bytes for plan in allowed)
         if need > memory_limit:
             raise MPOError(
-                f"memory_limit={memory_limit} bytes cannot be met: contracting {equation} with shapes {shapes} needs "
-                f"{need} bytes, operands and result included: allow more, use fewer columns at a time, or smaller bonds"
+                f"memory_limit={memory_limit} bytes cannot be met: contracting {len(terms)} arrays of shapes "
+                f"{list_text(shapes)} needs {need} bytes, operands and result included: allow more, use fewer columns "
+                "at a time, or smaller bonds"
             )
         allowed = [plan for plan in allowed if plan.peak_bytes <= memory_limit]
     return min(allowed, key=_cost)
+
+
+def _plain_paths(count: int, *, last_apart: bool) -> list[list[tuple[int, int]]]:
+    """A chain of many operands from either end, and by halves, which is best where most sites have no legs.
+
+    ``last_apart``: the last operand is no core, and comes last.
+    """
+    n = count - last_apart
+    pairs: list[tuple[int, int]] = []
+
+    def joined(low: int, high: int) -> int:
+        if high - low == 1:
+            return low
+        middle = (low + high) // 2
+        pairs.append((joined(low, middle), joined(middle, high)))
+        return count + len(pairs) - 1
+
+    joined(0, n)
+    forward = [(count + k - 2 if k > 1 else 0, k) for k in range(1, n)]
+    backward = [(n - 1 - k, count + k - 2 if k > 1 else n - 1) for k in range(1, n)]
+    end = [(count + n - 2, n)] if last_apart else []
+    found: list[list[tuple[int, int]]] = []
+    for tree in (pairs, forward, backward):
+        live, path = list(range(count)), list[tuple[int, int]]()
+        for number, pair in enumerate([*tree, *end]):
+            first, second = sorted(map(live.index, pair))
+            path.append((first, second))
+            del live[second], live[first]
+            live.append(count + number)
+        found.append(path)
+    return found
 
 
 def _cost(plan: ContractionPlan) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from mpo_tn.chains.algebra import apply, conj, side_by_side, transpose
 from mpo_tn.chains.canonical import check_cores, wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Scaled, unit
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, shape_text, whole_number
 from mpo_tn.linalg import (
     DOUBLE,
     Array,
@@ -134,8 +134,8 @@ def operator_norm(
         like, expected = describe(other.cores[0]), describe(chain.cores[0])
         if other.shape != chain.shape or like != expected:
             raise MPOError(
-                f"the MPO is {expected} of shape {chain.shape}, what to subtract is {like} of shape {other.shape}: use "
-                "one shape, library, dtype and device"
+                f"the MPO is {expected} of shape {shape_text(chain.shape)}, what to subtract is {like} of shape "
+                f"{shape_text(other.shape)}: use one shape, library, dtype and device"
             )
     forward = [wide_chain(term) for term in terms]
     backward = [conj(transpose(term)) for term in forward]

@@ -152,7 +152,7 @@ def placed(part: Scaled, what: str) -> Array:
         return part.array
     part = unit(part.array, part.exponent)
     name, size = dtype_name(part.array), Size(size_of(part.array), part.exponent)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         array = times_power_of_two(part.array, part.exponent)
     entries = math.prod(array.shape)
     beyond = size.top >= TOP[name] and not math.isfinite(size_of(array))

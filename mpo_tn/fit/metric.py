@@ -11,7 +11,7 @@ import numpy as np
 from mpo_tn.chains.canonical import wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Scaled, unit, unit_cores
-from mpo_tn.exceptions import MPOError, is_real
+from mpo_tn.exceptions import MPOError, is_real, shape_text
 from mpo_tn.linalg import (
     Array,
     adjoint,
@@ -136,7 +136,7 @@ class Metric:
         """
         wide = self.target(matrix)
         if chain.shape != tuple(wide.shape):
-            raise MPOError(f"the chain is {chain.shape} and the matrix {tuple(wide.shape)}")
+            raise MPOError(f"the chain is {shape_text(chain.shape)} and the matrix {tuple(wide.shape)}")
         return self.weighed(wide - dense(wide_chain(chain).cores))
 
     def _checked(self, matrix: Array) -> Array:

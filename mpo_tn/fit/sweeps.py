@@ -40,7 +40,6 @@ from mpo_tn.fit.targets import FROBENIUS, Target, target_of
 from mpo_tn.linalg import (
     Array,
     adjoint,
-    binary_exponent,
     eps,
     frobenius_norm,
     left_factor,
@@ -149,7 +148,7 @@ def refit(chain: ChainT, k: int, target: Array | Chain, *, metric: Metric | None
     core = best_core(goal, cores, site, cutoff)
     before = goal.error(cores)
     cores[site] = core.array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         new = restored(times_power_of_two(core.array, core.exponent), chain.cores[site])
     if not math.isfinite(frobenius_norm(new)) or lost(core.array, core.exponent, new) > 0:
         beyond = "beyond" if core.exponent > 0 else "below"
@@ -227,8 +226,7 @@ class _Search:
         self.template = chain
         # Of the core at the centre, which may be of any size while the chain is far from its target.
         self.exponent = exponent
-        self.top = binary_exponent(goal.norm)
-        self.cutoff = precision * math.ldexp(goal.norm, -self.top)
+        self.precision = precision
         self.cores: list[Array] = list(chain.cores)
         self.solved: list[int] = []
         n = len(self.cores)
@@ -292,8 +290,9 @@ class _Search:
         left, out, in_, second_out, second_in, right = block.shape
         matrix = xp.reshape(block, (left * out * in_, second_out * second_in * right))
         factor = left_factor(matrix if rightwards else adjoint(matrix), gram=False)
-        cutoff = math.ldexp(self.cutoff, max(-1000, min(self.top - self.exponent, 1000)))
-        kept = max(int((tails(factor.values) > cutoff).sum()), 1)
+        # Of the block, not of the target: far from it the block may be small, and is all there is.
+        left_out = tails(factor.values)
+        kept = max(int((left_out > self.precision * left_out[0]).sum()), 1)
         u = factor.u[:, : kept if self.max_bond is None else min(kept, self.max_bond)]
         first, second = (u, adjoint(u) @ matrix) if rightwards else (matrix @ u, adjoint(u))
         return (

@@ -242,7 +242,8 @@ def target_of(target: Array | Chain, chain: Chain, metric: Metric | None = None)
     else:
         goal = MatrixTarget(target, chain.sites) if metric is None else MetricTarget(target, metric)
     if not math.isfinite(goal.norm):
-        raise MPOError(f"the norm of the target of shape {shape_text(chain.shape)} overflows double precision: scale it down")
+        shape = shape_text(chain.shape)
+        raise MPOError(f"the norm of the target of shape {shape} overflows double precision: scale it down")
     return goal
 
 

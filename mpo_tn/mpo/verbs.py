@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
+from mpo_tn.exceptions import count_text, list_text
 from mpo_tn.linalg import Array
 from mpo_tn.mpo.fitting import Fitting
 from mpo_tn.mpo.measures import Measures
@@ -298,9 +299,10 @@ class MPO(Operators, Measures, Fitting):
         return cls(*chain_file.load(path, framework))
 
     def __repr__(self) -> str:
-        rows, columns = self.shape
+        rows, columns = map(count_text, self.shape)
         dtype = str(self.dtype).rsplit(".", maxsplit=1)[-1]
+        out, in_, bonds = map(list_text, (self.sites.out, self.sites.in_, self.bonds))
         return (
-            f"MPO({rows} x {columns}, out={self.sites.out}, in_={self.sites.in_}, bonds={self.bonds}, "
-            f"center={self.center}, {self.num_parameters} {dtype} parameters)"
+            f"MPO({rows} x {columns}, out={out}, in_={in_}, bonds={bonds}, center={self.center}, "
+            f"{self.num_parameters} {dtype} parameters)"
         )

@@ -54,6 +54,8 @@ _SINGLE_RANGE, _DOUBLE_RANGE = (1e-12, 1e12), (1e-60, 1e60)
 """Norms whose cube, which a block of `krylov` may have, is in the range of single or double precision."""
 _CLEAN = 1e-4
 """A block that had less than this within the basis is orthonormal to its square once that is taken out."""
+_SMALL = 4
+"""Of fewer values all are found in less time than it takes to look whether half the digits are enough."""
 _FIRST_GUESS = 16
 """Columns tried first when only a tolerance says how many are wanted."""
 
@@ -130,7 +132,7 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
     if method == "auto":
         capped = math.isinf(request.share) and wanted < rank
         few = capped and rank >= LARGE and FEW * wanted <= rank
-        rough = _rough(matrix, wanted) if capped and not few and 2 * wanted <= rank else None
+        rough = _rough(matrix, wanted) if capped and not few and rank >= max(2 * wanted, _SMALL) else None
         if rough is not None:
             return rough
         method = "krylov" if few else "gram" if single else "svd"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, list_text
 from mpo_tn.sites import Sites
 
 
@@ -31,8 +31,9 @@ def bonds_within(
     least = sites.num_parameters([1] * len(widest))
     if least > max_parameters:
         raise MPOError(
-            f"max_parameters={max_parameters} cannot be met: with legs out={sites.out}, in_={sites.in_} the least "
-            f"possible count is {least}, at bonds of 1; allow at least that many or use other legs"
+            f"max_parameters={max_parameters} cannot be met: with legs out={list_text(sites.out)}, "
+            f"in_={list_text(sites.in_)} the least possible count is {least}, at bonds of 1; allow at least that many "
+            "or use other legs"
         )
     lowered, raised = search.lower(list(widest)), search.improve([1] * len(widest))
     return min((tuple(lowered), tuple(raised)), key=search.loss)

@@ -156,7 +156,7 @@ class Product:
                 'rounding hides: use method="direct"'
             )
         hides = f"rounding hides up to {hidden:.3g} of the error, which is an upper bound with it"
-        return replace(report, error=error, exact=False, tolerance_met=met, notes=(*report.notes, hides))
+        return replace(report, error=error, bound=error, lower_bound=0.0, exact=False, tolerance_met=met, notes=(*report.notes, hides))
 
 
 def zip_up(product: Product, like: Chain, truncation: Truncation) -> tuple[list[Array], Scaled, list[BondReport], list[Loss]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import array_api_compat
 
 from mpo_tn.chains.canonical import ChainT, check_cores, moved, stored
 from mpo_tn.chains.scaled import Scaled, Size, unit, unit_cores
 from mpo_tn.linalg import (
+    EPS,
     Array,
     adjoint,
     dtype_name,
@@ -23,10 +25,16 @@ from mpo_tn.linalg import (
     triangle,
     widen,
 )
-from mpo_tn.truncate.basis import CANCELS, Method, checked_method
+from mpo_tn.truncate.basis import Factor, Method, checked_method
 from mpo_tn.truncate.spectra import Spectra, spectra
 from mpo_tn.truncate.sweep import LIGHT_SITES, LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn.truncation import Report, Truncation, checked_truncation
+
+_FLAT = 16
+"""From so many times as wide as high on, a matrix has its Gram matrix in much less time than its triangle."""
+
+_ADDS_UP = 64
+"""What is cut and what is kept add up to the whole to so many times the precision, and the root of the sites."""
 
 
 def compress(
@@ -49,14 +57,15 @@ def compress(
         caps = known.bonds_for(truncation.max_parameters, caps)
     single = is_single(chain.cores[0])
     gram = method == "gram" or (single and method != "svd")
-    if method == "auto" and not single and not truncation.has_tolerance and _halves(caps, chain.bonds):
-        rounded, report = _sweep(chain, truncation, caps, known, method, None, gram=True)
-        if all(step.discarded_norm == 0 or step.discarded_norm > CANCELS * report.norm for step in report.bonds):
-            if callback is not None:
-                for k, step in enumerate(report.bonds):
-                    callback(k, step)
-            return rounded, report
-    return _sweep(chain, truncation, caps, known, method, callback, gram=gram)
+    # Where much is cut, half the digits probably tell what to cut: that is looked at bond by bond.
+    hasty = method == "auto" and not single and not truncation.has_tolerance and _halves(caps, chain.bonds)
+    found = _sweep(chain, truncation, caps, known, method, callback, rough=gram, hasty=hasty)
+    if found is None:
+        found = _sweep(chain, truncation, caps, known, "svd", callback, rough=False, hasty=False)
+    assert found is not None
+    rounded, report = found
+    # Gram matrices of double precision data have half its digits.
+    return rounded, replace(report, exact=False, bound=None, lower_bound=None) if gram and not single else report
 
 
 def _halves(caps: tuple[int | None, ...], bonds: tuple[int, ...]) -> bool:
@@ -72,16 +81,22 @@ def _sweep(
     method: Method,
     callback: BondCallback | None,
     *,
-    gram: bool,
-) -> tuple[ChainT, Report]:
+    rough: bool,
+    hasty: bool,
+) -> tuple[ChainT, Report] | None:
+    """One truncating sweep; None if what was cut and what was kept do not add up, as Gram matrices had too few digits.
+
+    Factors from the right come from Gram matrices, with half the digits, if ``rough``; if ``hasty``, where that is
+    cheaper and as long as it is enough.
+    """
     n = len(chain)
     precision = eps(chain.cores[0])
     single = is_single(chain.cores[0])
     notes = storage_notes(chain.cores[0])
-    light = gram and single and not notes and n <= LIGHT_SITES and math.prod(chain.shape) >= LIGHT_SIZE
+    light = rough and single and not notes and n <= LIGHT_SITES and math.prod(chain.shape) >= LIGHT_SIZE
     low, high = chain.canonical_interval
     cores, exponent = unit_cores([(narrow if light else widen)(core) for core in chain.cores], low, high)
-    rights = _right_factors(cores, high, gram=gram)
+    rights, half = _right_factors(cores, high, least=1 if rough else _FLAT if hasty else math.inf)
     xp = namespace(cores[0])
 
     first = _times(Scaled(cores[0], exponent), rights[0])
@@ -98,37 +113,65 @@ def _sweep(
     here = Scaled(cores[0], exponent)
     for k in range(n - 1):
         left, out, in_, _ = here.array.shape
-        group = _times(here, rights[k])
-        u, _ = sweep.cut(times_power_of_two(_rows(group.array), group.exponent - size.top), k)
+        group = _group(here, rights[k], size.top)
+        found = sweep.found(group, k)
+        if hasty and half and not _tells_enough(found, int(group.shape[0]), caps[k]):
+            again, half = _right_factors(cores, high, least=math.inf, first=k)
+            rights[k:] = again[k:]
+            found = sweep.found(_group(here, rights[k], size.top), k)
+        u, _ = sweep.take(found, k)
         rest = adjoint(xp.astype(u, here.array.dtype, copy=False)) @ _rows(here.array)
         cores[k] = xp.reshape(u, (left, out, in_, u.shape[1]))
         here = unit(xp.tensordot(rest, cores[k + 1], axes=1), here.exponent)
     if known is not None:
         sweep.know(known)
+    cut = math.hypot(*(step.discarded_norm / scale for step in sweep.steps))
+    whole = cut**2 + frobenius_norm(times_power_of_two(here.array, here.exponent - size.top)) ** 2
+    # Isometries are what they are claimed to be to the precision they were stored in.
+    digits = (precision if light or (low, high) != (0, n - 1) else EPS["float64"]) * math.sqrt(n)
+    if half and method != "gram" and abs(whole - abs(size.mantissa) ** 2) > _ADDS_UP * digits * whole:
+        return None
     cores = [widen(core) for core in (*cores[:-1], here.array)]
     cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), chain.sites.center)
     rounded, loss = stored(chain.with_cores(cores, (chain.sites.center,) * 2), chain.cores[0], exponent)
     return rounded, sweep.report(norm, precision, truncation, loss)
 
 
-def _right_factors(cores: list[Array], last: int, *, gram: bool) -> list[Scaled | None]:
-    """``L`` of ``T_{k+1} .. T_n = L Q`` for every site k, with ``Q Q^H = 1``; None where it is the identity.
+def _right_factors(cores: list[Array], last: int, *, least: float, first: int = 0) -> tuple[list[Scaled | None], bool]:
+    """``L`` of ``T_{k+1} .. T_n = L Q`` for every site k from ``first`` on, with ``Q Q^H = 1``; None: the identity.
 
-    Sites after ``last`` are right-isometric. A Gram matrix gives ``L`` to half the digits, for data that has no more.
+    Sites after ``last`` are right-isometric. A Gram matrix gives ``L`` to half the digits; it is taken for what is
+    wider than high, at least so many times, and whether it was is told.
     """
     xp = namespace(cores[0])
     factors: list[Scaled | None] = [None] * len(cores)
-    for k in range(last, 0, -1):
+    half = False
+    for k in range(last, first, -1):
         product = _times(Scaled(cores[k]), factors[k])
         columns = xp.reshape(product.array, (cores[k].shape[0], -1))
-        if columns.shape[0] < columns.shape[1] and gram:
-            found = left_factor(widen(columns), gram=True)
+        rows, width = columns.shape
+        if rows < width and width >= least * rows:
+            found, half = left_factor(widen(columns), gram=True), True
             weighted = found.u * xp.asarray(found.values, device=array_api_compat.device(found.u))
             columns = xp.astype(weighted, columns.dtype, copy=False)
-        elif columns.shape[0] < columns.shape[1]:
+        elif rows < width:
             columns = adjoint(triangle(adjoint(columns)))
         factors[k - 1] = unit(columns, product.exponent)
-    return factors
+    return factors, half
+
+
+def _group(here: Scaled, factor: Scaled | None, top: int) -> Array:
+    """What is left of the chain at a site, as a matrix (left out in, right), in multiples of ``2**top``."""
+    product = _times(here, factor)
+    return times_power_of_two(_rows(product.array), product.exponent - top)
+
+
+def _tells_enough(found: Factor, rows: int, cap: int | None) -> bool:
+    """Whether a basis is as good as any although what is right of its bond has half the digits.
+
+    Either it is complete, or so much is missed that a Gram matrix was enough to find it.
+    """
+    return found.method == "gram" or (rows == found.available and (cap is None or cap >= rows))
 
 
 def _times(core: Scaled, factor: Scaled | None) -> Scaled:

@@ -12,7 +12,7 @@ from mpo_tn.chains.canonical import centred, check_cores, shift_right
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Size
 from mpo_tn.chains.unfolding import interleave
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, list_text, whole_number
 from mpo_tn.linalg import (
     Array,
     binary_exponent,
@@ -91,7 +91,8 @@ class Spectra(Sequence[np.ndarray]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"Spectra({[part.round(6).tolist() for part in self._values]}, {self.sites})"
+        shown = [_values_text(part) for part in self._values]
+        return f"Spectra([{list_text(shown)[1:-1].rstrip(',')}], {self.sites})".replace("'", "")
 
     @property
     def norm(self) -> float:
@@ -123,15 +124,15 @@ class Spectra(Sequence[np.ndarray]):
         ErrorBounds(lower=3.0, upper=4.242640687119285)
         """
         if len(bonds) != len(self._tails):
-            raise MPOError(f"bonds={tuple(bonds)} has {len(bonds)} entries and there are {len(self)} spectra")
+            raise MPOError(f"bonds={list_text(bonds)} has {len(bonds)} entries and there are {len(self)} spectra")
         cut: list[float] = []
         try:
             for values, bond in zip(self._tails, bonds, strict=True):
                 if bond < 1:
-                    raise MPOError(f"bonds={tuple(bonds)}: a bond must be a whole number of at least 1")
+                    raise MPOError(f"bonds={list_text(bonds)}: a bond must be a whole number of at least 1")
                 cut.append(values[bond] if bond < len(values) else 0.0)
         except TypeError:
-            raise MPOError(f"bonds={tuple(bonds)}: a bond must be a whole number of at least 1") from None
+            raise MPOError(f"bonds={list_text(bonds)}: a bond must be a whole number of at least 1") from None
         return ErrorBounds(max(cut, default=0.0), math.hypot(*cut))
 
     def optimality(self, error: float, bonds: Sequence[int]) -> float:
@@ -177,6 +178,12 @@ class Spectra(Sequence[np.ndarray]):
         scale = max((values[0] for values in self._tails), default=0.0) or 1.0
         squares = [((np.asarray(values) / scale) ** 2).tolist() for values in self._tails]
         return bonds_within(squares, self.sites, widest, number)
+
+
+def _values_text(values: np.ndarray) -> str:
+    """Singular values as Python prints a list, the first of many."""
+    text = str(values[:16].round(6).tolist())
+    return text if len(values) <= 16 else f"{text[:-1]}, ...: {len(values)} in all]"
 
 
 def _ratio(error: float, lower: float) -> float:
@@ -241,7 +248,7 @@ def error_bounds(spectra: Sequence[np.ndarray], bonds: Sequence[int]) -> tuple[f
     (5.0, 5.830951894845301)
     """
     if len(spectra) != len(bonds):
-        raise MPOError(f"bonds={tuple(bonds)} has {len(bonds)} entries and there are {len(spectra)} spectra")
+        raise MPOError(f"bonds={list_text(bonds)} has {len(bonds)} entries and there are {len(spectra)} spectra")
     cut = [float(tails(values)[min(bond, len(values))]) for values, bond in zip(spectra, bonds, strict=True)]
     return max(cut, default=0.0), math.hypot(*cut)
 

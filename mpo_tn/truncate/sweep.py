@@ -15,7 +15,7 @@ from mpo_tn.linalg import (
     namespace,
 )
 from mpo_tn.sites import Sites
-from mpo_tn.truncate.basis import Method, Request, factor
+from mpo_tn.truncate.basis import Factor, Method, Request, factor
 from mpo_tn.truncate.spectra import Spectra, float_floor
 from mpo_tn.truncation import BondReport, Report, Truncation
 
@@ -116,7 +116,14 @@ class Sweep:
 
     def cut(self, group: Array, bond: int) -> tuple[Array, Array | None]:
         """The basis ``u`` (m, kept) that budget and cap leave of ``group`` (m, k), and ``u^H group`` if known."""
-        found = factor(group, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+        return self.take(self.found(group, bond), bond)
+
+    def found(self, group: Array, bond: int) -> Factor:
+        """A basis for ``group`` (m, k), good enough for budget and cap."""
+        return factor(group, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+
+    def take(self, found: Factor, bond: int) -> tuple[Array, Array | None]:
+        """What budget and cap leave of a basis, which is reported. See :meth:`cut`."""
         if found.note:
             self.notes.append(f"bond {bond}: {found.note}")
         kept = self.budget.keep(found.tail, self.caps[bond])
