@@ -11,6 +11,7 @@ from mpo_tn.fit.metric import Metric
 from mpo_tn.fit.quantized import quantize_chain
 from mpo_tn.fit.sweeps import FitReport
 from mpo_tn.mpo import MPO
+from mpo_tn.mpo.product import matmul
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.gradient import truncated
 from mpo_tn.truncate.quantize import Integers, quantize
@@ -33,6 +34,7 @@ __all__ = [
     "Spectra",
     "Truncation",
     "__version__",
+    "matmul",
     "quantize",
     "quantize_chain",
     "truncated",

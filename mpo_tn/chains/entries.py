@@ -16,6 +16,9 @@ from mpo_tn.chains.scaled import Scaled, has_values, placed, unit
 from mpo_tn.exceptions import MPOError, shape_text, whole_number
 from mpo_tn.linalg import Array, full_precision, namespace
 
+_WIDE = 2**62
+"""Matrices with so many rows or columns are indexed by Python's own integers."""
+
 _MOST_INDICES = 2**26
 """The most entries that are looked up one by one."""
 
@@ -103,7 +106,12 @@ def digits(index: Any, legs: Sequence[int], name: str) -> list[Any]:
     for value in np.ravel(np.asarray(index, object)):
         if not -size <= value < size:
             raise MPOError(f"there is no {name} {value}: the matrix has {size}")
-    rest = index + size * (index < 0)
+    rest: Any = index
+    if isinstance(index, np.ndarray):
+        rest = index.astype(object) if size >= _WIDE else index
+        rest = np.where(index < 0, rest + size, rest)
+    elif index < 0:
+        rest = index + size
     found: list[Any] = []
     for leg in reversed(legs):
         found.append(rest % leg)
@@ -116,17 +124,17 @@ def _indices(key: Any, size: int, name: str) -> np.ndarray:
         chosen = range(size)[key]
         if len(chosen) > _MOST_INDICES:
             raise MPOError(f"{len(chosen)} of the {name}s are too many to look up one by one: use to_matrix()")
-        return np.array(chosen, "int64" if size < 2**62 else object)
+        return np.array(chosen, "int64" if size < _WIDE else object)
     number = whole_number(key)
     if number is not None:
-        return np.array(number, "int64" if abs(number) < 2**62 and size < 2**62 else object)
+        return np.array(number, "int64" if abs(number) < _WIDE and size < _WIDE else object)
     try:
         found = np.asarray(key)
     except (TypeError, ValueError, RuntimeError):
         found = np.empty(0, "bool")
     if found.dtype.kind not in "iuO" or any(whole_number(value) is None for value in found.ravel()):
         raise MPOError(f"{key!r} is no {name} of a matrix: use whole numbers, arrays of them, or slices")
-    return found.astype("int64") if size < 2**62 and found.dtype.kind != "O" else found.astype(object)
+    return found.astype("int64") if size < _WIDE and found.dtype.kind != "O" else found.astype(object)
 
 
 def _fixed(chain: Chain, where: Sequence[int], axis: int) -> Chain:
