@@ -19,6 +19,8 @@ def astype(chain: ChainT, dtype: Any) -> ChainT:
     """The chain in another dtype. See :meth:`mpo_tn.MPO.astype`."""
     first = chain.cores[0]
     xp = namespace(first)
+    if dtype is None:
+        raise MPOError("dtype=None is no dtype: name one, such as 'float32'")
     wanted = dtype_of(xp, dtype)
     before, after = dtype_name(first), (getattr(wanted, "__name__", None) or str(wanted)).rsplit(".", maxsplit=1)[-1]
     if before == after:
@@ -48,8 +50,9 @@ def to_device(chain: ChainT, device: Any) -> ChainT:
     try:
         if kind == "jax" and isinstance(device, str):
             name, _, number = device.partition(":")
-            jax: Any = sys.modules["jax"]  # loaded already: there is an array of it
-            target = jax.devices(name)[int(number or 0)]
+            target = sys.modules["jax"].devices(name)[int(number or 0)]  # loaded already: there is an array of it
+        elif kind == "torch":
+            target = sys.modules["torch"].device(device)  # a dtype would do for torch's own to()
         cores = [array_api_compat.to_device(core, target) for core in chain.cores]
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise MPOError(f"device={device!r} is none that {kind} arrays can be moved to here: {error}") from error

@@ -47,6 +47,9 @@ def item(chain: Chain, key: Any) -> Array:
         raise MPOError(f"row and column indices of shapes {rows.shape} and {columns.shape} do not fit together") from None
     if math.prod(shape) > _MOST_INDICES:
         raise MPOError(f"{math.prod(shape)} entries are too many to look up one by one: use to_matrix()")
+    if 0 in shape:
+        first = chain.cores[0]
+        return namespace(first).zeros(shape, dtype=first.dtype, device=array_api_compat.device(first))
     found = entries(chain, np.broadcast_to(rows, shape).ravel(), np.broadcast_to(columns, shape).ravel())
     return found[0] if shape == () else namespace(found).reshape(found, shape)
 

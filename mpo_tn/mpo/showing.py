@@ -40,6 +40,6 @@ class Showing(Chain):
         >>> import matplotlib; matplotlib.use("agg")
         >>> from mpo_tn import MPO, Sites
         >>> MPO.random(Sites((2,) * 4, (2,) * 4), 3, seed=0).plot().get_title(loc="left")
-        '4 sites, 84 parameters; out legs above, in legs below'
+        '4 sites, 96 parameters; out legs above, in legs below'
         """
         return plot.diagram(self.sites, self.bonds, self.canonical_interval, ax)

@@ -65,7 +65,7 @@ def diagram(sites: Sites, bonds: Sequence[int], interval: tuple[int, int], ax: A
             area = 60 + 340 * math.sqrt(sizes[k] / largest)
             ax.scatter([x], [0], s=area, marker=marker, color=theme.colours[1], edgecolors=theme.paper, zorder=3)
         if n > _MOST:
-            ax.annotate(f"{n - len(shown)} more", (_MOST - 5, 0), ha="center", va="center", color=theme.muted, fontsize=small)
+            ax.annotate(f"{n - len(shown)}\nmore", (_MOST - 5, 0), ha="center", va="center", color=theme.muted, fontsize=small)
         ax.set(xlim=(-0.6, max(places.values()) + 0.6), ylim=(-1, 1), xticks=[], yticks=[])
         ax.set_title(f"{n} sites, {sum(sizes):,} parameters; out legs above, in legs below")
         ax.set_frame_on(False)
