@@ -151,7 +151,9 @@ def power(chain: ChainT, exponent: int) -> ChainT:
     """``chain @ chain @ ...``, so many times, by squaring; the identity for 0."""
     left = whole_number(exponent)
     if left is None or left < 0:
-        raise MPOError(f"an MPO to the power of {exponent!r}: only whole numbers of at least 0, for roots see to_matrix()")
+        raise MPOError(
+            f"an MPO to the power of {exponent!r}: only whole numbers of at least 0, for roots see to_matrix()"
+        )
     if left == 0:
         return chain.with_cores(identity_cores(chain.sites, None, chain), None)
     found: ChainT | None = None

@@ -111,7 +111,9 @@ def _checked_cores(cores: Iterable[Array]) -> tuple[Array, ...]:
                 f"core {k} has shape {shape}: expected (left bond, out leg, in leg, right bond), none of them 0"
             )
         if not same_kind(core, first):
-            raise MPOError(f"core {k} is {describe(core)} and core 0 is {describe(first)}: use one library, dtype and device")
+            raise MPOError(
+                f"core {k} is {describe(core)} and core 0 is {describe(first)}: use one library, dtype and device"
+            )
         left = 1 if k == 0 else int(checked[k - 1].shape[3])
         if shape[0] != left:
             raise MPOError(f"core {k} has left bond {shape[0]} where {left} is needed: its shape is {shape}")

@@ -84,7 +84,8 @@ def _entrywise(core: Array, other: Array) -> Array:
 
 def partial_trace(chain: ChainT, sites: int | Iterable[int]) -> ChainT:
     """The chain of the sites that are left when others are traced out; of none, the trace as a 1 x 1 matrix."""
-    given = [sites] if whole_number(sites) is not None or not isinstance(sites, Iterable) else list(sites)
+    one = whole_number(sites) is not None or not isinstance(sites, Iterable)
+    given: list[Any] = [sites] if one else list(sites)  # type: ignore[arg-type]
     gone = {checked_site(chain, k, "sites") for k in given}
     for k in sorted(gone):
         out, in_ = chain.cores[k].shape[1:3]

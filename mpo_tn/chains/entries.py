@@ -10,7 +10,6 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.chains import contraction
-from mpo_tn.chains.algebra import one
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Scaled, has_values, placed, unit
 from mpo_tn.exceptions import MPOError, shape_text, whole_number
@@ -44,7 +43,9 @@ def item(chain: Chain, key: Any) -> Array:
     try:
         shape = np.broadcast_shapes(rows.shape, columns.shape)
     except ValueError:
-        raise MPOError(f"row and column indices of shapes {rows.shape} and {columns.shape} do not fit together") from None
+        raise MPOError(
+            f"row and column indices of shapes {rows.shape} and {columns.shape} do not fit together"
+        ) from None
     if math.prod(shape) > _MOST_INDICES:
         raise MPOError(f"{math.prod(shape)} entries are too many to look up one by one: use to_matrix()")
     if 0 in shape:

@@ -43,7 +43,7 @@ def product_dtype(chain: Chain) -> np.dtype:
 
 def linear_operator(chain: Chain, dtype: np.dtype) -> Any:
     """A SciPy LinearOperator of a chain."""
-    from scipy.sparse.linalg import LinearOperator
+    from scipy.sparse import linalg
 
     def forward(x: np.ndarray) -> np.ndarray:
         return product(chain, x, adjoint=False)
@@ -51,9 +51,9 @@ def linear_operator(chain: Chain, dtype: np.dtype) -> Any:
     def backward(x: np.ndarray) -> np.ndarray:
         return product(chain, x, adjoint=True)
 
-    return LinearOperator(
-        chain.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
-    )
+    # SciPy makes another class of this one, of which its types know nothing.
+    make: Any = linalg.LinearOperator
+    return make(chain.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype)
 
 
 def _wider(first: str, second: str) -> str:

@@ -1,10 +1,10 @@
 """A sum of products of local operators as a chain of small bonds, without any factorisation.
 
-At every bond a term is a pair: what stands to its left and what is still to come on its right. A bond needs one index for
-each left part that is kept as it is, with all its right parts to be summed up later, or for each right part that is, with
-all its left parts summed up by now; every term has to be in one of the two. The fewest that do are a smallest vertex cover
-of the graph of left and right parts, which a largest matching gives (König's theorem; Ren, Li, Jiang and Shuai, J. Chem.
-Phys. 153, 084118, 2020). Terms that have not begun yet share one index, those that have ended another.
+At every bond a term is a pair: what stands to its left and what is still to come on its right. A bond needs one index
+for each left part that is kept as it is, with all its right parts to be summed up later, or for each right part that
+is, with all its left parts summed up by now; every term has to be in one of the two. The fewest that do are a smallest
+vertex cover of the graph of left and right parts, which a largest matching gives (König's theorem; Ren, Li, Jiang and
+Shuai, J. Chem. Phys. 153, 084118, 2020). Terms that have not begun yet share one index, those that have ended another.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def term_cores(sites: Sites, terms: Iterable[Any], dtype: Any, like: Any) -> lis
     wanted = dtype_of(namespace(model), natural if dtype is None else dtype)
     blocks = _blocks(sites, read, operators)
     xp, device = namespace(model), array_api_compat.device(model)
-    is_complex = any(np.iscomplexobj(block) and block.imag.any() for block in blocks)
+    is_complex = any(np.imag(block).any() for block in blocks)
     name = (getattr(wanted, "__name__", None) or str(wanted)).rsplit(".", maxsplit=1)[-1]
     if is_complex and not name.startswith("complex"):
         raise MPOError(f"the terms are complex and cannot be summed in {name}: use dtype='complex128'")
-    real = [block if name.startswith("complex") else np.ascontiguousarray(block.real) for block in blocks]
+    real = [block if name.startswith("complex") else np.ascontiguousarray(np.real(block)) for block in blocks]
     if library(model) == "jax":
         return [to_jax(block.astype(wanted), device) for block in real]
     return [xp.asarray(block, dtype=wanted, device=device) for block in real]
@@ -95,13 +95,16 @@ class _Operators:
         out, in_ = self.sites.out[site], self.sites.in_[site]
         if number == 0 and out != in_:
             raise MPOError(
-                f"site {site} has legs (out, in) = {(out, in_)} and there is no identity: give every term an operator there"
+                f"site {site} has legs (out, in) = {(out, in_)} and there is no identity: every term "
+                "needs an operator there"
             )
         return np.eye(out, dtype="complex128") if number == 0 else self.matrices[site][number - 1]
 
     def natural_dtype(self, terms: list[_Term]) -> str:
         """Double precision, single if all operators are in it; complex if anything is."""
-        single = bool(self.kinds) and all(kind in ("float16", "bfloat16", "float32", "complex64") for kind in self.kinds)
+        single = bool(self.kinds) and all(
+            kind in ("float16", "bfloat16", "float32", "complex64") for kind in self.kinds
+        )
         is_complex = any(kind.startswith("complex") for kind in self.kinds)
         is_complex = is_complex or any(term.coefficient.imag != 0 for term in terms)
         return ("complex64" if single else "complex128") if is_complex else ("float32" if single else "float64")
@@ -110,13 +113,18 @@ class _Operators:
 def _read(term: Any, position: int, operators: _Operators) -> _Term:
     """A term as it was given, its coefficient first or left out."""
     place = f"term {position}"
-    coefficient, factors = term if isinstance(term, (tuple, list)) and len(term) == 2 else (1.0, term)
+    coefficient: Any = 1.0
+    factors: Any = term
+    if isinstance(term, (tuple, list)) and len(term) == 2:
+        coefficient, factors = term
     if hasattr(coefficient, "item") and getattr(coefficient, "ndim", 1) == 0:
         coefficient = coefficient.item()
     if isinstance(coefficient, bool) or not isinstance(coefficient, numbers.Complex):
         raise MPOError(f"{place}: the coefficient {coefficient!r} is no number")
     if not isinstance(factors, Mapping):
-        raise MPOError(f"{place}: {factors!r} is not {{site: operator}}, with the coefficient before it if there is one")
+        raise MPOError(
+            f"{place}: {factors!r} is not {{site: operator}}, with the coefficient before it if there is one"
+        )
     number = complex(coefficient)
     if not np.isfinite(number):
         raise MPOError(f"{place}: the coefficient {coefficient!r} is not finite")

@@ -30,7 +30,9 @@ def cores_of(operator: Any) -> list[Array]:
     """The cores of an operator of quimb. See :meth:`mpo_tn.MPO.from_quimb`."""
     kind = type(operator).__name__
     if not all(hasattr(operator, name) for name in ("sites", "upper_ind", "lower_ind", "select_tensors", "site_tag")):
-        raise MPOError(f"{kind} is no chain of operators of quimb, which has sites with an upper and a lower index each")
+        raise MPOError(
+            f"{kind} is no chain of operators of quimb, which has sites with an upper and a lower index each"
+        )
     sites = list(operator.sites)
     if any(isinstance(site, tuple) for site in sites):
         raise MPOError(f"{kind} is no chain: its sites have {len(sites[0])} coordinates")

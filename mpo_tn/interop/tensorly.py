@@ -27,7 +27,7 @@ def cores_of(matrix: Any) -> list[Array]:
     for k, factor in enumerate(factors):
         if getattr(factor, "ndim", None) != 4:
             raise MPOError(
-                f"factor {k} of the {type(matrix).__name__} is no array of four axes, (bond, row, column, bond): it is no "
-                "TTMatrix"
+                f"factor {k} of the {type(matrix).__name__} is no array of four axes, (bond, row, column, bond): it is "
+                "no TTMatrix"
             )
     return list(factors)

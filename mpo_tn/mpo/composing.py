@@ -23,11 +23,11 @@ class Composing(Chain):
             sites: the legs; sites without an operator in a term get the identity and have to be square.
             terms: each ``(coefficient, {site: operator})``, or ``{site: operator}`` alone, with operators of shape
                 (out_k, in_k). Terms with the same operators add up, and ``{}`` is the identity.
-            dtype: a dtype or its name; double precision if ``None``, single if all operators are, complex if anything is.
-            like: an array or an MPO whose library, device and, unless ``dtype`` is given, dtype the result gets.
+            dtype: a dtype or its name; if ``None`` double precision, single if all operators are, complex if any is.
+            like: an array or an MPO whose library, device and, without ``dtype``, dtype the result gets.
 
-        Guarantee (sum-of-terms): the matrix is the sum, to ``4 eps(dtype) sqrt(size)`` times the sum of the norms of the
-        terms; no entry of a core is more than a product of a coefficient and an entry of an operator, or a sum of such.
+        Guarantee (sum-of-terms): the matrix is the sum, to ``4 eps(dtype) sqrt(size)`` times the sum of the norms of
+        the terms.
         Guarantee (smallest-bonds): at every bond the number of indices for terms that reach across it is the smallest
         vertex cover of their left and right parts, plus one each if terms have not begun or have ended there: 3 for
         the Ising chain in a field and 5 for the Heisenberg chain. What depends on the values of coefficients, such as
@@ -87,7 +87,7 @@ class Composing(Chain):
     def reverse(self) -> Self:
         """The sites in reverse order, by which the digits of rows and columns are, too. The centre is mirrored.
 
-        Guarantee (reverse): entry ``(o_1 .. o_n, i_1 .. i_n)`` becomes ``(o_n .. o_1, i_n .. i_1)``, without arithmetic.
+        Guarantee (reverse): entry ``(o_1 .. o_n, i_1 .. i_n)`` becomes ``(o_n .. o_1, i_n .. i_1)``, no bit changes.
 
         >>> from mpo_tn import MPO, Sites
         >>> MPO.random(Sites((2, 3), (2, 5)), 2, seed=0).reverse().sites

@@ -24,13 +24,13 @@ class Entries(Chain):
         Rows and columns are numbered as in the matrix and may be negative; arrays of whole numbers broadcast against
         each other, slices span a grid, and ``a[i]`` is a row. The result has the cores' own dtype and library.
 
-        Guarantee (entry): right to ``4 eps(dtype) sqrt(size)`` times the norm, of a chain without a centre the product of
-        the norms of its cores, for chains of any length: a power of two is taken out at every site.
+        Guarantee (entry): right to ``4 eps(dtype) sqrt(size)`` times the norm, of a chain without a centre the product
+        of the norms of its cores, for chains of any length: a power of two is taken out at every site.
         Cost: ``2 sum_k d_{k-1} d_k`` flops an entry for bonds d; a single row or column is contracted as
         :meth:`to_matrix` is.
 
         Raises:
-            MPOError: an index that is not there or is none, too many of them, or a result beyond the range of the dtype.
+            MPOError: an index that is not there or is none, too many of them, or a result out of the dtype's range.
 
         >>> from mpo_tn import MPO, Sites
         >>> eye = MPO.identity(Sites((2,) * 1000, (2,) * 1000))
@@ -65,7 +65,8 @@ class Entries(Chain):
     def matvec(self, x: Array) -> Array:
         """``self @ x`` for ``x`` (in,) or (in, batch), as SciPy's solvers call it.
 
-        Other than ``@`` it takes NumPy arrays whatever the library of the cores, and gives them back, and it takes other
+        Other than ``@`` it takes NumPy arrays whatever the library of the cores, and gives them back, and it takes
+        other
         dtypes: the result has the wider of both.
 
         Raises:
@@ -89,9 +90,9 @@ class Entries(Chain):
     rmatmat = rmatvec
 
     def linear_operator(self) -> Any:
-        """This matrix as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays, whatever the library of the cores.
+        """The matrix as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays, whatever the library of the cores.
 
-        For NumPy and JAX this is what ``scipy.sparse.linalg.aslinearoperator(self)`` gives; that does not understand the
+        For NumPy and JAX it is what ``scipy.sparse.linalg.aslinearoperator(self)`` gives; that does not understand the
         dtypes of torch.
 
         >>> from mpo_tn import MPO, Sites

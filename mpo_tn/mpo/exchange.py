@@ -63,8 +63,8 @@ class Exchange(Chain):
         Guarantee (quimb): there and back again every core has the same bits, and ``to_dense`` is the matrix.
 
         Raises:
-            MPOError: what is no chain of operators: periodic, a state, several tensors at a site or none, a bond between
-                sites that are no neighbours.
+            MPOError: what is no chain of operators: periodic, a state, several tensors at a site or none, a bond
+                between sites that are no neighbours.
 
         >>> import quimb.tensor
         >>> from mpo_tn import MPO

@@ -92,7 +92,7 @@ class Operators(Chain):
     def __truediv__(self, divisor: Any) -> Self:
         return self._multiple(divisor, operator.truediv)
 
-    def _multiple(self, factor: Any, act: Callable[[Any, Any], Any]) -> Self:
+    def _multiple(self, factor: Any, act: Callable[[Any, Any], Any]) -> Any:
         if is_traced(factor) and factor.ndim == 0:
             return algebra.traced_multiple(self, factor, act)
         number = checked_scalar(factor)

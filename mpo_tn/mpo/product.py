@@ -18,7 +18,7 @@ from mpo_tn.truncation import Report, Truncation, checked_truncation
 Way = Literal["direct", "zipup", "fit"]
 
 _SWEEPS, _GAIN = 10, 1e-3
-"""The most sweeps of a fit, each there and back, and the gain of one, as a fraction of the error, below which it ends."""
+"""The most sweeps of a fit, each there and back, and the gain of one, as a fraction of the error, that ends it."""
 
 
 def matmul(a: ChainT, b: Chain, truncation: Truncation, method: Way = "direct") -> tuple[ChainT, Report]:
@@ -67,8 +67,8 @@ def matmul(a: ChainT, b: Chain, truncation: Truncation, method: Way = "direct") 
         return compress(multiply(a, b), truncation)
     if truncation.max_parameters is not None:
         raise MPOError(
-            f"max_parameters={truncation.max_parameters} needs the spectra of the full product: use method='direct', or "
-            "max_bond"
+            f"max_parameters={truncation.max_parameters} needs the spectra of the full product: use method='direct', "
+            "or max_bond"
         )
     product = Product(a, b) if method == "zipup" else ProductTarget(a, b)
     cores, last, steps, losses = zip_up(product, a, truncation)
@@ -78,7 +78,9 @@ def matmul(a: ChainT, b: Chain, truncation: Truncation, method: Way = "direct") 
         better = product.improved(fitted, losses)
         if better is not None:
             cores, last, losses = better
-            steps = [loss.step(s.kept, s.available, product.size.top, "fit") for s, loss in zip(steps, losses, strict=True)]
+            steps = [
+                loss.step(s.kept, s.available, product.size.top, "fit") for s, loss in zip(steps, losses, strict=True)
+            ]
     found, lost = finished(product, cores, last, a)
     steps = [replace(step, kept=bond) for step, bond in zip(steps, found.bonds, strict=True)]
     return found, product.report(steps, losses, a, truncation, lost)

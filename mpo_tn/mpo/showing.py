@@ -26,7 +26,8 @@ class Showing(Chain):
         rows = [(k, *sites[k], around[k], around[k + 1], form(k)) for k in range(len(self))]
         size = " x ".join(map(count_text, self.shape))
         caption = f"MPO of {size}: {len(self)} sites, {self.num_parameters:,} parameters, {describe(self.cores[0])}"
-        return markup.table(caption, ("site", "out", "in", "bond left", "bond right", "form"), rows)
+        centre = f"centre at site {low}" if low == high else f"canonical interval: sites {low} to {high}"
+        return markup.table(caption, ("site", "out", "in", "bond left", "bond right", "form"), rows, (centre,))
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the chain in Matplotlib: cores, bonds, legs and their sizes; returns the axes.

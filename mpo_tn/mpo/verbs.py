@@ -34,8 +34,8 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
 
     With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn.mpo.operators.Operators`.
     What can be measured on it is in :class:`~mpo_tn.mpo.measures.Measures`, and how it is brought closer to something,
-    in a metric, too, in :class:`~mpo_tn.mpo.fitting.Fitting`. :class:`~mpo_tn.mpo.entries.Entries` has what is looked up
-    without the matrix, :class:`~mpo_tn.mpo.composing.Composing` what is built of others or of local terms,
+    in a metric, too, in :class:`~mpo_tn.mpo.fitting.Fitting`. :class:`~mpo_tn.mpo.entries.Entries` has what is looked
+    up without the matrix, :class:`~mpo_tn.mpo.composing.Composing` what is built of others or of local terms,
     :class:`~mpo_tn.mpo.exchange.Exchange` dtypes, devices and other libraries, and
     :class:`~mpo_tn.mpo.showing.Showing` tables and pictures.
 

@@ -1,4 +1,4 @@
-"""Pictures of chains, of spectra and of what is lost against size, in one style. Functions draw into Matplotlib axes."""
+"""Pictures of chains, spectra and what is lost against size, in one style. They are drawn into Matplotlib axes."""
 
 from mpo_tn.plot.diagram import diagram
 from mpo_tn.plot.frontier import Point, frontier

@@ -59,13 +59,17 @@ def diagram(sites: Sites, bonds: Sequence[int], interval: tuple[int, int], ax: A
                 # A line twice as wide stands for a bond eight times as large: both ends of the scale stay visible.
                 width = 1.0 + 5.0 * math.log2(1 + bonds[k]) / math.log2(1 + widest)
                 ax.plot([x, x + 1], [0, 0], color=theme.colours[0], lw=width, zorder=2, solid_capstyle="butt")
-                ax.annotate(str(bonds[k]), (x + 0.5, 0.1), ha="center", va="bottom", fontsize=small, color=theme.texts[0])
+                ax.annotate(
+                    str(bonds[k]), (x + 0.5, 0.1), ha="center", va="bottom", fontsize=small, color=theme.texts[0]
+                )
             low, high = interval
             marker = ">" if k < low else "<" if k > high else "o"
             area = 60 + 340 * math.sqrt(sizes[k] / largest)
             ax.scatter([x], [0], s=area, marker=marker, color=theme.colours[1], edgecolors=theme.paper, zorder=3)
         if n > _MOST:
-            ax.annotate(f"{n - len(shown)}\nmore", (_MOST - 5, 0), ha="center", va="center", color=theme.muted, fontsize=small)
+            ax.annotate(
+                f"{n - len(shown)}\nmore", (_MOST - 5, 0), ha="center", va="center", color=theme.muted, fontsize=small
+            )
         ax.set(xlim=(-0.6, max(places.values()) + 0.6), ylim=(-1, 1), xticks=[], yticks=[])
         ax.set_title(f"{n} sites, {sum(sizes):,} parameters; out legs above, in legs below")
         ax.set_frame_on(False)

@@ -38,8 +38,8 @@ def truncated(matrix: Array, sites: Sites, truncation: Truncation) -> Array:
     Cores have no gradient, because they are defined only up to a gauge; the matrix they stand for has one.
 
     Args:
-        matrix: shape (out, in); NumPy, a torch tensor that may require grad, or a JAX array, which ``jax.jit``, ``grad``
-            and ``vmap`` may trace.
+        matrix: shape (out, in); NumPy, a torch tensor that may require grad, or a JAX array, which ``jax.jit``,
+            ``grad`` and ``vmap`` may trace.
         sites: legs that multiply to the shape.
         truncation: ``max_bond`` alone: bonds have to be fixed for there to be a derivative.
 

@@ -1,9 +1,9 @@
 """The product of two chains, truncated while it is formed, and how far any chain is from it, without its wide bonds.
 
 The part of the product to the right of a bond is known by its Gram matrix (bond of a, bond of b; the same again), found
-once from the last site to the first. Whatever is cut from the left then has a known norm: with isometries ``U_j`` to the
-left of it, what bond k loses is ``(1 - U_k U_k^H) M_k R_k`` with ``|D R|**2 = tr(D G D^H)``, and what different bonds lose
-is orthogonal. So errors add up in squares, whoever chose the isometries.
+once from the last site to the first. Whatever is cut from the left then has a known norm: with isometries ``U_j`` to
+the left of it, what bond k loses is ``(1 - U_k U_k^H) M_k R_k`` with ``|D R|**2 = tr(D G D^H)``, and what different
+bonds lose is orthogonal. So errors add up in squares, whoever chose the isometries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ from mpo_tn.chains.canonical import ChainT, centred, check_cores, moved, stored
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Scaled, Size, unit
 from mpo_tn.exceptions import MPOError
-from mpo_tn.linalg import EPS, Array, adjoint, conjugate, dtype_name, eps, left_factor, namespace, storage_notes, tails, to_numpy
+from mpo_tn.linalg import (
+    EPS,
+    Array,
+    adjoint,
+    conjugate,
+    dtype_name,
+    eps,
+    left_factor,
+    namespace,
+    storage_notes,
+    tails,
+    to_numpy,
+)
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.sweep import Budget, sweep_report
 from mpo_tn.truncation import BondReport, Report, Truncation
@@ -34,7 +46,7 @@ _C = 4
 
 @dataclass
 class Loss:
-    """What a bond loses, ``norm * 2**exponent``, and ``scale * 2**exponent``, without what the right part is blind for."""
+    """What a bond loses, ``norm * 2**exponent``, and ``scale * 2**exponent``, as if the right part saw all."""
 
     norm: float
     scale: float
@@ -68,7 +80,7 @@ class Product:
         self.xp: Any = namespace(self.a[0])
         self.grams = self._grams()
         square = self.grams[0]
-        value = max(float(to_numpy(square.array).real.item()), 0.0)
+        value = max(float(np.real(to_numpy(square.array)).item()), 0.0)
         top = square.exponent + 2 * self.exponent
         self.size = Size(math.sqrt(value * 2.0 ** (top % 2)), top // 2)
 
@@ -97,7 +109,9 @@ class Product:
     def block(self, carried: Scaled, k: int) -> Scaled:
         """``carried`` (bond, bond of a, bond of b) times the cores of site k: (bond, out, in, bonds of a and b)."""
         xp = self.xp
-        joined = xp.tensordot(xp.tensordot(carried.array, self.a[k], axes=((1,), (0,))), self.b[k], axes=((1, 3), (0, 1)))
+        joined = xp.tensordot(
+            xp.tensordot(carried.array, self.a[k], axes=((1,), (0,))), self.b[k], axes=((1, 3), (0, 1))
+        )
         joined = xp.permute_dims(joined, (0, 1, 3, 2, 4))
         return unit(xp.reshape(joined, (*joined.shape[:3], -1)), carried.exponent)
 
@@ -152,14 +166,24 @@ class Product:
         met = error <= truncation.budget(norm, 0.0, "")
         if truncation.strict and not met:
             raise MPOError(
-                f"{truncation} cannot be told to be met: the error is {report.error:.6g} or up to {hidden:.3g} more, which "
-                'rounding hides: use method="direct"'
+                f"{truncation} cannot be told to be met: the error is {report.error:.6g} or up to {hidden:.3g} more, "
+                'which rounding hides: use method="direct"'
             )
         hides = f"rounding hides up to {hidden:.3g} of the error, which is an upper bound with it"
-        return replace(report, error=error, bound=error, lower_bound=0.0, exact=False, tolerance_met=met, notes=(*report.notes, hides))
+        return replace(
+            report,
+            error=error,
+            bound=error,
+            lower_bound=0.0,
+            exact=False,
+            tolerance_met=met,
+            notes=(*report.notes, hides),
+        )
 
 
-def zip_up(product: Product, like: Chain, truncation: Truncation) -> tuple[list[Array], Scaled, list[BondReport], list[Loss]]:
+def zip_up(
+    product: Product, like: Chain, truncation: Truncation
+) -> tuple[list[Array], Scaled, list[BondReport], list[Loss]]:
     """One sweep that multiplies and truncates, site by site, from the first to the last.
 
     ::
@@ -226,10 +250,8 @@ def _best_basis(product: Product, rows: Array, exponent: int, k: int, budget: Bu
     return min(found, key=lambda basis: (basis.image.shape[0], basis.loss.norm))
 
 
-def finished(
-    product: Product, cores: list[Array], last: Scaled, like: ChainT
-) -> tuple[ChainT, float]:
+def finished(product: Product, cores: list[Array], last: Scaled, like: ChainT) -> tuple[ChainT, float]:
     """A chain of left-isometric cores and a last one, stored like another; and the fraction lost by that."""
     center = product.sites.center
-    moved_cores, exponent = moved([*cores, last.array], last.exponent, (len(cores),) * 2, center)
+    moved_cores, exponent = moved([*cores, last.array], last.exponent, (len(cores), len(cores)), center)
     return stored(like.with_cores(moved_cores, (center, center)), like.cores[0], exponent)

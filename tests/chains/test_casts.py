@@ -13,7 +13,10 @@ SITES = Sites((2, 3, 2), (2, 2, 3))
 
 @pytest.mark.guarantee("astype")
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
-@pytest.mark.parametrize(("before", "after"), [("float64", "float32"), ("complex128", "complex64"), ("float32", "complex128"), ("float64", "bfloat16")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("float64", "float32"), ("complex128", "complex64"), ("float32", "complex128"), ("float64", "bfloat16")],
+)
 def test_every_core_is_rounded_once(library, before, after):
     if library == "numpy" and after == "bfloat16":
         after = "float16"
@@ -22,7 +25,9 @@ def test_every_core_is_rounded_once(library, before, after):
     assert str(b.dtype).endswith(after)
     assert type(b.cores[0]) is type(a.cores[0])
     for old, new in zip(a.cores, b.cores, strict=True):
-        assert np.array_equal(host(new), host(old.astype(after) if library != "torch" else old.to(getattr(torch, after))))
+        assert np.array_equal(
+            host(new), host(old.astype(after) if library != "torch" else old.to(getattr(torch, after)))
+        )
     narrows = after in ("float32", "complex64")
     assert b.canonical_interval == (a.canonical_interval if narrows else (0, 2))
     if narrows:

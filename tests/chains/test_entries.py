@@ -17,7 +17,9 @@ LIBRARIES = st.sampled_from(("numpy", "torch", "jax"))
 def chains(draw):
     """A chain, its matrix on the host, and how far an entry may be off."""
     dtype = draw(st.sampled_from(tuple(EPS)))
-    chain = random_chain(draw(legs(max_size=300)), draw(st.integers(1, 3)), draw(st.integers(0, 99)), dtype, draw(LIBRARIES))
+    chain = random_chain(
+        draw(legs(max_size=300)), draw(st.integers(1, 3)), draw(st.integers(0, 99)), dtype, draw(LIBRARIES)
+    )
     scale = math.prod(fro(host(core)) for core in chain.cores)
     return chain, dense(chain.cores), slack(dtype, math.prod(chain.shape), scale)
 
@@ -30,8 +32,8 @@ def test_index_as_of_a_matrix(found, data):
     i, j = data.draw(st.integers(-rows, rows - 1)), data.draw(st.integers(-columns, columns - 1))
     many = data.draw(st.lists(st.integers(-rows, rows - 1), min_size=1, max_size=4))
     keys = [
-        (i, j), i, (i, slice(None)), (slice(None), j), (many, j), (many, [j] * len(many)), (slice(0, 3), slice(1, None, 2)),
-        (many, slice(None, None, -1)), (slice(0, 2), [[j], [j]]), (np.int64(i), np.array(j)), (np.array([many]), j),
+        (i, j), i, (i, slice(None)), (slice(None), j), (many, j), (many, [j] * len(many)),
+        (slice(0, 3), slice(1, None, 2)), (many, slice(None, None, -1)), (slice(0, 2), [[j], [j]]), (np.int64(i), np.array(j)), (np.array([many]), j),
         (slice(None), slice(None)), slice(1, 2), (slice(0, 0), 0),
     ]  # fmt: skip
     for key in keys:

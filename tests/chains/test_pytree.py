@@ -32,8 +32,11 @@ def test_a_fixed_chain_inside_transformations(a):
     assert equal(jax.vmap(lambda x: a @ x)(jnp.stack([X, 2 * X])), jnp.stack([w @ X, 2 * w @ X]))
     assert equal(jax.jit(lambda c: MPO([c, *a.cores[1:]]).to_matrix())(a.cores[0]), w)
     assert equal(jax.jit(lambda cores, x: MPO(cores) @ x)(list(a.cores), X), w @ X)
-    for verb in (lambda x: (a + a) @ x, lambda x: (a - a.T) @ x, lambda x: (a @ a) @ x, lambda x: a.H @ x, lambda x: x @ a,
-                 lambda x: a.norm() * x, lambda x: a.inner(a) * x, lambda x: a.compress(Truncation(max_bond=2))[0] @ x):  # fmt: skip
+    verbs = [
+        lambda x: (a + a) @ x, lambda x: (a - a.T) @ x, lambda x: (a @ a) @ x, lambda x: a.H @ x, lambda x: x @ a,
+        lambda x: a.norm() * x, lambda x: a.inner(a) * x, lambda x: a.compress(Truncation(max_bond=2))[0] @ x,
+    ]  # fmt: skip
+    for verb in verbs:
         assert equal(jax.jit(verb)(X), verb(X))
 
 

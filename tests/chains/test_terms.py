@@ -34,7 +34,13 @@ def test_any_terms(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
     legs = tuple(data.draw(st.lists(st.sampled_from((1, 2, 3)), min_size=1, max_size=4)))
     sites, dtype = Sites(legs, legs), data.draw(st.sampled_from(("float64", "complex128")))
-    pool = [[rng.standard_normal((leg, leg)) + (1j * rng.standard_normal((leg, leg)) if dtype[0] == "c" else 0) for _ in range(2)] for leg in legs]
+    pool = [
+        [
+            rng.standard_normal((leg, leg)) + (1j * rng.standard_normal((leg, leg)) if dtype[0] == "c" else 0)
+            for _ in range(2)
+        ]
+        for leg in legs
+    ]
     terms = []
     for _ in range(data.draw(st.integers(1, 8))):
         chosen = data.draw(st.sets(st.integers(0, len(legs) - 1)))

@@ -25,7 +25,10 @@ def factors(draw, max_size=300):
 
 
 @pytest.mark.guarantee("product-error", "product-fit")
-@given(factors(), st.sampled_from((Truncation(max_bond=1), Truncation(max_bond=2), Truncation(rel_error=0.3), Truncation())))
+@given(
+    factors(),
+    st.sampled_from((Truncation(max_bond=1), Truncation(max_bond=2), Truncation(rel_error=0.3), Truncation())),
+)
 def test_errors_are_those_of_the_dense_product(found, truncation):
     a, b, dtype = found
     w = dense(a.cores) @ dense(b.cores)
@@ -60,7 +63,6 @@ def test_zip_up_comes_close_to_the_direct_cut():
 
 
 def test_quimb_agrees():
-    import quimb.tensor as qtn
 
     sites = Sites((2,) * 6, (2,) * 6)
     a, b = (MPO.random(sites, 3, seed=seed) for seed in (0, 1))
@@ -89,7 +91,7 @@ def test_long_chains(method):
 
 
 def test_what_rounding_hides_is_an_upper_bound():
-    """Directions that are cut weigh 1e-9 of what is carried: their loss is not told to ten digits, and it is said so."""
+    """Directions that are cut weigh 1e-9 of what is carried: what they lose is not told to ten digits."""
     sites = Sites((2, 2, 2), (2, 2, 2))
     a = MPO.random(sites, 4, seed=0)
     b = MPO.random(sites, 4, seed=1)
