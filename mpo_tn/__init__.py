@@ -5,6 +5,7 @@ tests are in :mod:`mpo_tn.testing`; this package imports neither torch nor JAX.
 """
 
 from mpo_tn.chains.norms import OperatorNorm
+from mpo_tn.chains.solvers import eigsh, solve
 from mpo_tn.exceptions import MPOError
 from mpo_tn.fit.activation import LowRankFits
 from mpo_tn.fit.metric import Metric
@@ -34,8 +35,10 @@ __all__ = [
     "Spectra",
     "Truncation",
     "__version__",
+    "eigsh",
     "matmul",
     "quantize",
     "quantize_chain",
+    "solve",
     "truncated",
 ]

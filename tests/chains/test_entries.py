@@ -33,7 +33,8 @@ def test_index_as_of_a_matrix(found, data):
     many = data.draw(st.lists(st.integers(-rows, rows - 1), min_size=1, max_size=4))
     keys = [
         (i, j), i, (i, slice(None)), (slice(None), j), (many, j), (many, [j] * len(many)),
-        (slice(0, 3), slice(1, None, 2)), (many, slice(None, None, -1)), (slice(0, 2), [[j], [j]]), (np.int64(i), np.array(j)), (np.array([many]), j),
+        (slice(0, 3), slice(1, None, 2)), (many, slice(None, None, -1)), (slice(0, 2), [[j], [j]]),
+        (np.int64(i), np.array(j)), (np.array([many]), j),
         (slice(None), slice(None)), slice(1, 2), (slice(0, 0), 0),
     ]  # fmt: skip
     for key in keys:
