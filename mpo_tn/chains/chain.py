@@ -102,6 +102,7 @@ def _checked_cores(cores: Iterable[Array]) -> tuple[Array, ...]:
     if not checked:
         raise MPOError("cores=() is empty: a chain has at least one core")
     first = checked[0]
+    namespace(first)
     check_dtype(first, "a core")
     for k, core in enumerate(checked):
         namespace(core)

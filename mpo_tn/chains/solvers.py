@@ -29,7 +29,7 @@ def solve(
     Args:
         a: a square MPO; its vectors have to fit in memory.
         b: shape (out,), of the library and dtype of the cores.
-        tol: the largest residual ``|b - a @ x|`` as a fraction of ``|b|``; if ``None`` 1e-10, for single precision 1e-5.
+        tol: the largest residual ``|b - a @ x|`` as a fraction of ``|b|``; if ``None`` 1e-10, or 1e-5 in single 1e-5.
         hermitian: whether ``a`` is its own adjoint, which spares memory and time; not checked.
         max_steps: the most products with ``a``; ten times the rows, at most 10,000, if ``None``.
 
@@ -166,6 +166,6 @@ def _check_square(a: Chain) -> None:
         raise MPOError(f"a matrix of shape {shape_text(a.shape)} is not square")
     if rows > _MOST_ENTRIES:
         raise MPOError(
-            f"a matrix of shape {shape_text(a.shape)} has vectors of more than {_MOST_ENTRIES} entries: use to_quimb(), "
-            "whose DMRG keeps them as chains"
+            f"a matrix of shape {shape_text(a.shape)} has vectors of more than {_MOST_ENTRIES} entries: use "
+            "to_quimb(), whose DMRG keeps them as chains"
         )
