@@ -27,8 +27,8 @@ _NUMPY = array_api_compat.array_namespace(np.empty(0))
 Array = Any
 """A NumPy array, a torch tensor or a JAX array. The array API standard has no static type that all satisfy."""
 
-EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-EPS |= {"complex64": EPS["float32"], "complex128": EPS["float64"]}
+_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+EPS = _EPS | {"complex64": _EPS["float32"], "complex128": _EPS["float64"]}
 
 DOUBLE = ("float64", "complex128")
 """The names of the dtypes that are computed in."""

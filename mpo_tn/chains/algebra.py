@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import array_api_compat
@@ -17,7 +18,7 @@ import numpy as np
 from mpo_tn.chains import contraction
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain, same_kind
-from mpo_tn.chains.scaled import TOP, Scaled, Size, has_values, shared_out, size_of, unit, unit_cores
+from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, shared_out, size_of, unit, unit_cores
 from mpo_tn.exceptions import MPOError, count_text, shape_text, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -33,6 +34,9 @@ from mpo_tn.linalg import (
     widen,
 )
 from mpo_tn.sites import Sites, checked_sites
+
+_APART = 256
+"""Powers of two by which two chains may be apart somewhere on their way, more than they are on average."""
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 _COMPLEX = {"float32": "complex64", "float64": "complex128"}
@@ -54,7 +58,7 @@ def add(a: ChainT, b: Chain) -> ChainT:
             total = a.cores[0] + b.cores[0]
         return a.with_cores([_checked_sum(total, a.cores[0], b.cores[0])], None)
     cores: list[Array] = []
-    for k, (core, other) in enumerate(zip(a.cores, b.cores, strict=True)):
+    for k, (core, other) in enumerate(zip(*_alike(a.cores, b.cores), strict=True)):
         if k == 0:
             cores.append(xp.concat([core, other], axis=3))
         elif k == last:
@@ -64,6 +68,20 @@ def add(a: ChainT, b: Chain) -> ChainT:
             lower = xp.concat([_zeros(core, (other.shape[0], *core.shape[1:3], core.shape[3])), other], axis=3)
             cores.append(xp.concat([upper, lower], axis=0))
     return a.with_cores(cores, None)
+
+
+def _alike(a: Sequence[Array], b: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+    """The cores of both, each with its norm shared out evenly if they go through very different sizes on their way.
+
+    What is carried along the sum holds both, and the smaller one only as far as double precision reaches.
+    """
+    if not all(map(has_values, (*a, *b))):
+        return a, b
+    exponents = [[binary_exponent(size_of(core)) for core in cores] for cores in (a, b)]
+    ahead = list(accumulate(first - second for first, second in zip(*exponents, strict=True)))
+    if all(abs(gap - ahead[-1] * (k + 1) / len(a)) < _APART for k, gap in enumerate(ahead)):
+        return a, b
+    return evened(a), evened(b)
 
 
 def subtract(a: ChainT, b: Chain) -> ChainT:
@@ -145,26 +163,6 @@ def pairwise(a: ChainT, b: Chain, join: Callable[[Array, Array], Array], what: s
     if any(exponents):
         cores = shared_out(cores, exponents, range(len(cores)), what)
     return a.with_cores(cores, None)
-
-
-def power(chain: ChainT, exponent: int) -> ChainT:
-    """``chain @ chain @ ...``, so many times, by squaring; the identity for 0."""
-    left = whole_number(exponent)
-    if left is None or left < 0:
-        raise MPOError(
-            f"an MPO to the power of {exponent!r}: only whole numbers of at least 0, for roots see to_matrix()"
-        )
-    if left == 0:
-        return chain.with_cores(identity_cores(chain.sites, None, chain), None)
-    found: ChainT | None = None
-    while True:
-        if left % 2:
-            found = chain if found is None else multiply(found, chain)
-        left //= 2
-        if left == 0:
-            assert found is not None
-            return found
-        chain = multiply(chain, chain)
 
 
 def _product(core: Array, other: Array) -> Array:

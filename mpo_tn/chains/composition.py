@@ -7,7 +7,7 @@ from typing import Any
 
 import array_api_compat
 
-from mpo_tn.chains.algebra import add, check_pair, pairwise
+from mpo_tn.chains.algebra import add, check_pair, identity_cores, multiply, pairwise
 from mpo_tn.chains.canonical import ChainT, checked_site
 from mpo_tn.chains.chain import Chain, same_kind
 from mpo_tn.chains.scaled import Scaled, has_values, shared_out, unit
@@ -80,6 +80,26 @@ def _entrywise(core: Array, other: Array) -> Array:
     left, out, in_, right = core.shape
     both = core[:, None, :, :, :, None] * other[None, :, :, :, None, :]
     return namespace(core).reshape(both, (left * other.shape[0], out, in_, right * other.shape[3]))
+
+
+def power(chain: ChainT, exponent: int) -> ChainT:
+    """``chain @ chain @ ...``, so many times, by squaring; the identity for 0."""
+    left = whole_number(exponent)
+    if left is None or left < 0:
+        raise MPOError(
+            f"an MPO to the power of {exponent!r}: only whole numbers of at least 0, for roots see to_matrix()"
+        )
+    if left == 0:
+        return chain.with_cores(identity_cores(chain.sites, None, chain), None)
+    found: ChainT | None = None
+    while True:
+        if left % 2:
+            found = chain if found is None else multiply(found, chain)
+        left //= 2
+        if left == 0:
+            assert found is not None
+            return found
+        chain = multiply(chain, chain)
 
 
 def partial_trace(chain: ChainT, sites: int | Iterable[int]) -> ChainT:

@@ -201,6 +201,14 @@ def shared_out(cores: Sequence[Array], exponents: Sequence[int], where: Sequence
     return [times_power_of_two(core, e) if e else core for core, e in zip(cores, placed, strict=True)]
 
 
+def evened(cores: Sequence[Array]) -> list[Array]:
+    """The same product, all powers of two shared out evenly, as far as they can be moved without losing digits."""
+    found, total = unit_cores(cores)
+    share, rest = divmod(total, len(found))
+    exponents = [share + (k < rest) for k in range(len(found))]
+    return shared_out(found, exponents, range(len(found)), "the sum")
+
+
 def _fits(core: Array, size: float, exponent: int) -> bool:
     """Whether a core times a power of two has a norm in range, and keeps its digits."""
     if exponent == 0 or not 0 < size < math.inf:

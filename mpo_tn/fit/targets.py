@@ -108,11 +108,14 @@ class MatrixTarget:
 
     def error(self, cores: list[Array], exponent: int = 0) -> float:
         """The norm of the difference, entry by entry."""
-        carried = Scaled(self.end(), exponent)
-        for k in range(len(cores) - 1, -1, -1):
-            carried = unit(self.advance_right(carried.array, cores[k], k), carried.exponent)
-        gap = Scaled(self.edge()).plus(Scaled(-carried.array, carried.exponent))
-        return gap.size().length("the error of the fit")
+        wide, taken = unit_cores(cores)
+        carried = Scaled(self.end(), exponent + taken)
+        for k in range(len(cores) - 1, 0, -1):
+            carried = Scaled(self.advance_right(carried.array, wide[k], k), carried.exponent)
+            # Few cores of norm 1 stay in range.
+            carried = carried if (len(cores) - k) % 8 else unit(carried.array, carried.exponent)
+        last = times_power_of_two(wide[0], carried.exponent)
+        return frobenius_norm(self.edge() - self.advance_right(carried.array, last, 0))
 
 
 class ChainTarget:

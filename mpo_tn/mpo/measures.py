@@ -73,8 +73,8 @@ class Measures(Chain):
     def norm(self) -> float:
         """The Frobenius norm, in double precision: that of the core at the centre.
 
-        Guarantee (norm): right to ``4 eps(float64) sqrt(n) d p`` of itself for n sites of at most p entries and bonds d
-        in a gauge that does not cancel, whatever the number of sites: a power of two is taken out at each of them.
+        Guarantee (norm): for n sites of any number, p entries each and bonds d the norm is right to
+        ``4 eps(float64) n d p`` of itself, in a gauge that does not cancel; a power of two is taken out at every site.
         Cost: about ``2 n p d**3`` flops, nothing for a chain with a centre.
 
         Raises:
@@ -116,6 +116,9 @@ class Measures(Chain):
 
     def spectra(self) -> Spectra:
         """The singular values of every bond, ``n - 1`` host arrays in double precision, largest first.
+
+        Raises:
+            MPOError: a norm out of the range of double precision (see :meth:`normalized`), or cores not finite.
 
         Once they are known, ``spectra.what_if(bonds)`` bounds the error of any cut in about a microsecond.
         """
@@ -162,8 +165,8 @@ class Measures(Chain):
     def log_inner(self, other: Chain) -> tuple[float | complex, float]:
         """The phase of :meth:`inner` and the natural logarithm of its absolute value, which may be of any size.
 
-        Guarantee (log-inner): ``phase * exp(log)`` is the inner product, to ``4 eps(float64) sqrt(n) d p`` of
-        ``|self| |other|`` for n sites of at most p entries and bonds d; ``(0, -inf)`` if it is 0.
+        Guarantee (log-inner): ``phase * exp(log)`` is the inner product, to ``4 eps(float64) n d p`` of
+        ``|self| |other|`` for n sites of p entries each and bonds d; ``(0, -inf)`` if it is 0.
 
         Raises:
             MPOError: as for :meth:`distance`.

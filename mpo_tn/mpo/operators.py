@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from array_api_compat import is_array_api_obj
 
-from mpo_tn.chains import algebra
+from mpo_tn.chains import algebra, composition
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import is_traced
@@ -99,7 +99,7 @@ class Operators(Chain):
         return NotImplemented if number is None else algebra.scaled(self, number, act)
 
     def __pow__(self, exponent: Any) -> Self:
-        return algebra.power(self, exponent)
+        return composition.power(self, exponent)
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, Chain):

@@ -173,8 +173,11 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
     def to_matrix(self, *, memory_limit: int | None = None) -> Array:
         """The dense matrix (out, in), contracted in the order of :meth:`plan` in the cores' own dtype.
 
+        No intermediate leaves the range of the dtype: where one may, a power of two is taken out after every step.
+
         Raises:
-            MPOError: ``memory_limit`` (bytes, for cores, intermediates and the matrix) cannot be met.
+            MPOError: ``memory_limit`` (bytes, for cores, intermediates and the matrix) cannot be met; the matrix is
+                larger than any memory, or out of the range of the dtype.
         """
         matrix = contraction.contract_matrix(self.cores, self.plan(memory_limit=memory_limit))
         # A single core is only reshaped, and the caller may write into what it gets.
@@ -183,8 +186,12 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
     def plan(self, *, batch: int | None = None, memory_limit: int | None = None) -> contraction.ContractionPlan:
         """How :meth:`to_matrix`, or :meth:`apply` for ``batch`` columns, contracts: path, flops, peak bytes. Cached.
 
+        Guarantee (plan-soon): the answer for any number of sites comes at once, if only that the result is too large:
+            of more than 100 sites three plain orders are compared.
+
         Raises:
-            MPOError: no order found keeps the peak, operands and result included, within ``memory_limit`` bytes.
+            MPOError: no order found keeps the peak, operands and result included, within ``memory_limit`` bytes; the
+                result has more than ``2**62`` entries.
 
         >>> import numpy as np
         >>> mpo, _ = MPO.from_matrix(np.eye(16), Sites.balanced(16, 16, n=2))
@@ -204,7 +211,8 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
         only if that saves flops or memory and costs more of neither.
 
         Raises:
-            MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met.
+            MPOError: another shape, library, dtype or device, or ``memory_limit`` (bytes) cannot be met; a product that
+                is larger than any memory, or out of the range of the dtype.
 
         >>> import numpy as np
         >>> mpo = MPO.low_rank(np.ones((4, 1)), np.ones((1, 6)))
@@ -235,7 +243,8 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
         Cost: about ``6 n p d**3`` flops for site sizes p and bonds d, less where the form is known already.
 
         Raises:
-            MPOError: ``center`` is not a site.
+            MPOError: ``center`` is not a site; the norm, which is then all in one core, is out of the range of the
+                dtype (see :meth:`normalized`).
 
         >>> import numpy as np
         >>> mpo, _ = MPO.from_matrix(np.eye(8), Sites.balanced(8, 8, n=3))
@@ -256,10 +265,14 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
         ``report.error`` to ``4 * eps(dtype) * sqrt(size)`` times the norm, or, of a chain without a centre, times the
         product of the norms of its cores (for ``gram`` on data of more than 32 bits ``6e-8`` of that).
 
+        By ``method="gram"`` on data of more than 32 bits ``report.error`` is an estimate, and ``report.exact`` says so.
+        A chain may have any number of sites: a power of two is taken out at each.
+
         Cost: about ``4 n p d**3`` flops for site sizes p and bonds d, of which sites with a known form need none.
 
         Raises:
-            MPOError: as for :class:`Truncation`, and a tolerance below machine precision.
+            MPOError: as for :class:`Truncation`, and a tolerance below machine precision; a norm beyond the range of
+                the dtype, or out of that of double precision (see :meth:`normalized`).
 
         >>> import numpy as np
         >>> w = 1 / (1 + np.add.outer(np.arange(16.0), np.arange(16.0)))

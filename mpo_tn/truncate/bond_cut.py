@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import array_api_compat
 import numpy as np
 
+from mpo_tn.chains.scaled import Scaled, unit
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -16,7 +17,9 @@ from mpo_tn.linalg import (
     namespace,
     pivoted_qr,
     restored,
+    singular_values,
     svd,
+    times_power_of_two,
     to_numpy,
     triangle,
     widen,
@@ -61,27 +64,34 @@ def workable(cores: Sequence[Array], name: str) -> list[Array]:
     return wide
 
 
-def left_factors(cores: Sequence[Array]) -> list[Array]:
+def left_factors(cores: Sequence[Array]) -> list[Scaled]:
     """``R_k`` of ``T_1 .. T_k = Q R_k``, (at most d_k, d_k), for every bond."""
-    factors: list[Array] = []
+    factors: list[Scaled] = []
     for core in cores[:-1]:
         xp = namespace(core)
-        here = xp.tensordot(factors[-1], core, axes=1) if factors else core
+        here = xp.tensordot(factors[-1].array, core, axes=1) if factors else core
         rows = xp.reshape(here, (-1, core.shape[3]))
-        factors.append(triangle(rows) if rows.shape[0] > rows.shape[1] else rows)
+        factor = triangle(rows) if rows.shape[0] > rows.shape[1] else rows
+        factors.append(unit(factor, factors[-1].exponent if factors else 0))
     return factors
 
 
-def right_factors(cores: Sequence[Array]) -> list[Array]:
+def right_factors(cores: Sequence[Array]) -> list[Scaled]:
     """``L_k`` of ``T_{k+1} .. T_n = L_k Q``, (d_k, at most d_k), for every bond, first to last."""
-    factors: list[Array] = []
+    factors: list[Scaled] = []
     for core in reversed(cores[1:]):
         xp = namespace(core)
-        here = xp.tensordot(core, factors[-1], axes=1) if factors else core
+        here = xp.tensordot(core, factors[-1].array, axes=1) if factors else core
         columns = xp.reshape(here, (core.shape[0], -1))
         longer = columns.shape[1] > columns.shape[0]
-        factors.append(adjoint(triangle(adjoint(columns))) if longer else columns)
+        factor = adjoint(triangle(adjoint(columns))) if longer else columns
+        factors.append(unit(factor, factors[-1].exponent if factors else 0))
     return factors[::-1]
+
+
+def values_between(left: Scaled, right: Scaled) -> np.ndarray:
+    """The singular values of a bond between its two factors."""
+    return times_power_of_two(singular_values(left.array @ right.array, gram=False), left.exponent + right.exponent)
 
 
 def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the chain") -> Cut:
@@ -117,9 +127,11 @@ def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the cha
     if number is None or not 1 <= number <= bond:
         raise MPOError(f"new_bond={new_bond!r} of bond {k} of {name} must be a whole number from 1 to {bond}")
     wide = workable(cores, name)
-    left = to_numpy(left_factors(wide[: k + 2])[k])
-    right = to_numpy(right_factors(wide[k:])[0])
+    # Their powers of two cancel in the projectors.
+    first_factor, second_factor = left_factors(wide[: k + 2])[k], right_factors(wide[k:])[0]
+    left, right = to_numpy(first_factor.array), to_numpy(second_factor.array)
     u, values, vh = svd(left @ right)
+    spectrum = times_power_of_two(values, first_factor.exponent + second_factor.exponent)
     # Below this a singular value is rounding of the product.
     floor = _EPS * bond * float(np.linalg.norm(left)) * float(np.linalg.norm(right))
     rank = min(number, int((values > floor).sum()))
@@ -131,7 +143,7 @@ def cut_bond(cores: Sequence[Array], k: int, new_bond: int, name: str = "the cha
     xp = namespace(first)
     new_left = xp.tensordot(first, _beside(p, first), axes=1)
     new_right = xp.tensordot(_beside(q, second), second, axes=1)
-    return Cut(restored(new_left, cores[k]), restored(new_right, cores[k + 1]), p, q, kept, values)
+    return Cut(restored(new_left, cores[k]), restored(new_right, cores[k + 1]), p, q, kept, spectrum)
 
 
 def _identity_where_possible(rows: np.ndarray, bond: int) -> tuple[tuple[int, ...], np.ndarray]:

@@ -129,11 +129,12 @@ def _sweep(
     whole = cut**2 + frobenius_norm(times_power_of_two(here.array, here.exponent - size.top)) ** 2
     # Isometries are what they are claimed to be to the precision they were stored in.
     digits = (precision if light or (low, high) != (0, n - 1) else EPS["float64"]) * math.sqrt(n)
-    if half and method != "gram" and abs(whole - abs(size.mantissa) ** 2) > _ADDS_UP * digits * whole:
+    if half and method != "gram" and abs(whole - (norm / scale) ** 2) > _ADDS_UP * digits * whole:
         return None
     cores = [widen(core) for core in (*cores[:-1], here.array)]
-    cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), chain.sites.center)
-    rounded, loss = stored(chain.with_cores(cores, (chain.sites.center,) * 2), chain.cores[0], exponent)
+    center = chain.sites.center
+    cores, exponent = moved(cores, here.exponent, (n - 1, n - 1), center)
+    rounded, loss = stored(chain.with_cores(cores, (center, center)), chain.cores[0], exponent)
     return rounded, sweep.report(norm, precision, truncation, loss)
 
 

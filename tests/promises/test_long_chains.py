@@ -6,10 +6,11 @@ to ``1e-9``: rounding of either side is about ``n d eps`` for n sites and bonds 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
-from dataclasses import dataclass
+import time
 
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_tn import MPO, MPOError, Sites, Truncation
+from mpo_tn.chains.canonical import norm_of
 from mpo_tn.testing import assert_canonical, matrix_with_spectrum
+from mpo_tn.truncate.bond_cut import cut_bond
 
 LOG = 1e-9
 SOAK = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "soak", reason="2,000 sites are for make soak")
-LENGTHS = (1, 2, 3, 9, 33, 120, 300)
+SHORT = settings(max_examples={"soak": 400, "few": 10}.get(os.environ.get("HYPOTHESIS_PROFILE", "ci"), 25))
+"""A chain of hundreds of sites takes longer than the examples of other tests."""
+LENGTHS = (1, 2, 3, 9, 33, 120)
 SPREADS = ("even", "one", "waves", "random", "first and last")
 REACH = {"float32": 25.0, "complex64": 25.0, "float64": 250.0, "complex128": 250.0}
 """Powers of ten that one core may be scaled by."""
@@ -36,13 +41,15 @@ RANGE = {
 """Powers of ten between which a dtype surely holds a norm with all its digits."""
 
 
-@dataclass(frozen=True)
 class Case:
     """A chain, and its cores in double precision on the host."""
 
-    chain: MPO
-    cores: list[np.ndarray]
-    dtype: str
+    def __init__(self, chain: MPO, cores: list[np.ndarray], dtype: str) -> None:
+        self.chain, self.cores, self.dtype = chain, cores, dtype
+
+    def __repr__(self) -> str:
+        powers = [round(math.log10(float(np.abs(core).max()) or 1.0)) for core in self.cores]
+        return f"{self.chain} of log {self.log:.6g}, powers of ten {powers}"
 
     @property
     def log(self) -> float:
@@ -118,11 +125,11 @@ def cores_of(chain: MPO) -> list[np.ndarray]:
 
 
 def digits(case: Case) -> float:
-    """What storing a core at every site may change, relative to the norm; transfer matrices see no less than 1e-6.
+    """What storing a core at every site may change, relative to the norm; transfer matrices see no less than 2e-6.
 
-    A distance is the root of a difference of squares, which are known to ``eps log(norm)``, about 1e-13.
+    A distance is the root of a difference of squares, which are known to ``eps log(norm)`` a site, about 1e-12.
     """
-    return 4 * EPS[case.dtype] * math.sqrt(len(case.cores)) + 1e-6
+    return 4 * EPS[case.dtype] * math.sqrt(len(case.cores)) + 2e-6
 
 
 def same(found: tuple[complex, float], expected: tuple[complex, float], log: float = 1e-7) -> bool:
@@ -146,6 +153,7 @@ def refused_or(call, verb: str):
 
 
 @pytest.mark.guarantee("norm", "log-norm")
+@SHORT
 @given(cases())
 def test_norm(case):
     log = case.log
@@ -156,6 +164,7 @@ def test_norm(case):
 
 
 @pytest.mark.guarantee("log-inner")
+@SHORT
 @given(cases(twins=True))
 def test_inner(pair):
     a, b = pair
@@ -169,6 +178,7 @@ def test_inner(pair):
 
 
 @pytest.mark.guarantee("log-trace")
+@SHORT
 @given(cases(square=True))
 def test_trace(case):
     expected = transfer.log_trace(case.cores)
@@ -180,6 +190,7 @@ def test_trace(case):
 
 
 @pytest.mark.guarantee("normalized")
+@SHORT
 @given(cases(), st.booleans())
 def test_normalized(case, canonical):
     chain = case.chain.canonicalize(0) if canonical and case.fits else case.chain
@@ -190,6 +201,28 @@ def test_normalized(case, canonical):
     phase, log = transfer.log_overlap(cores_of(unit), case.cores)
     assert abs(phase - 1) <= digits(case)
     assert abs(log - case.log) <= digits(case)
+
+
+@pytest.mark.guarantee("norm", "log-inner", "log-trace")
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("n", [500, 600, 1023, 1024, 1100, 3000])
+def test_products_of_matrices_of_norm_one(n, library):
+    """Every partial product but the whole is out of range, or soon would be, if nothing were taken out."""
+    u, rho, big = (
+        MPO([to_backend(np.eye(2).reshape(1, 2, 2, 1) / by, library, "float64")] * n) for by in (2**0.5, 2, 1)
+    )
+    slack = 2 * n * EPS["float64"]
+    assert u.inner(u) == pytest.approx(1.0, rel=slack)
+    assert u.norm() == pytest.approx(1.0, rel=slack)
+    assert rho.trace() == 1.0
+    assert rho.log_trace() == (1.0, 0.0)
+    assert rho.log_norm() == pytest.approx(-n * math.log(2) / 2, rel=1e-12)
+    assert big.log_trace() == (1.0, pytest.approx(n * math.log(2), rel=1e-12))
+    assert rho.log_inner(big) == (1.0, 0.0)
+    assert u.compress(Truncation(rel_error=1e-5))[1].norm == pytest.approx(1.0, rel=slack)
+    if n > 1023:
+        with pytest.raises(MPOError, match=r"the trace, about .*, overflows double precision: use log_trace\(\)"):
+            big.trace()
 
 
 def test_nothing():
@@ -211,6 +244,7 @@ def test_nothing():
 
 
 @pytest.mark.guarantee("canonical")
+@SHORT
 @given(cases(), st.randoms(use_true_random=False))
 def test_canonicalize(case, random):
     center = random.randrange(len(case.chain))
@@ -222,6 +256,7 @@ def test_canonicalize(case, random):
 
 
 @pytest.mark.guarantee("exact-rounding", "lost-below-range")
+@SHORT
 @given(cases(), st.integers(1, 6), st.sampled_from(("auto", "svd", "gram", "krylov")))
 def test_compress(case, cap, method):
     found = refused_or(lambda: case.chain.compress(Truncation(max_bond=cap), method=method), "log_norm")
@@ -237,6 +272,7 @@ def test_compress(case, cap, method):
 
 
 @pytest.mark.guarantee("tolerance")
+@SHORT
 @given(cases(twins=True, bonds=(1, 2, 3)), st.sampled_from((1e-1, 1e-3, 1e-5)), st.sampled_from((1e-2, 1e-4)))
 def test_compress_to_a_tolerance(pair, rel_error, strength):
     """A chain with a small addition, which is cut or kept."""
@@ -250,6 +286,7 @@ def test_compress_to_a_tolerance(pair, rel_error, strength):
     assert chain.distance(small) == pytest.approx(report.error, abs=digits(pair[0]))
 
 
+@SHORT
 @given(cases(bonds=(1, 2, 4)))
 def test_spectra_and_entropies(case):
     expected = transfer.log_spectra(case.cores)
@@ -259,13 +296,14 @@ def test_spectra_and_entropies(case):
     found = refused_or(case.chain.spectra, "normalized")
     assert (found is not None) >= (-307 < case.log / math.log(10) < 307.5)
     for values, part in zip(expected, found or (), strict=found is not None):
-        part = part / math.exp(case.log) if abs(case.log) < 600 else part / float(np.linalg.norm(part))
-        assert np.abs(values[: len(part)] - part).max() <= 1e-7
+        assert abs(math.log(part[0]) - case.log - math.log(values[0])) <= 1e-6
+        assert np.abs(values[: len(part)] / values[0] - part / part[0]).max() <= 1e-6
 
 
 # --- sums, products, distances ---------------------------------------------------------------------------------------
 
 
+@SHORT
 @given(cases(twins=True, bonds=(1, 2, 4)), st.sampled_from((1.0, -0.3, 1e30, 1e-30)))
 def test_sums_and_distances(pair, factor):
     a, b = pair
@@ -287,6 +325,7 @@ def test_sums_and_distances(pair, factor):
         assert abs(undone.log_norm() - a.log) <= digits(a)
 
 
+@SHORT
 @given(cases(twins=True, square=True, bonds=(1, 2, 3)))
 def test_products(pair):
     a, b = pair
@@ -301,9 +340,10 @@ def test_products(pair):
     unit = a.chain.normalized() @ b.chain.normalized()
     for chain, norms in ((product, 0.0), (unit, a.log + b.log)):
         if chain is not None:
-            assert abs(chain.log_norm() + norms - log - transfer.log_norm(expected)) <= digits(a)
+            # Cores of a product are rounded in their own dtype, and what they cancel to is smaller than they are.
+            assert abs(chain.log_norm() + norms - log - transfer.log_norm(expected)) <= 30 * digits(a)
             phase, _ = transfer.log_overlap(cores_of(chain), expected)
-            assert abs(phase - 1) <= digits(a)
+            assert abs(phase - 1) <= 30 * digits(a)
 
 
 # --- matrices of many sites without legs -----------------------------------------------------------------------------
@@ -383,9 +423,22 @@ def test_cast_error(n, dtype, decades):
 @pytest.mark.parametrize("sites", [1, 2])
 def test_fit_from_a_chain_that_has_nothing_in_common(n, decades, sites):
     """Overlaps fall by a factor at every site, far out of range, and a fit has to start from them all the same."""
-    target = make(n, 2, 1, "float64", "numpy", decades, "even", most=2)
-    start = make(n, 3, 2, "float64", "numpy", 0.0, "even", sites=target.chain.sites)
-    fitted, report = start.chain.fit(target.chain, sites=sites, sweeps=3, max_bond=3 if sites == 2 else None)
+    target = make(n, 5, 1, "float64", "numpy", decades, "even", most=2)
+    start = make(n, 6, 2, "float64", "numpy", 0.0, "even", sites=target.chain.sites)
+    norms = []
+    fitted, report = start.chain.fit(
+        target.chain,
+        sites=sites,
+        sweeps=3,
+        max_bond=6 if sites == 2 else None,
+        callback=lambda sweep, k, chain: norms.append(norm_of(chain).log),
+    )
+    # A projection of the target is never larger, and grows from update to update.
+    assert max(norms) <= target.log + 1e-9
+    if sites == 1:
+        # Double precision, in which the chain is shown, does not hold the first of them if the target is small.
+        held = [norm for norm in norms if norm > -690]
+        assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(held))
     assert report.norm == pytest.approx(math.exp(target.log), rel=1e-9)
     distance = transfer.relative_distance(target.cores, cores_of(fitted))
     assert abs(report.rel_error - distance) <= 3e-6
@@ -406,6 +459,18 @@ def test_refit_one_core_of_a_long_chain(n):
 
 
 # --- what was silent -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.guarantee("best-cut")
+@pytest.mark.parametrize("n", [6, 500])
+def test_cut_one_bond_of_a_long_chain(n):
+    case = make(n, 4, 0, "float64", "numpy", -200.0, "waves")
+    cut = cut_bond(case.chain.cores, n // 2, 2)
+    cores = [*case.cores[: n // 2], cut.left, cut.right, *case.cores[n // 2 + 2 :]]
+    values = transfer.log_spectra(case.cores)[n // 2]
+    assert np.abs(cut.spectrum / cut.spectrum[0] - values / values[0]).max() <= 1e-6
+    assert math.log(cut.spectrum[0]) == pytest.approx(case.log + math.log(values[0]), abs=1e-6)
+    assert transfer.relative_distance(case.cores, cores) == pytest.approx(float(np.linalg.norm(values[2:])), abs=1e-5)
 
 
 def ising(n: int, dtype: str) -> MPO:
@@ -500,16 +565,30 @@ def test_gram_on_double_precision_claims_no_exact_error(cap):
 # --- thousands of sites ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("plan-soon")
 @pytest.mark.parametrize("n", [3000, 14300])
 def test_too_many_sites_are_printed_and_refused_at_once(n):
     chain = MPO([np.ones((1, 2, 2, 1))] * n)
     assert len(repr(chain)) < 400
     assert len(str(chain.sites)) < 200
     for call in (chain.plan, chain.to_matrix, lambda: chain @ np.ones(3), lambda: np.ones(3) @ chain):
+        start = time.perf_counter()
         with pytest.raises(MPOError, match=r"10\*\*\d+"):
             call()
+        assert time.perf_counter() - start < 1
     small, report = chain.normalized().compress(Truncation(max_bond=1))
     assert max(len(str(report)), len(repr(report)), len(repr(small))) < 400
+
+
+@pytest.mark.guarantee("plan-soon")
+def test_a_plan_for_thousands_of_sites_without_legs():
+    chain = make(2000, 3, 0, "float64", "numpy", 0.0, "even", sites=few_legs(2000, 0)).chain
+    start = time.perf_counter()
+    plan = chain.plan()
+    assert time.perf_counter() - start < 5
+    assert plan.flops < 10**6
+    assert chain.plan(batch=1).flops < 10**6
+    assert len(repr(plan)) < 200
 
 
 @pytest.mark.slow

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import singular_values
 from mpo_tn.torch.models.moments import OptimizerLike, map_moments
 from mpo_tn.torch.models.units import MPOUnit, cuttable_units
-from mpo_tn.truncate.bond_cut import cut_bond, left_factors, right_factors, workable
+from mpo_tn.truncate.bond_cut import cut_bond, left_factors, right_factors, values_between, workable
 from mpo_tn.truncate.spectra import Spectra
 
 
@@ -40,8 +39,7 @@ def bond_spectra(model: nn.Module) -> dict[str, Spectra]:
 def unit_spectra(unit: MPOUnit) -> Spectra:
     """The spectra of one unit. See :func:`bond_spectra`."""
     cores = workable(unit.tensors(), unit.name)
-    lefts, rights = left_factors(cores), right_factors(cores)
-    values = [singular_values(left @ right, gram=False) for left, right in zip(lefts, rights, strict=True)]
+    values = map(values_between, left_factors(cores), right_factors(cores))
     return Spectra(values, unit.spec.sites)
 
 
