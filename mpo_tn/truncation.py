@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, is_real, list_text, whole_number
+from mpo_tn.markup import table
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,14 @@ class Report:
 
     def __repr__(self) -> str:
         return f"Report({self})"
+
+    def _repr_html_(self) -> str:
+        """A table of the bonds, short however many there are."""
+        rows = [(k, b.kept, b.available, f"{b.discarded_norm:.4g}", b.method or "") for k, b in enumerate(self.bonds)]
+        caption = str(self).partition("; bonds kept")[0]
+        met = () if self.tolerance_met else ("the tolerance is NOT met",)
+        head = ("bond", "kept", "of", "discarded norm", "method")
+        return table(caption, head, rows, (f"norm {self.norm:.6g}, floor {self.floor:.3g}", *met, *self.notes))
 
     def __str__(self) -> str:
         relation = "=" if self.exact else "is about" if self.bound is None else "<="

@@ -17,7 +17,7 @@ import numpy as np
 
 from mpo_tn.chains import contraction
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
-from mpo_tn.chains.chain import Chain
+from mpo_tn.chains.chain import Chain, same_kind
 from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, shared_out, size_of, unit, unit_cores
 from mpo_tn.exceptions import MPOError, count_text, shape_text, whole_number
 from mpo_tn.linalg import (
@@ -50,7 +50,7 @@ def add(a: ChainT, b: Chain) -> ChainT:
         [A_1 B_1] -- [A_2  0 ] -- [A_3]
                      [ 0  B_2]    [B_3]
     """
-    _check_pair("add", a, b, same_legs=True)
+    check_pair("add", a, b, same_legs=True)
     last = len(a) - 1
     xp = namespace(a.cores[0])
     if last == 0:
@@ -116,6 +116,20 @@ def scaled(chain: ChainT, number: complex, act: Callable[[Any, Any], Any]) -> Ch
     return chain.with_cores(cores, chain.canonical_interval)
 
 
+def traced_multiple(chain: ChainT, number: Array, act: Callable[[Any, Any], Any]) -> ChainT:
+    """The same for a number that JAX traces, in the dtype of the chain; complex if the number is."""
+    xp = namespace(number)
+    cores = list(chain.cores)
+    if dtype_name(number).startswith("complex") and not dtype_name(cores[0]).startswith("complex"):
+        wider = _COMPLEX.get(dtype_name(cores[0]))
+        if wider is None:
+            raise MPOError(f"a complex number times an MPO of {describe(cores[0])}: there is no complex half precision")
+        cores = [xp.astype(core, getattr(xp, wider)) for core in cores]
+    low, _ = chain.canonical_interval
+    cores[low] = act(cores[low], xp.astype(number, cores[low].dtype))
+    return chain.with_cores(cores, chain.canonical_interval)
+
+
 def normalized(chain: ChainT) -> ChainT:
     """The chain over its norm. See :meth:`mpo_tn.MPO.normalized`."""
     size = norm_of(chain)
@@ -133,16 +147,21 @@ def normalized(chain: ChainT) -> ChainT:
 
 def multiply(a: ChainT, b: Chain) -> ChainT:
     """``a @ b`` site by site, every bond the product of the two."""
-    _check_pair("multiply", a, b, same_legs=False)
+    check_pair("multiply", a, b, same_legs=False)
+    return pairwise(a, b, _product, "the product")
+
+
+def pairwise(a: ChainT, b: Chain, join: Callable[[Array, Array], Array], what: str) -> ChainT:
+    """The chain of ``join(a_k, b_k)``, linear in both, within the range of the dtype; ``what`` it is, for messages."""
     cores: list[Array] = []
     exponents: list[int] = []
     for pair in zip(a.cores, b.cores, strict=True):
         risky = all(map(has_values, pair)) and any(_is_risky(core, 0) for core in pair)
         first, second = (unit(core) if risky else Scaled(core) for core in pair)
-        cores.append(_product(first.array, second.array))
+        cores.append(join(first.array, second.array))
         exponents.append(first.exponent + second.exponent)
     if any(exponents):
-        cores = shared_out(cores, exponents, range(len(cores)), "the product")
+        cores = shared_out(cores, exponents, range(len(cores)), what)
     return a.with_cores(cores, None)
 
 
@@ -167,7 +186,7 @@ def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:
         if isinstance(x, np.ma.MaskedArray):
             raise MPOError("a MaskedArray has entries without a value: fill them first, for instance with x.filled(0)")
         x = np.asarray(x)
-    _check_same_kind("apply", chain.cores[0], x)
+    check_same_kind("apply", chain.cores[0], x)
     shape = tuple(int(size) for size in x.shape)
     rows, columns = chain.shape
     if len(shape) not in (1, 2) or shape[0] != columns:
@@ -224,7 +243,7 @@ def trace(chain: Chain) -> Size:
 
 def inner(a: Chain, b: Chain) -> Size:
     """``sum conj(a) * b`` over all entries, in double precision, from the first site to the last."""
-    _check_pair("take the inner product", a, b, same_legs=True)
+    check_pair("take the inner product", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
     wide_a, exponent_a = unit_cores([widen(core) for core in a.cores])
@@ -239,7 +258,7 @@ def inner(a: Chain, b: Chain) -> Size:
 
 def distance(a: Chain, b: Chain) -> float:
     """``|a - b|`` by QR of the difference chain, in double precision."""
-    _check_pair("take the distance", a, b, same_legs=True)
+    check_pair("take the distance", a, b, same_legs=True)
     check_cores(a)
     check_cores(b)
     found = difference(*(unit_cores([widen(core) for core in chain.cores]) for chain in (a, b)))
@@ -289,7 +308,7 @@ def identity_cores(sites: Sites, dtype: Any, like: Any) -> list[Array]:
             raise MPOError(f"the identity needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
     model = like.cores[0] if isinstance(like, Chain) else np.empty(0) if like is None else like
     xp = namespace(model)
-    wanted = model.dtype if dtype is None else _dtype(xp, dtype)
+    wanted = model.dtype if dtype is None else dtype_of(xp, dtype)
     device = array_api_compat.device(model)
     return [xp.reshape(xp.eye(out, dtype=wanted, device=device), (1, out, out, 1)) for out in sites.out]
 
@@ -304,7 +323,7 @@ def random_cores(sites: Sites, bonds: int | Sequence[int], seed: int, dtype: Any
     inner_bonds = sites.capped_bonds(bonds) if given is None else tuple(map(whole_number, given))  # type: ignore[arg-type]
     if any(bond is None or bond < 1 for bond in inner_bonds) or len(inner_bonds) != len(sites) - 1:
         raise MPOError(f"bonds={bonds!r} must be {len(sites) - 1} positive integers, or one number that caps them all")
-    wanted = _dtype(namespace(np.empty(0)), dtype)
+    wanted = dtype_of(namespace(np.empty(0)), dtype)
     rng = np.random.default_rng(number)
     ends: list[Any] = [1, *inner_bonds, 1]
     cores: list[Array] = []
@@ -318,7 +337,7 @@ def random_cores(sites: Sites, bonds: int | Sequence[int], seed: int, dtype: Any
 def low_rank_cores(left: Array, right: Array) -> list[Array]:
     """The two cores of ``left @ right``."""
     left, right = (np.asarray(factor) if isinstance(factor, np.ndarray) else factor for factor in (left, right))
-    _check_same_kind("multiply the factors", left, right)
+    check_same_kind("multiply the factors", left, right)
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         raise MPOError(
             f"left of shape {tuple(left.shape)} and right of shape {tuple(right.shape)} are no factors: expected "
@@ -328,15 +347,25 @@ def low_rank_cores(left: Array, right: Array) -> list[Array]:
     return [xp.reshape(left, (1, left.shape[0], 1, -1)), xp.reshape(right, (-1, 1, right.shape[1], 1))]
 
 
-def _check_same_kind(verb: str, a: Array, b: Array) -> None:
-    if describe(a) != describe(b):
+def check_same_kind(verb: str, a: Array, b: Array) -> None:
+    """Refuse two arrays of different libraries, dtypes or devices.
+
+    Raises:
+        MPOError: they are.
+    """
+    if not same_kind(a, b):
         raise MPOError(f"cannot {verb}: {describe(a)} and {describe(b)}: use one library, dtype and device")
 
 
-def _check_pair(verb: str, a: Chain, b: Chain, *, same_legs: bool) -> None:
+def check_pair(verb: str, a: Chain, b: Chain, *, same_legs: bool) -> None:
+    """Refuse what is no chain, another library, dtype or device, and legs that do not fit together.
+
+    Raises:
+        MPOError: names the first site that does not fit, and both shapes.
+    """
     if not isinstance(b, Chain):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MPOError(f"cannot {verb}: {b!r} of type {type(b).__name__} is not an MPO")
-    _check_same_kind(verb, a.cores[0], b.cores[0])
+    check_same_kind(verb, a.cores[0], b.cores[0])
     if len(a) != len(b):
         raise MPOError(f"cannot {verb}: {len(a)} sites on the left, {a.sites}, and {len(b)} on the right, {b.sites}")
     for k, (left, right) in enumerate(zip(a.sites, b.sites, strict=True)):
@@ -344,7 +373,7 @@ def _check_pair(verb: str, a: Chain, b: Chain, *, same_legs: bool) -> None:
             need = "equal legs are" if same_legs else "an in leg on the left equal to the out leg on the right is"
             raise MPOError(
                 f"cannot {verb}: site {k} has legs (out, in) = {left} on the left and {right} on the right, and {need} "
-                "needed"
+                f"needed; the matrices are {shape_text(a.shape)} and {shape_text(b.shape)}"
             )
 
 
@@ -359,7 +388,7 @@ def _checked_sum(total: Array, *parts: Array) -> Array:
     return total
 
 
-def _dtype(xp: Any, dtype: Any) -> Any:
+def dtype_of(xp: Any, dtype: Any) -> Any:
     """The dtype of one library that has the name of ``dtype``, which may be a name or a dtype of another library."""
     name = str(dtype).rsplit(".", maxsplit=1)[-1]
     if name not in _DTYPES:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+from mpo_tn.chains.pytree import register
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, check_dtype, describe, namespace
+from mpo_tn.linalg import Array, check_dtype, describe, dtype_name, is_traced, library, namespace
 from mpo_tn.sites import Sites
 
 
@@ -38,6 +39,7 @@ class Chain:
     canonical_interval: tuple[int, int] = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
+        register(type(self))
         object.__setattr__(self, "cores", _checked_cores(self.cores))
         last = len(self.cores) - 1
         interval: Any = self.canonical_interval
@@ -88,12 +90,19 @@ class Chain:
         return type(self)(tuple(cores), canonical_interval)  # type: ignore[arg-type]
 
 
+def same_kind(a: Array, b: Array) -> bool:
+    """Whether two arrays are of one library, dtype and device; what JAX traces is on whichever device is needed."""
+    if is_traced(a) or is_traced(b):
+        return library(a) == library(b) and dtype_name(a) == dtype_name(b)
+    return describe(a) == describe(b)
+
+
 def _checked_cores(cores: Iterable[Array]) -> tuple[Array, ...]:
     checked = tuple(cores)
     if not checked:
         raise MPOError("cores=() is empty: a chain has at least one core")
     first = checked[0]
-    expected = describe(first)
+    namespace(first)
     check_dtype(first, "a core")
     for k, core in enumerate(checked):
         namespace(core)
@@ -102,8 +111,10 @@ def _checked_cores(cores: Iterable[Array]) -> tuple[Array, ...]:
             raise MPOError(
                 f"core {k} has shape {shape}: expected (left bond, out leg, in leg, right bond), none of them 0"
             )
-        if describe(core) != expected:
-            raise MPOError(f"core {k} is {describe(core)} and core 0 is {expected}: use one library, dtype and device")
+        if not same_kind(core, first):
+            raise MPOError(
+                f"core {k} is {describe(core)} and core 0 is {describe(first)}: use one library, dtype and device"
+            )
         left = 1 if k == 0 else int(checked[k - 1].shape[3])
         if shape[0] != left:
             raise MPOError(f"core {k} has left bond {shape[0]} where {left} is needed: its shape is {shape}")

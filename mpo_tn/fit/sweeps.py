@@ -35,6 +35,7 @@ from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Scaled, lost, unit
 from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.fit.metric import Metric
+from mpo_tn.fit.product import ProductTarget
 from mpo_tn.fit.targets import FROBENIUS, Target, target_of
 from mpo_tn.linalg import (
     Array,
@@ -103,7 +104,7 @@ FitCallback = Callable[[int, int, Chain], object]
 
 
 def fit(
-    target: Array | Chain,
+    target: Array | Chain | ProductTarget,
     start: ChainT,
     *,
     sites: int = 1,
@@ -117,7 +118,7 @@ def fit(
     width, sweeps = _options(sites, sweeps, tol, max_bond)
     if metric is not None and width == 2:
         raise MPOError("sites=2 with a metric: a metric weighs one site at a time, use sites=1")
-    goal = target_of(target, start, metric)
+    goal = target if isinstance(target, ProductTarget) else target_of(target, start, metric)
     check_cores(start)
     begun = start if max_bond is None else compress(wide_chain(start), Truncation(max_bond=max_bond))[0]
     cores, exponent = centred(begun, 0)

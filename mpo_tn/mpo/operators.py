@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from array_api_compat import is_array_api_obj
 
-from mpo_tn.chains import algebra
+from mpo_tn.chains import algebra, composition
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import is_traced
 
 
 class Operators(Chain):
@@ -24,6 +26,8 @@ class Operators(Chain):
     ``c * a, a * c, a / c``   the multiple, complex if ``c`` is         as before        kept
     ``-a, a.T, a.H``          the negative, the transpose, the adjoint  as before        kept
     ``a @ b``                 the matrix product                        products         claims nothing
+    ``a ** p``                ``a @ a @ ... @ a``, p times              powers           claims nothing
+    ``sum([a, b, c])``        the sum of them all                       sums of all      claims nothing
     ``a @ x``                 array, see :meth:`mpo_tn.MPO.apply`       (none)           (none)
     ``x @ a``                 ``a.T @ x.T`` transposed, for (out,) or   (none)           (none)
                               (batch, out)
@@ -64,9 +68,13 @@ class Operators(Chain):
         return algebra.conj(self)
 
     def __add__(self, other: Any) -> Self:
+        if isinstance(other, int) and not isinstance(other, bool) and other == 0:
+            return self  # where ``sum`` begins
         if not isinstance(other, Chain):
             return NotImplemented
         return algebra.add(self, other)
+
+    __radd__ = __add__
 
     def __sub__(self, other: Any) -> Self:
         if not isinstance(other, Chain):
@@ -77,18 +85,21 @@ class Operators(Chain):
         return algebra.scaled(self, -1.0, operator.mul)
 
     def __mul__(self, factor: Any) -> Self:
-        number = checked_scalar(factor)
-        if number is None:
-            return NotImplemented
-        return algebra.scaled(self, number, operator.mul)
+        return self._multiple(factor, operator.mul)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Self:
-        number = checked_scalar(divisor)
-        if number is None:
-            return NotImplemented
-        return algebra.scaled(self, number, operator.truediv)
+        return self._multiple(divisor, operator.truediv)
+
+    def _multiple(self, factor: Any, act: Callable[[Any, Any], Any]) -> Any:
+        if is_traced(factor) and factor.ndim == 0:
+            return algebra.traced_multiple(self, factor, act)
+        number = checked_scalar(factor)
+        return NotImplemented if number is None else algebra.scaled(self, number, act)
+
+    def __pow__(self, exponent: Any) -> Self:
+        return composition.power(self, exponent)
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, Chain):

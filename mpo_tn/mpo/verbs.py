@@ -10,9 +10,13 @@ from mpo_tn.chains import algebra, contraction
 from mpo_tn.chains.canonical import canonicalize
 from mpo_tn.exceptions import count_text, list_text
 from mpo_tn.linalg import Array
+from mpo_tn.mpo.composing import Composing
+from mpo_tn.mpo.entries import Entries
+from mpo_tn.mpo.exchange import Exchange
 from mpo_tn.mpo.fitting import Fitting
 from mpo_tn.mpo.measures import Measures
 from mpo_tn.mpo.operators import Operators
+from mpo_tn.mpo.showing import Showing
 from mpo_tn.sites import Sites
 from mpo_tn.storage import chain_file
 from mpo_tn.truncate.basis import Method
@@ -22,7 +26,7 @@ from mpo_tn.truncate.sweep import BondCallback
 from mpo_tn.truncation import Report, Truncation
 
 
-class MPO(Operators, Measures, Fitting):
+class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
     """A matrix product operator (tensor-train matrix). Immutable: every verb returns a new one.
 
     Build one with :meth:`from_matrix`, or from cores of shape (bond_{k-1}, out_k, in_k, bond_k) with ``MPO(cores)``,
@@ -30,7 +34,10 @@ class MPO(Operators, Measures, Fitting):
 
     With ``+``, ``-``, ``*``, ``/`` and ``@`` it is used like a matrix: see :class:`~mpo_tn.mpo.operators.Operators`.
     What can be measured on it is in :class:`~mpo_tn.mpo.measures.Measures`, and how it is brought closer to something,
-    in a metric, too, in :class:`~mpo_tn.mpo.fitting.Fitting`.
+    in a metric, too, in :class:`~mpo_tn.mpo.fitting.Fitting`. :class:`~mpo_tn.mpo.entries.Entries` has what is looked
+    up without the matrix, :class:`~mpo_tn.mpo.composing.Composing` what is built of others or of local terms,
+    :class:`~mpo_tn.mpo.exchange.Exchange` dtypes, devices and other libraries, and
+    :class:`~mpo_tn.mpo.showing.Showing` tables and pictures.
 
     >>> import numpy as np
     >>> from mpo_tn import MPO, Sites, Truncation

@@ -1,5 +1,6 @@
-"""Pictures of spectra and of what is lost against size, in one style. Functions draw into Matplotlib axes."""
+"""Pictures of chains, spectra and what is lost against size, in one style. They are drawn into Matplotlib axes."""
 
+from mpo_tn.plot.diagram import diagram
 from mpo_tn.plot.frontier import Point, frontier
 from mpo_tn.plot.looks import LOOKS, Look, look, looks
 from mpo_tn.plot.pictures import curves, discarded, entropies, error_curve, marked_axes, spectra
@@ -14,6 +15,7 @@ __all__ = [
     "Theme",
     "curves",
     "dark_css",
+    "diagram",
     "discarded",
     "entropies",
     "error_curve",

@@ -17,6 +17,7 @@ from mpo_tn.linalg import (
     adjoint,
     check_matrix,
     frobenius_norm,
+    is_traced,
     library,
     restored,
     svd,
@@ -37,11 +38,12 @@ def truncated(matrix: Array, sites: Sites, truncation: Truncation) -> Array:
     Cores have no gradient, because they are defined only up to a gauge; the matrix they stand for has one.
 
     Args:
-        matrix: shape (out, in); NumPy, a torch tensor that may require grad, or a JAX array, under ``jax.grad`` too.
+        matrix: shape (out, in); NumPy, a torch tensor that may require grad, or a JAX array, which ``jax.jit``,
+            ``grad`` and ``vmap`` may trace.
         sites: legs that multiply to the shape.
         truncation: ``max_bond`` alone: bonds have to be fixed for there to be a derivative.
 
-    Computed in double precision, on the host.
+    Computed in double precision, on the host; while JAX traces, by a callback, once more for the gradient.
 
     Guarantee (truncated-matrix): equal to ``MPO.from_matrix(matrix, sites, truncation)[0].to_matrix()``, to
     ``8 eps(dtype) sqrt(size) norm (1 + norm / gap)**2`` for the least gap between the last kept and the first discarded
@@ -52,8 +54,9 @@ def truncated(matrix: Array, sites: Sites, truncation: Truncation) -> Array:
     Cost: an SVD of each unfolding that is cut, of the size of the matrix; their factors are kept for the gradient.
 
     Raises:
-        MPOError: a tolerance; legs that do not fit; not a matrix that can be decomposed, or one traced by ``jax.jit``;
-            in the gradient, a bond whose last kept and first discarded singular values are equal: there is none then.
+        MPOError: a tolerance; legs that do not fit; not a matrix that can be decomposed; in the gradient, a bond whose
+            last kept and first discarded singular values are equal: there is none then. What is wrong with the values
+            of an array that JAX traces is raised by JAX, with the same words.
 
     Source: rank truncation F is smooth where ``s_r > s_{r+1}``; with ``X = U^H G V`` its adjoint is ``P_U G + G P_V -
     P_U G P_V + U M V^H``, M zero but between kept i and discarded j: ``M_ij = (s_j**2 X_ij + s_i s_j conj(X_ji)) /
@@ -164,13 +167,35 @@ def _for_torch() -> Any:
 def _for_jax() -> Any:
     import jax
 
-    def plain(matrix: Array, sites: Sites, caps: tuple[int | None, ...]) -> Array:
-        return _forward(matrix, sites, caps)[0]
+    def on_host(function: Any, *arrays: Array) -> Array:
+        """What NumPy makes of the arrays, of the kind of the first; while JAX traces them, once it has their values."""
+        shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+        return jax.pure_callback(
+            lambda *values: function(*map(np.asarray, values)), shape, *arrays, vmap_method="sequential"
+        )
 
-    def backward(sites: Sites, caps: tuple[int | None, ...], steps: list[Step], gradient: Array) -> tuple[Array]:
+    def forward(matrix: Array, sites: Sites, caps: tuple[int | None, ...]) -> tuple[Array, Any]:
+        if not is_traced(matrix):
+            return _forward(matrix, sites, caps)
+        # All that can be seen without values is looked at here, where an error can still be raised as it is.
+        check_legs(sites, check_matrix(np.broadcast_to(np.zeros((), matrix.dtype), matrix.shape)).shape)
+        # Their factors would be cut to single precision on the way without x64, so they are found once more.
+        return on_host(lambda values: _forward(values, sites, caps)[0], matrix), matrix
+
+    def plain(matrix: Array, sites: Sites, caps: tuple[int | None, ...]) -> Array:
+        return forward(matrix, sites, caps)[0]
+
+    def backward(sites: Sites, caps: tuple[int | None, ...], kept: Any, gradient: Array) -> tuple[Array]:
         # JAX's cotangents are the conjugates of torch's.
-        return (jax.numpy.conj(_backward(jax.numpy.conj(gradient), steps, sites, caps)),)
+        gradient = jax.numpy.conj(gradient)
+        if isinstance(kept, list):
+            return (jax.numpy.conj(_backward(gradient, kept, sites, caps)),)
+
+        def of_both(g: np.ndarray, w: np.ndarray) -> Array:
+            return _backward(g, _forward(w, sites, caps)[1], sites, caps)
+
+        return (jax.numpy.conj(on_host(of_both, gradient, kept)),)
 
     function = jax.custom_vjp(plain, nondiff_argnums=(1, 2))
-    function.defvjp(_forward, backward)
+    function.defvjp(forward, backward)
     return function

@@ -52,18 +52,25 @@ class Budget:
 
         ``tail[r]`` is the norm of what keeping ``r`` values cuts, see :func:`mpo_tn.linalg.tails`.
         """
+        rank = self.rank(tail, cap)
+        self.spend(float(tail[rank]))
+        return rank
+
+    def rank(self, tail: np.ndarray, cap: int | None) -> int:
+        """What :meth:`keep` would keep; nothing is spent."""
         rank = len(tail) - 1
         if math.isfinite(self.error):
             # An approximate method may know the first values only.
             rank = min(rank, int((tail > self.share).sum()))
         if cap is not None:
             rank = min(rank, cap)
-        rank = max(rank, 1)
-        cut = float(tail[rank])
+        return max(rank, 1)
+
+    def spend(self, cut: float) -> None:
+        """Take what one bond cut out of the budget."""
         if math.isfinite(self.error):
             self.error = math.sqrt(max(self.error**2 - cut**2, 0.0))
         self.bonds_left -= 1
-        return rank
 
 
 class Sweep:

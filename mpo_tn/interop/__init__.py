@@ -1,0 +1,1 @@
+"""Chains of other libraries: which array is which core."""
