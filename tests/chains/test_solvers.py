@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.chains import dense, host, random_chain, to_backend
 
-from mpo_tn import MPO, MPOError, Sites, eigsh, solve
+from mpo_tn import MPO, MPOError, Sites, Truncation, eigsh, solve
 
 X, Z = np.array([[0.0, 1.0], [1.0, 0.0]]), np.diag([1.0, -1.0])
 
@@ -68,6 +68,20 @@ def test_one_step_of_the_heat_equation():
     for hermitian in (False, True):
         x = solve(a, b, tol=1e-9, hermitian=hermitian)
         assert np.allclose(x, np.linalg.solve(w, b), rtol=0, atol=1e-7)
+
+
+@pytest.mark.guarantee("solved")
+def test_a_condition_number_does_not_stop_minres_early():
+    """SciPy's MINRES alone stops at some 1e-8 here, for a tolerance of 1e-10."""
+    n = 8
+    size = 2**n
+    w = np.eye(size) + 200 * (2 * np.eye(size) - np.eye(size, k=1) - np.eye(size, k=-1))
+    a, _ = MPO.from_matrix(w, qubits(n), Truncation(rel_error=1e-14))
+    b = np.where(np.arange(size) < size // 3, 1.0, 0.0)
+    x = solve(a, b, hermitian=True)
+    assert np.linalg.norm(w @ x - b) <= 1.1e-10 * np.linalg.norm(b)
+    with pytest.raises(MPOError, match="no solution to tol=1e-10 in 20 products"):
+        solve(a, b, hermitian=True, max_steps=20)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every line of Python in the README and in the page on tuning runs as it stands."""
+"""Every line of Python in the README and in the pages on tuning and solving runs as it stands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.paths import ROOT
 
@@ -42,6 +43,19 @@ def test_the_page_on_tuning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert result.rounds
         assert result.bonds == result.bonds_after(result.best_round)
     assert {path.name for path in tmp_path.iterdir()} >= {"base", "weather", "run", "small"}
+
+
+def test_the_page_on_solving_is_right() -> None:
+    names = run_page("docs/solving.md")
+    energy = {n: 1 - 1 / np.sin(np.pi / (4 * n + 2)) for n in (12, 60)}  # Pfeuty, Ann. Phys. 57, 1970
+    assert names["energies"][0] == pytest.approx(energy[12], abs=1e-9)
+    assert names["dmrg"].energy == pytest.approx(energy[60], abs=1e-5)
+    second = np.kron(np.kron(names["second"], np.eye(12)), np.eye(12))
+    assert names["laplacian"].bonds == (2, 2)
+    assert np.allclose(names["laplacian"].to_matrix()[:144, 144:288], second[:144, 144:288])
+    warm, cold = names["warm"], names["start"].ravel()
+    left = warm - 0.5 * (names["laplacian"].to_matrix() @ warm)
+    assert np.linalg.norm(left - cold) <= 1e-9 * np.linalg.norm(cold)
 
 
 @pytest.mark.parametrize("page", PAGES)
