@@ -71,6 +71,7 @@ def calibrate_blocks(
 
     Source: the anchored moments of AA-SVD, arXiv 2604.02119.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> [(step.name, step.calibration.units) for step in calibrate_blocks(model, [torch.ones(2, 4)])]
