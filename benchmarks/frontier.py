@@ -417,9 +417,9 @@ def _least(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], planned_ro
         if enough:
             least = min(row["bits_per_weight"] for row in enough)
             found.append(min((r for r in enough if r["bits_per_weight"] == least), key=lambda row: row["distance"]))
-    if not found:
-        return ""
     near = [row for row in found if row["bits_per_weight"] <= asked * 1.05]
+    if not found or (not near and "planned" in methods[0]):
+        return ""
     best = min(near, key=lambda row: row["distance"]) if near else min(found, key=lambda row: row["bits_per_weight"])
     bits = best["bits_per_weight"]
     return f"{shown(best['distance'])} ({best['spearman']:.3f})" + ("" if near else f" at {bits:.2f}")
