@@ -58,7 +58,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the report and the compressed model go.")] = Path("demo"),
     model: Annotated[Path | None, typer.Option(help="A sentence encoder to use instead of the embedded one.")] = None,
     sentences: Annotated[int, typer.Option(help="How many sentences to measure on.")] = 160,
-    heal_steps: Annotated[int, typer.Option(help="Steps of healing; 0 for none.")] = 60,
+    heal_steps: Annotated[int, typer.Option(help="Steps of healing; 0 for none.")] = 45,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -81,7 +81,7 @@ def run_demo(
     *,
     source: Path | None = None,
     sentences: int = 160,
-    heal_steps: int = 60,
+    heal_steps: int = 45,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -270,11 +270,12 @@ def _planned(bench: _Bench, result: DemoResult) -> tuple[Any, CompressionReport]
         whole = plan(dense, MPOConfig(target_modules=EVERYTHING, sites=1, bits=width)).bytes_after
         start = time.perf_counter()
         decided = plan(
-            dense, MPOConfig(target_modules=EVERYTHING, size=whole), calibration=bench.samples,
+            dense, MPOConfig(target_modules=EVERYTHING, size=whole), calibration=bench.samples, anchored=False,
             progress=doing(f"plan for {whole / 1e6:.1f} MB", bench.progress),
         )  # fmt: skip
         model = bench.dense()
-        report = compress(model, decided)
+        # Layer after layer is worth its time where much is lost.
+        report = compress(model, decided, anchored=width == WIDTHS[-1])
         _measured(bench, result, "planned", model, report, time.perf_counter() - start)
         found = model, report
     assert found is not None

@@ -42,7 +42,12 @@ LEFT_BY_PLAN = "left dense by the plan: within the budget it is worth its bytes"
 
 
 def plan_for_budget(
-    model: nn.Module, config: MPOConfig, source: Samples | Calibration, progress: Progress | None = None
+    model: nn.Module,
+    config: MPOConfig,
+    source: Samples | Calibration,
+    progress: Progress | None = None,
+    *,
+    anchored: bool = True,
 ) -> Plan:
     """Choose structure and bits of every matrix for a budget. See :func:`~mpo_tn.torch.plan`."""
     tell = progress or silent
@@ -61,7 +66,7 @@ def plan_for_budget(
     if samples is None:
         best, considered = plans[0], [_alternative(plan, measured) for plan in plans]
     else:
-        best, considered = _compare(model, found, measured, plans, trial, tell)
+        best, considered = _compare(model, found, measured, plans, trial, tell, finalists=_FINALISTS if anchored else 1)
     return _plan(model, config, found, measured, best, considered, trial)
 
 
@@ -215,7 +220,7 @@ def _alternative(plan: Candidate, measured: Sequence[Tradeoff], distance: float 
 
 def _compare(
     model: nn.Module, found: Survey, measured: Sequence[Tradeoff], plans: Sequence[Candidate], trial: Trial,
-    tell: Progress,
+    tell: Progress, *, finalists: int,
 ) -> tuple[Candidate, list[Alternative]]:  # fmt: skip
     """Carry out the plans that may be best, and let held-back text choose."""
     assert trial.samples is not None
@@ -242,7 +247,7 @@ def _compare(
     if not math.isfinite(least):
         raise MPOError(f"none of {len(results)} plans gives a model whose output is finite: give a larger budget")
     # Of plans that are close the better one need not be the better one once layers see what was done before them.
-    close = [result for result in results if least > _NEGLIGIBLE and result[0] <= _CLOSE * least][:_FINALISTS]
+    close = [result for result in results if least > _NEGLIGIBLE and result[0] <= _CLOSE * least][:finalists]
     if len(close) > 1:
         finals: list[tuple[float, Candidate, dict[str, Fitted]]] = []
         for done, (_, plan) in enumerate(close):

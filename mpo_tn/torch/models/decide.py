@@ -30,6 +30,7 @@ def plan(
     *,
     spectra: bool = False,
     calibration: Iterable[Any] | Calibration | Samples | None = None,
+    anchored: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide what every matrix of ``model`` becomes; the model stays as it is.
@@ -44,6 +45,8 @@ def plan(
             layers get, and for a budget (``size``, ``bits_per_weight``, ``max_flops``, or ``keep`` where structures are
             left open) structure and bits of each are chosen by what the model does on the text that was held back;
             without text errors alone choose.
+        anchored: for a budget, with text: whether plans that are close are also fitted layer after layer before one of
+            them is taken, as :func:`compress` does by default. It takes longer.
         progress: told of every step.
 
     Returns:
@@ -75,7 +78,7 @@ def plan(
     if config.has_budget or (config.shares_keep and source is not None):
         if source is None:
             raise MPOError("a budget is spent by what the model does on text: give calibration=batches")
-        return plan_for_budget(model, config, source, progress)
+        return plan_for_budget(model, config, source, progress, anchored=anchored)
     metric = FROBENIUS if source is None else ACTIVATION
     found = survey(model, config.target_modules, config.exclude_modules)
     units: list[UnitPlan] = []
