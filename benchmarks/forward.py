@@ -7,7 +7,6 @@ and every mode take turns; what is given is the median, over the rounds, of the 
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 from common import in_turns  # isort: skip
 import numpy as np
 import torch
-import transformers
 from baselines import Subject, planned
+from commands import Commands
 from rows import Job, markdown, read, surroundings, write
 
 from mpo_tn.app.demo import ENCODER, demo_model
@@ -120,22 +119,12 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("run")
-    make.add_argument("data_dir", type=Path)
-    make.add_argument("results", type=Path)
-    make.add_argument("--again", nargs="*", default=[], help="plans whose rows are made anew")
-    make.add_argument("--repeats", type=int, default=9)
-    show = commands.add_parser("table")
-    show.add_argument("results", type=Path)
-    arguments = parser.parse_args()
-    if arguments.command == "table":
-        print("\n".join(_lines(read(arguments.results, "forward"))))
-        return
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    run(arguments.data_dir, arguments.results, arguments.again, arguments.repeats)
+    commands = Commands(__doc__)
+    commands.run.add_argument("--again", nargs="*", default=[], help="plans whose rows are made anew")
+    commands.run.add_argument("--repeats", type=int, default=9)
+    arguments = commands.asked(lambda results: "\n".join(_lines(read(results, "forward"))))
+    if arguments is not None:
+        run(arguments.data_dir, arguments.results, arguments.again, arguments.repeats)
 
 
 if __name__ == "__main__":

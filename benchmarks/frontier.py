@@ -14,7 +14,6 @@ whose auxiliary tensors train, against LoRA on the dense matrix in 2 bits.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -25,15 +24,14 @@ from typing import Any
 import common  # threads, before NumPy
 import numpy as np
 import torch
-import transformers
 from baselines import Subject, at_size, carried_out, make_missing, planned, stored_bytes, zeroed
-from rows import Job, Made, markdown, read, shown, with_error
+from commands import Commands, save
+from rows import Job, Made, markdown, points, read, shown, with_error
 
 from mpo_tn import plot
 from mpo_tn.app.demo import ENCODER, demo_model
 from mpo_tn.app.measuring import Bench, Measured, spread
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.storage.files import write_whole
 from mpo_tn.torch import HealResult, freeze, heal
 from mpo_tn.torch.hf.folder import load_model, load_tokenizer
 from mpo_tn.torch.loops.feeding import Feed
@@ -511,53 +509,29 @@ def picture(results: Path, file: Path) -> None:
                 )  # fmt: skip
             if attempt == 0:
                 figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        if file.suffix == ".svg":
-            title = "Distance to the dense model and STS-B score against bits per weight of MiniLM's encoder"
-            write_whole(file, plot.svg(figure, title=title, alone=True).encode())
-        else:
-            figure.savefig(file, dpi=150)
+        save(figure, file, "Distance to the dense model and STS-B score against bits per weight of MiniLM's encoder")
 
 
 def _points(rows: Sequence[Mapping[str, Any]], what: str) -> list[plot.Point]:
-    """Of every line the nearest row at each of its sizes."""
-    found: dict[tuple[str, float], Mapping[str, Any]] = {}
-    for name, methods in DRAWN.items():
-        for row in rows:
-            if row["method"] in methods and row.get("group", 128) == 128:
-                place = name, row.get("budget", row["bits_per_weight"])
-                found[place] = min(found.get(place, row), row, key=lambda row: row["distance"])
-    return [
-        plot.Point(name, row["bits_per_weight"], row[what], row[f"{what}_error"] if what == "spearman" else None)
-        for (name, _), row in found.items()
-    ]
+    """Of every line the nearest row at each of its sizes, whatever is shown of it."""
+    return points(
+        rows, DRAWN, lambda row: row[what], least=lambda row: row["distance"],
+        error=(lambda row: row["spearman_error"]) if what == "spearman" else None,
+    )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("run")
-    make.add_argument("data_dir", type=Path)
-    make.add_argument("results", type=Path)
+    commands = Commands(__doc__)
+    make = commands.run
     make.add_argument("--parts", nargs="+", default=["encoder", "whole", "confirm", "healed", "repair"])
     make.add_argument("--again", nargs="*", default=[], help="methods whose rows are made anew")
     make.add_argument("--only", nargs="*", default=[], help="methods that are made, if not all")
     make.add_argument("--budgets", nargs="*", type=float, default=[], help="of the rows that have one, if not all")
     make.add_argument("--minutes", type=float, default=10.0, help="of healing")
     make.add_argument("--steps", type=int, default=300, help="of repairing a hard quantisation")
-    show = commands.add_parser("table")
-    show.add_argument("results", type=Path)
-    draw = commands.add_parser("plot")
-    draw.add_argument("results", type=Path)
-    draw.add_argument("file", type=Path, help="where to; .svg or .png")
-    arguments = parser.parse_args()
-    if arguments.command == "table":
-        print(tables(arguments.results))
+    arguments = commands.asked(tables, picture)
+    if arguments is None:
         return
-    if arguments.command == "plot":
-        picture(arguments.results, arguments.file)
-        return
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     run(
         arguments.data_dir,
         arguments.results,

@@ -2,13 +2,12 @@
 
 ``python benchmarks/glue.py run DATA_DIR RESULTS --tasks MRPC --seeds 0 1`` makes the runs that are missing in RESULTS,
 one file each, so that it can be stopped and started again; ``python benchmarks/glue.py table RESULTS`` prints tables,
-and ``python benchmarks/glue.py picture RESULTS FILE`` draws scores against sizes.
+and ``python benchmarks/glue.py plot RESULTS FILE`` draws scores against sizes.
 The squeezed runs of a task and seed come before their controls, which take their bonds and their number of steps.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -21,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-import transformers
+from commands import Commands, save
 
 from mpo_tn import plot
 from mpo_tn.app.demo import demo_model
@@ -251,11 +250,7 @@ def picture(results: Path, file: Path) -> None:
                 _panel(ax, task, runs)
             if attempt == 0:
                 figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        if file.suffix == ".svg":
-            title = "Scores on " + ", ".join(found) + " against the size of the model"
-            write_whole(file, plot.svg(figure, title=title, alone=True).encode())
-        else:
-            figure.savefig(file, dpi=150)
+        save(figure, file, "Scores on " + ", ".join(found) + " against the size of the model")
 
 
 def _panel(ax: Any, task: str, runs: Runs) -> None:
@@ -284,31 +279,16 @@ def _point(row: str, by_seed: dict[int, dict[str, Any]]) -> plot.Point:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("run")
-    make.add_argument("data_dir", type=Path)
-    make.add_argument("results", type=Path)
-    make.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
-    make.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
-    make.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    make.add_argument("--plain", nargs="*", default=list(PLAIN))
-    make.add_argument("--kept", nargs="*", type=float, default=list(KEPT))
-    show = commands.add_parser("table")
-    show.add_argument("results", type=Path)
-    draw = commands.add_parser("picture")
-    draw.add_argument("results", type=Path)
-    draw.add_argument("file", type=Path, help="where to; .svg or .png")
-    arguments = parser.parse_args()
-    if arguments.command == "picture":
-        picture(arguments.results, arguments.file)
-        return
-    if arguments.command == "table":
-        print(tables(arguments.results))
+    commands = Commands(__doc__)
+    commands.run.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
+    commands.run.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
+    commands.run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    commands.run.add_argument("--plain", nargs="*", default=list(PLAIN))
+    commands.run.add_argument("--kept", nargs="*", type=float, default=list(KEPT))
+    arguments = commands.asked(tables, picture)
+    if arguments is None:
         return
     arguments.results.mkdir(parents=True, exist_ok=True)
-    transformers.logging.set_verbosity_error()  # the head is new, which need not be said every time
-    transformers.logging.disable_progress_bar()
     tasks = [load_task(task, arguments.data_dir, limit=LIMIT.get(task)) for task in arguments.tasks]
     for seed in arguments.seeds:
         for data in tasks:

@@ -12,7 +12,6 @@ window begins with the token of the beginning. The texts: of the kind that was c
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from baselines import Subject, at_size, carried_out, forget, make_missing, planned, stored_bytes, zeroed
+from commands import Commands, save
 from language_models import LENGTH, MEASURED, SEED, Language, gpt, stories
-from rows import Job, Made, markdown, read, shown
+from rows import Job, Made, markdown, points, read, shown
 from torch.nn import functional
 
 from mpo_tn import plot
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.storage.files import write_whole
 from mpo_tn.torch import plan
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
@@ -218,54 +216,24 @@ def picture(results: Path, file: Path) -> None:
                 for ax, text in zip(line, (texts[0], texts[-1]), strict=True):
                     ax.clear()
                     plot.frontier(
-                        _points(rows, text), ylabel=f"{name}, {text}:\nnats a token, less is better",
+                        points(rows, DRAWN, lambda row, text=text: row["loss"][text]),
+                        ylabel=f"{name}, {text}:\nnats a token, less is better",
                         unit="bits per weight", dense=plot.Point("dense", 32.0, dense["loss"][text]),
                         floor={FLOOR: floor["loss"][text]}, log="x", zero="", labels=False, ax=ax,
                     )  # fmt: skip
             if attempt == 0:
                 figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        if file.suffix == ".svg":
-            title = "Loss of two language models against bits per weight of the matrices of their blocks"
-            write_whole(file, plot.svg(figure, title=title, alone=True).encode())
-        else:
-            figure.savefig(file, dpi=150)
-
-
-def _points(rows: Sequence[Mapping[str, Any]], text: str) -> list[plot.Point]:
-    """Of every line the row of the least loss at each of its sizes."""
-    found: dict[tuple[str, float], Mapping[str, Any]] = {}
-    for name, methods in DRAWN.items():
-        for row in rows:
-            if row["method"] in methods and row.get("group", 128) == 128:
-                place = name, row.get("budget", row["bits_per_weight"])
-                found[place] = min(found.get(place, row), row, key=lambda row: row["loss"][text])
-    return [plot.Point(name, row["bits_per_weight"], row["loss"][text]) for (name, _), row in found.items()]
+        save(figure, file, "Loss of two language models against bits per weight of the matrices of their blocks")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("run")
-    make.add_argument("data_dir", type=Path)
-    make.add_argument("results", type=Path)
-    make.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    make.add_argument("--again", nargs="*", default=[], help="methods whose rows are made anew")
-    make.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mpo_tn_benchmarks")
-    show = commands.add_parser("table")
-    show.add_argument("results", type=Path)
-    draw = commands.add_parser("plot")
-    draw.add_argument("results", type=Path)
-    draw.add_argument("file", type=Path, help="where to; .svg or .png")
-    arguments = parser.parse_args()
-    if arguments.command == "table":
-        print(tables(arguments.results))
-        return
-    if arguments.command == "plot":
-        picture(arguments.results, arguments.file)
-        return
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    run(arguments.data_dir, arguments.results, arguments.cache, arguments.models, arguments.again)
+    commands = Commands(__doc__)
+    commands.run.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    commands.run.add_argument("--again", nargs="*", default=[], help="methods whose rows are made anew")
+    commands.run.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mpo_tn_benchmarks")
+    arguments = commands.asked(tables, picture)
+    if arguments is not None:
+        run(arguments.data_dir, arguments.results, arguments.cache, arguments.models, arguments.again)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import common  # threads, before NumPy
 import torch
 from torch import nn
 
+from mpo_tn import plot
 from mpo_tn.storage.files import write_whole
 from mpo_tn.tuning.result import plain
 
@@ -84,3 +85,32 @@ def with_error(value: float, error: float) -> str:
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table."""
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def points(
+    rows: Sequence[Mapping[str, Any]],
+    drawn: Mapping[str, Sequence[str]],
+    value: Callable[[Mapping[str, Any]], float],
+    *,
+    least: Callable[[Mapping[str, Any]], float] | None = None,
+    error: Callable[[Mapping[str, Any]], float] | None = None,
+) -> list[plot.Point]:
+    """The points of lines against bits per weight.
+
+    Args:
+        rows: of the encoder, or of a model.
+        drawn: the methods of every line, by the name it has in figures.
+        value: of a row.
+        least: what the one row of a line at a size has least of; ``value`` if not given.
+        error: the standard error of the value.
+    """
+    found: dict[tuple[str, float], Mapping[str, Any]] = {}
+    for name, methods in drawn.items():
+        for row in rows:
+            if row["method"] in methods and row.get("group", 128) == 128:
+                place = name, row.get("budget", row["bits_per_weight"])
+                found[place] = min(found.get(place, row), row, key=least or value)
+    return [
+        plot.Point(name, row["bits_per_weight"], value(row), None if error is None else error(row))
+        for (name, _), row in found.items()
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +104,17 @@ def roundtrip(model: Any, folder: Path, **options: Any) -> Any:
     loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values())
     return loaded.eval()
+
+
+def kept_for_backward(run: Callable[[], object]) -> dict[int, int]:
+    """The memory that autograd keeps for the backward pass of what is run: bytes by where it lies."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept

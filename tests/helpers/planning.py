@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,15 @@ from torch import nn
 
 from helpers.calibrating import Batch, padded_batches
 from helpers.tiny_models import EMBEDDINGS, tiny
+from mpo_tn.planning.options import Option, options
+from mpo_tn.progress import silent
 from mpo_tn.torch import MPOConfig, Plan, plan
+from mpo_tn.torch.models.calibrate import calibrate
+from mpo_tn.torch.models.calibration import Moments
+from mpo_tn.torch.models.fitting import fit_matrix
+from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
+from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
+from mpo_tn.torch.models.units import find_units
 
 TEXT = padded_batches(6)
 LINEAR = r".*(query|key|value|dense|c_attn|c_proj|c_fc|_proj|_lin|lin1|lin2|ffn|ffn_output)"
@@ -57,3 +67,30 @@ def bytes_in_files(model: Any, folder: Path) -> int:
         data = file.read_bytes()
         total += len(data) - 8 - int.from_bytes(data[:8], "little")
     return total
+
+
+def measured(
+    model: nn.Module, text: object, *, judged: bool = True, first: int | None = None, **choice: Any
+) -> list[Tradeoff]:
+    """The tradeoffs of all linear layers of a model, or of the first of them; ``choice`` goes to ``options``."""
+    samples = Samples.of(text)  # type: ignore[arg-type]
+    units = find_units(model, "all-linear")[0][:first]
+    choices = [options(unit.kinds[0], *unit.matrix().shape, itemsize=4, **choice) for unit in units]
+    known = calibrate(model, samples.batches, gradients=True)
+    judge = Judge(model, samples.held_back) if judged else None
+    return tradeoffs(units, choices, known, judge, 128, silent)
+
+
+def log_ratios(model: nn.Module, found: Sequence[Tradeoff], tried: Callable[[Option], bool]) -> list[float]:
+    """Of the options that are tried, in powers of two: what is expected of them over what they cost."""
+    samples = Samples.of(TEXT)
+    known, judge = calibrate(model, samples.batches, gradients=True), Judge(model, samples.held_back)
+    ratios: list[float] = []
+    for each in found:
+        for option in each.options:
+            if option.spec is not None and tried(option):
+                own = known.of(each.unit.name) or Moments(0)
+                fitted = fit_matrix(each.unit.matrix(), option.spec, own, biased=is_biased(each.unit), rounds=1)
+                with replaced(each.unit, fitted.rebuilt(), fitted.shift):
+                    ratios.append(math.log2(each.cost(option) / judge()))
+    return ratios

@@ -118,34 +118,20 @@ def walk_blocks(
         found = find_readers(model, target_modules, exclude_modules) if own else {}
         return {name: reader for name, reader in found.items() if name in own}
 
-    def whole(call: Call) -> Callable[[], object]:
-        return partial(model, *call.args, **call.kwargs)
-
     if not blocks:
         ears = Gatherer(model, wanted)
         with only_looked_at(model):
             heard: list[Heard] = []
             for done, call in enumerate(calls):
                 tell(done, len(calls), f"batch {done + 1}")
-                heard.append(ears.hear(call, whole(call))[1])
+                heard.append(ears.hear(call, partial(model, *call.args, **call.kwargs))[1])
         yield passing("the whole model", None, wanted, ears.inputs, (), heard)
         return
 
     tell(0, len(blocks) + 1, "before the blocks")
     early, late = _early_and_late(model, blocks, calls[0], now(unit for unit in wanted if place_of[unit] is None))
     before, after = Gatherer(model, now(early)), Gatherer(model, now(late))
-    recorded: list[Recorded] = []
-    heard_before: list[Heard] = []
-    heard_after: list[Heard] = []
-    with only_looked_at(model):
-        before.probe(whole(calls[0]))
-        after.probe(whole(calls[0]))
-        for call in calls:
-            # Both listen to one run.
-            (once, first), last = after.hear(call, partial(before.hear, call, partial(record, model, blocks, call)))
-            recorded.append(once)
-            heard_before.append(first)
-            heard_after.append(last)
+    recorded, heard_before, heard_after = _recorded(model, blocks, calls, before, after)
     streams = recorded
     if early:
         yield passing("before the blocks", None, now(early), before.inputs, (), heard_before)
@@ -187,6 +173,25 @@ def walk_blocks(
         tell(len(blocks), len(blocks) + 1, "after the blocks")
         yield passing("after the blocks", None, now(late), after.inputs, (), heard_after)
     tell(len(blocks) + 1, len(blocks) + 1, "all")
+
+
+def _recorded(
+    model: nn.Module, blocks: tuple[str, ...], calls: Sequence[Call], before: Gatherer, after: Gatherer
+) -> tuple[list[Recorded], list[Heard], list[Heard]]:
+    """One run of every batch: how the blocks are called, and what units before and after them are given."""
+    recorded: list[Recorded] = []
+    heard_before: list[Heard] = []
+    heard_after: list[Heard] = []
+    with only_looked_at(model):
+        for listener in (before, after):
+            listener.probe(partial(model, *calls[0].args, **calls[0].kwargs))
+        for call in calls:
+            # Both listen to one run.
+            (once, first), last = after.hear(call, partial(before.hear, call, partial(record, model, blocks, call)))
+            recorded.append(once)
+            heard_before.append(first)
+            heard_after.append(last)
+    return recorded, heard_before, heard_after
 
 
 def _places(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int | None]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.adapter import close, compressed, embedding, linear
+from helpers.adapter import close, compressed, embedding, kept_for_backward, linear
 from helpers.in_bits import bits_held, read_matrix
 from helpers.modes import COMPUTING, MODES
 from hypothesis import given
@@ -105,16 +105,8 @@ def test_a_second_derivative() -> None:
 def test_backward_keeps_bits_and_not_what_they_stand_for(mode: str, config: dict[str, Any]) -> None:
     layer, _ = compressed(linear(64, 96), **config)
     layer.mode = mode
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x = torch.randn(2, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
+    kept = kept_for_backward(lambda: layer(x))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     assert set(kept) <= {*own, x.untyped_storage().data_ptr()}
 

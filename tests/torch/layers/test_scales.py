@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapter import close, compressed, embedding, linear, reference_matrix
+from helpers.adapter import close, compressed, embedding, kept_for_backward, linear, reference_matrix
 from helpers.in_bits import bits_held, bytes_of
 from helpers.modes import MODES
 from torch import nn
@@ -133,16 +133,8 @@ def test_a_second_derivative(mode: str) -> None:
 def test_backward_keeps_no_copy_of_the_integers(mode: str, config: dict[str, Any]) -> None:
     layer = training(linear(64, 96), **config)
     layer.mode = mode
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x = torch.randn(2, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
+    kept = kept_for_backward(lambda: layer(x))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers(), x)}
     beside = [size for place, size in kept.items() if place not in own]
     assert sum(beside) <= sum(4 * logs.numel() for logs in logs_of(layer))  # what the scales are rounded to

@@ -7,33 +7,19 @@ import math
 import numpy as np
 import pytest
 from helpers.adapter import Snapshot
-from helpers.planning import TEXT, Chain, vectors
+from helpers.planning import TEXT, Chain, log_ratios, measured, vectors
 from helpers.tiny_models import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import mpo_tn.torch.models.chain_costs as chain_costs
 from mpo_tn.planning.options import CHAINS, FAMILIES, K_LEGS, options
 from mpo_tn.progress import silent
 from mpo_tn.torch.models.calibrate import calibrate
-from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.chain_costs import ChainCost
-from mpo_tn.torch.models.fitting import fit_matrix
-from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
-from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
+from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.tradeoffs import tradeoffs
 from mpo_tn.torch.models.units import find_units
-
-
-def measured(model: nn.Module, text: object, *, judged: bool = True, rounded: bool = True) -> list[Tradeoff]:
-    samples = Samples.of(text)  # type: ignore[arg-type]
-    units = find_units(model, "all-linear")[0][:3]
-    choices = [
-        options(unit.kinds[0], *unit.matrix().shape, itemsize=4, families=FAMILIES, rounded=rounded) for unit in units
-    ]
-    known = calibrate(model, samples.batches, gradients=True)
-    judge = Judge(model, samples.held_back) if judged else None
-    return tradeoffs(units, choices, known, judge, 128, silent)
 
 
 @given(st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(2, 10**6), st.integers(2, 10**6))
@@ -56,18 +42,9 @@ def test_one_fit_says_the_same_of_all() -> None:
 def test_costs_are_about_what_chains_cost() -> None:
     model = tiny("bert")
     before = Snapshot(model)
-    found = measured(model, TEXT)
+    found = measured(model, TEXT, first=3, families=FAMILIES)
     before.assert_same(model)
-    samples = Samples.of(TEXT)
-    known, judge = calibrate(model, samples.batches, gradients=True), Judge(model, samples.held_back)
-    ratios: list[float] = []
-    for each in found[:2]:
-        for option in each.options:
-            if option.is_fitted and option.spec is not None and option.width in (4, None):
-                own = known.of(each.unit.name) or Moments(0)
-                fitted = fit_matrix(each.unit.matrix(), option.spec, own, biased=is_biased(each.unit), rounds=1)
-                with replaced(each.unit, fitted.rebuilt(), fitted.shift):
-                    ratios.append(math.log2(each.cost(option) / judge()))
+    ratios = log_ratios(model, found[:2], lambda option: option.is_fitted and option.width in (4, None))
     assert len(ratios) >= 10
     assert np.median(np.abs(ratios)) < 1
 
@@ -81,7 +58,7 @@ def test_matrices_that_are_alike_take_one_fit_for_each_family(monkeypatch: pytes
         return tried(self, spec)
 
     monkeypatch.setattr(chain_costs._Tries, "tried", counting)
-    found = measured(Chain(), vectors())
+    found = measured(Chain(), vectors(), first=3, families=FAMILIES)
     first, second, _ = (fits[each.unit.name] for each in found)
     assert len(first) > 4
     assert sorted(sites > 2 for sites in second) == [False, True]
@@ -90,7 +67,7 @@ def test_matrices_that_are_alike_take_one_fit_for_each_family(monkeypatch: pytes
 
 def test_every_chain_has_a_cost_that_falls_with_what_it_keeps() -> None:
     for judged, rounded in ((True, True), (False, False)):
-        for each in measured(Chain(), vectors(), judged=judged, rounded=rounded):
+        for each in measured(Chain(), vectors(), judged=judged, first=3, families=FAMILIES, rounded=rounded):
             for family in (K_LEGS, CHAINS):
                 assert any(option.family == family for option in each.options)
             for legs in each.chains:

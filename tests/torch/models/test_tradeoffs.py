@@ -8,29 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.adapter import Snapshot
-from helpers.planning import TEXT, Chain, vectors
+from helpers.planning import TEXT, Chain, log_ratios, measured, vectors
 from helpers.tiny_models import tiny
 from torch import nn
 from transformers import BertModel
 
 from mpo_tn import MPOError
-from mpo_tn.planning.options import BITS, DENSE, LOW_RANK, options
-from mpo_tn.progress import silent
-from mpo_tn.torch.models.calibrate import calibrate
-from mpo_tn.torch.models.calibration import Moments
-from mpo_tn.torch.models.fitting import fit_matrix
-from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
-from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
-from mpo_tn.torch.models.units import find_units
-
-
-def measured(model: nn.Module, text: object, *, judged: bool = True) -> list[Tradeoff]:
-    samples = Samples.of(text)  # type: ignore[arg-type]
-    units = find_units(model, "all-linear")[0]
-    choices = [options(unit.kinds[0], *unit.matrix().shape, itemsize=4) for unit in units]
-    known = calibrate(model, samples.batches, gradients=True)
-    judge = Judge(model, samples.held_back) if judged else None
-    return tradeoffs(units, choices, known, judge, 128, silent)
+from mpo_tn.planning.options import BITS, DENSE, LOW_RANK
 
 
 @pytest.mark.slow
@@ -40,16 +24,7 @@ def test_costs_are_about_what_options_cost(family: str) -> None:
     before = Snapshot(model)
     found = measured(model, TEXT)
     before.assert_same(model)
-    samples = Samples.of(TEXT)
-    known, judge = calibrate(model, samples.batches, gradients=True), Judge(model, samples.held_back)
-    ratios: list[float] = []
-    for each in found[:4]:
-        for option in each.options:
-            if option.spec is not None and (option.rank in (8, 16) or option.width in (2, 4)):
-                own = known.of(each.unit.name) or Moments(0)
-                fitted = fit_matrix(each.unit.matrix(), option.spec, own, biased=is_biased(each.unit), rounds=1)
-                with replaced(each.unit, fitted.rebuilt(), fitted.shift):
-                    ratios.append(math.log2(each.cost(option) / judge()))
+    ratios = log_ratios(model, found[:4], lambda option: option.rank in (8, 16) or option.width in (2, 4))
     assert len(ratios) >= 20
     # Two or three options are tried and all others concluded: within a factor of two and a half, mostly.
     assert np.median(np.abs(ratios)) < 1.3
