@@ -20,8 +20,8 @@ from mpo_tn.planning.plan import Plan
 from mpo_tn.torch import compress, plan
 from mpo_tn.torch.models import anchoring, auto, fitting
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.trial import Trial
-from mpo_tn.torch.models.units import find_units
 
 
 class Subject:

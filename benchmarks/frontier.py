@@ -40,8 +40,8 @@ from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import Recipe
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.trainable import count_trainable
-from mpo_tn.torch.models.units import find_units
 from mpo_tn.tuning import Settings, load_task
 from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 

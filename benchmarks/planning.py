@@ -23,7 +23,7 @@ from mpo_tn import MPO, LowRankFits, Metric, Sites, Truncation
 from mpo_tn.app.demo import demo_model
 from mpo_tn.torch import MPOConfig, compress, plan
 from mpo_tn.torch.hf.folder import load_model, load_tokenizer
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.tuning import load_task
 from mpo_tn.tuning.tasks.batches import sentence_batches
 

@@ -30,7 +30,7 @@ from mpo_tn.torch.hf.folder import load_model, load_tokenizer, save_model, weigh
 from mpo_tn.torch.models.distance import distance, outputs
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.summary import inspect_model
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.truncate.spectra import unfolding_spectra
 from mpo_tn.tuning.tasks.batches import Batches, sentence_batches
 

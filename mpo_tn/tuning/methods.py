@@ -17,8 +17,9 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
-from mpo_tn.torch.models.units import count_parameters, find_units, mpo_units
+from mpo_tn.torch.models.units import count_parameters, mpo_units
 from mpo_tn.tuning.past_defaults import checked_version
 
 Bonds = Mapping[str, Sequence[int]]

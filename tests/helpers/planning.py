@@ -19,8 +19,8 @@ from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.fitting import fit_matrix
 from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
-from mpo_tn.torch.models.units import find_units
 
 TEXT = padded_batches(6)
 LINEAR = r".*(query|key|value|dense|c_attn|c_proj|c_fc|_proj|_lin|lin1|lin2|ffn|ffn_output)"

@@ -18,7 +18,7 @@ from transformers import MobileBertConfig, MobileBertForMaskedLM
 from mpo_tn import MPOError, Sites
 from mpo_tn.torch import MPOConfig, MPOLayer, compress, freeze
 from mpo_tn.torch.models.compress import compress_empty
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.survey import find_units
 
 
 @cache

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, MPOLayer, compress, freeze
 from mpo_tn.torch.hf.folder import load_for_task, load_tokenizer, save_model
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.trainable import POLICIES
-from mpo_tn.torch.models.units import count_parameters, find_units
+from mpo_tn.torch.models.units import count_parameters
 from mpo_tn.tuning.checkpoints import check_folder
 from mpo_tn.tuning.finetune import NotFiniteError, Settings, Squeezing, finetune, save_finetuned
 from mpo_tn.tuning.methods import METHODS, Method, auxiliary_parameters, bonds_of, prepare

@@ -16,8 +16,8 @@ from mpo_tn.torch.models.block_walk import walk_blocks
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.fitting import Fitted, fit_matrix
 from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
+from mpo_tn.torch.models.survey import DenseUnit
 from mpo_tn.torch.models.trial import Trial
-from mpo_tn.torch.models.units import DenseUnit
 
 ANCHOR = 0.5
 """Halfway between what fits the matrix and what fits the outputs of the dense model: all the way overfits the text."""

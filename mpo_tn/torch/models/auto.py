@@ -24,9 +24,9 @@ from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Calibration, Fingerprint
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.samples import Judge, Samples
+from mpo_tn.torch.models.survey import DenseUnit, Survey, survey, survey_named
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
 from mpo_tn.torch.models.trial import Trial
-from mpo_tn.torch.models.units import DenseUnit, Survey, survey, survey_named
 
 _JUDGE_TOKENS = 400
 """Tokens on which single matrices are tried."""

@@ -14,8 +14,8 @@ from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.samples import Judge, Samples
+from mpo_tn.torch.models.survey import DenseUnit
 from mpo_tn.torch.models.trial import Trial
-from mpo_tn.torch.models.units import DenseUnit
 
 Pairs = Sequence[tuple[UnitPlan, DenseUnit]]
 

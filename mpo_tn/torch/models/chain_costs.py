@@ -18,7 +18,7 @@ from mpo_tn.sites import Sites
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.fitting import Fitter
 from mpo_tn.torch.models.samples import Judge, is_biased, replaced
-from mpo_tn.torch.models.units import DenseUnit
+from mpo_tn.torch.models.survey import DenseUnit
 
 _REFERENCE_BITS = 3
 _TINY = 1e-12

@@ -34,8 +34,9 @@ from mpo_tn.torch.models.host import current_host
 from mpo_tn.torch.models.refine import check_refinable, refine_blocks
 from mpo_tn.torch.models.report import CompressionReport, LayerReport, RefinedBlock
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.survey import DenseUnit
 from mpo_tn.torch.models.trial import Trial
-from mpo_tn.torch.models.units import DenseUnit, count_parameters
+from mpo_tn.torch.models.units import count_parameters
 from mpo_tn.truncate.basis import Method
 from mpo_tn.truncate.quantize import Integers
 from mpo_tn.truncate.spectra import float_floor

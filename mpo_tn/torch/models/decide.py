@@ -20,7 +20,7 @@ from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.auto import plan_for_budget
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.samples import Samples
-from mpo_tn.torch.models.units import DenseUnit, survey, survey_named
+from mpo_tn.torch.models.survey import DenseUnit, survey, survey_named
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 

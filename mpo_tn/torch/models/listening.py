@@ -14,8 +14,10 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
 from mpo_tn.torch.layers.embedding import MPOEmbedding
+from mpo_tn.torch.models.eligible import kind_of
 from mpo_tn.torch.models.feeding import Call, counted_rows, is_encoder_decoder
-from mpo_tn.torch.models.units import kind_of, mpo_units, survey
+from mpo_tn.torch.models.survey import survey
+from mpo_tn.torch.models.units import mpo_units
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.models.distance import distance, outputs
-from mpo_tn.torch.models.units import DenseUnit
+from mpo_tn.torch.models.survey import DenseUnit
 
 _HELD_BACK = 5
 """Every fifth batch is held back."""

@@ -17,7 +17,8 @@ from mpo_tn.planning.cost import Prediction, predictions
 from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.units import DenseUnit, find_units, mpo_units
+from mpo_tn.torch.models.survey import DenseUnit, find_units
+from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
 

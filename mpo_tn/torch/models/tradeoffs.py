@@ -25,7 +25,7 @@ from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.chain_costs import Alike, ChainCost, chain_costs
 from mpo_tn.torch.models.fitting import metric_of, row_weights
 from mpo_tn.torch.models.samples import Judge, is_biased, replaced
-from mpo_tn.torch.models.units import DenseUnit
+from mpo_tn.torch.models.survey import DenseUnit
 from mpo_tn.truncate.quantize import quantize
 
 _ROWS = 96

@@ -13,7 +13,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import HEADS, matches
 from mpo_tn.torch.layers.cores import Cores
 from mpo_tn.torch.layers.quantized import SCALE_LOGS, QuantizedCore, quantized_cores
-from mpo_tn.torch.models.units import count_parameters, head_modules, mpo_units
+from mpo_tn.torch.models.eligible import head_modules
+from mpo_tn.torch.models.units import count_parameters, mpo_units
 
 POLICIES = ("auxiliary", "central", "cores", "none")
 GROUPS = ("heads", "norms", "biases")

@@ -12,7 +12,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.fitting import Fitted, Fitter
 from mpo_tn.torch.models.samples import Samples, is_biased
-from mpo_tn.torch.models.units import DenseUnit
+from mpo_tn.torch.models.survey import DenseUnit
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from mpo_tn import MPOError
 from mpo_tn.torch import ModuleSpec, MPOConfig, MPOLayer, compress, cut_model
-from mpo_tn.torch.hf.quantizer import MPOQuantizationConfig
+from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.models.units import all_bonds, mpo_specs, mpo_units
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLinear, compress
-from mpo_tn.torch.hf.quantizer import MPOQuantizationConfig
+from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 
 
 def auto_class(model: transformers.PreTrainedModel) -> type:

@@ -18,8 +18,8 @@ from mpo_tn.progress import silent
 from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.chain_costs import ChainCost
 from mpo_tn.torch.models.samples import Samples
+from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.tradeoffs import tradeoffs
-from mpo_tn.torch.models.units import find_units
 
 
 @given(st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(2, 10**6), st.integers(2, 10**6))

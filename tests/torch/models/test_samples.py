@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mpo_tn import MPOError
 from mpo_tn.torch.models.distance import distance
 from mpo_tn.torch.models.samples import Judge, Samples, is_biased, replaced
-from mpo_tn.torch.models.units import find_units
+from mpo_tn.torch.models.survey import find_units
 
 
 @given(st.integers(1, 40))

@@ -29,7 +29,8 @@ from mpo_tn.torch import (
     squeeze,
 )
 from mpo_tn.torch.models.summary import inspect_model
-from mpo_tn.torch.models.units import cuttable_units, find_units, mpo_specs, mpo_units, survey
+from mpo_tn.torch.models.survey import find_units, survey
+from mpo_tn.torch.models.units import cuttable_units, mpo_specs, mpo_units
 
 
 def names(model: nn.Module, target: str | list[str], exclude: str | list[str] = ()) -> list[str]:

@@ -1,0 +1,123 @@
+"""What modules and tensors are called: by the class that saved them and the class that loads them, and where shared."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.hf.quantization_config import WRAPPED
+from mpo_tn.torch.layers.cores import held_tensors
+from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.layers.quantized import QuantizedCore
+
+
+def local_names(model: Any, modules: dict[str, ModuleSpec]) -> dict[str, ModuleSpec]:
+    """The specs under the names this model class uses: with or without the prefix of the base model.
+
+    Modules of a head that this class does not have are left out.
+
+    Raises:
+        MPOError: no name fits.
+    """
+    present = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, ModuleSpec] = {}
+    renamed: dict[str, str] = {}
+    for name, spec in modules.items():
+        for spelling in spellings(model, name):
+            if spelling in present:
+                found[spelling], renamed[name] = spec, spelling
+                break
+    if not found:
+        raise MPOError(
+            f"none of the {len(modules)} compressed modules (the first is {next(iter(modules), None)}) is in "
+            f"{type(model).__name__}: load the model with the class it was saved from, {model.config.architectures}"
+        )
+    local = {
+        name: replace(spec, tied_to=renamed.get(spec.tied_to)) if spec.tied_to else spec for name, spec in found.items()
+    }
+    # Owners of cores first, so that the modules tied to them find the cores built.
+    return dict(sorted(local.items(), key=lambda item: item[1].tied_to is not None))
+
+
+def tied_layers(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[MPOLayer, MPOLayer]:
+    """The MPO modules that use the cores of another, with that other."""
+    found: dict[MPOLayer, MPOLayer] = {}
+    for name, spec in specs.items():
+        if spec.tied_to is not None and spec.tied_to in specs:
+            tied, source = model.get_submodule(name), model.get_submodule(spec.tied_to)
+            assert isinstance(tied, MPOLayer)
+            assert isinstance(source, MPOLayer)
+            found[tied] = source
+    return found
+
+
+def second_names(model: nn.Module) -> list[str]:
+    """What the tensors of shared quantised cores are called beside the name that is written: that of the owner."""
+    names: dict[QuantizedCore, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedCore):
+            names.setdefault(module, []).append(name)
+    found: list[str] = []
+    for core, own in names.items():
+        layers = [model.get_submodule(name.rpartition(".cores.")[0]) for name in own]
+        owns = [isinstance(layer, MPOLayer) and layer.spec.tied_to is None for layer in layers]
+        kept = own[owns.index(True)] if any(owns) else own[0]
+        found += [WRAPPED.sub("", part) for name in own if name != kept for part in held_tensors(core, name)]
+    return found
+
+
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether there is a module of this name."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def spellings(model: Any, name: str) -> list[str]:
+    """What a module may be called by a class with a head or without: as it is, with the prefix of the base, without."""
+    prefix = f"{model.base_model_prefix}."
+    return [name, prefix + name, name.removeprefix(prefix)]
+
+
+def tied_cores(model: Any) -> dict[str, str]:
+    """The map of tied weights, with the names of cores in place of dense names."""
+    tied: dict[str, str] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        mpo_target, mpo_source = (mpo_parent(model, key) for key in (target, source))
+        if mpo_target is None and mpo_source is None:
+            tied[target] = source
+        elif mpo_target is not None and mpo_source is not None:
+            for k, core in enumerate(mpo_source.cores):
+                if isinstance(core, QuantizedCore):  # transformers ties no buffers, and these modules share it
+                    continue
+                tied[f"{target.removesuffix('.weight')}.cores.{k}"] = f"{source.removesuffix('.weight')}.cores.{k}"
+    return tied
+
+
+def retie(model: Any, tied: dict[str, str]) -> None:
+    """Have transformers tie cores as it tied dense weights. See :func:`tied_cores`."""
+    for submodule in model.modules():
+        if isinstance(submodule, PreTrainedModel) and submodule is not model and submodule._tied_weights_keys:
+            submodule._tied_weights_keys = {}
+    model._tied_weights_keys = dict(tied)
+    model.all_tied_weights_keys = tied
+
+
+def mpo_parent(model: nn.Module, key: str) -> MPOLayer | None:
+    """The MPO module whose dense weight ``key`` used to name."""
+    parent, _, leaf = key.rpartition(".")
+    # A head that was taken off is still in the map.
+    if leaf != "weight" or not has_module(model, parent):
+        return None
+    module = model.get_submodule(parent)
+    return module if isinstance(module, MPOLayer) else None

@@ -1,0 +1,103 @@
+"""Which modules hold a weight that cores can take the place of, and why the others do not."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from mpo_tn.planning.entries import ITEMSIZES
+from mpo_tn.planning.patterns import HEADS
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """``"linear"``, ``"conv1d"``, ``"embedding"`` or None. Subclasses may compute differently, so they do not count."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    # GPT-2's transposed linear; named rather than imported, because only the quantizer knows transformers.
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "conv1d"
+    return None
+
+
+def cannot_be_mpo(module: nn.Module) -> str | None:
+    """Why cores cannot take the place of a module, going by the module alone; None if they can."""
+    if kind_of(module) is None:
+        return f"a {type(module).__name__} is not a linear layer or an embedding"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return "its weight is computed from something else (a parametrization)"
+    if is_lazy(weight):
+        return "its weight has no size before a first input"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if str(weight.dtype).removeprefix("torch.") not in ITEMSIZES:
+        return f"its weight is {weight.dtype}, in which nothing can be computed"
+    beside = _beside_weight_and_bias(module)
+    if beside:
+        return f"it holds {', '.join(beside)} beside weight and bias, and an MPO module would lose that"
+    if weight.numel() == 0:
+        return f"its weight has no entries: {tuple(weight.shape)}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rescales the table in place"
+    if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
+        return "sparse and frequency-scaled gradients need the table"
+    return None
+
+
+def _beside_weight_and_bias(module: nn.Module) -> list[str]:
+    """What an MPO module would not hold: adapters, masks, scales, a bias that is computed."""
+    held = {
+        *(name for name, _ in module.named_parameters(recurse=False)),
+        *(name for name, _ in module.named_buffers(recurse=False)),
+        *(name for name, _ in module.named_children()),
+    }
+    computed = getattr(module, "bias", None) is not None and "bias" not in held
+    return sorted(held - {"weight", "bias"}) + (["a bias that is computed"] if computed else [])
+
+
+def read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose weight their parent hands to a fused kernel or reads in its own code."""
+    found: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        fused = isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
+        read = _weights_read_by(type(parent))
+        for name, child in parent.named_children():
+            if name in read or (fused and isinstance(child, nn.Linear)):
+                found[child] = f"{type(parent).__name__} reads its weight directly"
+    return found
+
+
+@cache
+def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
+    """The children of which a class reads ``self.child.weight`` outside of initialisation, going by its source.
+
+    The feed-forward layer of T5 does so to learn a dtype, the head of MobileBERT to concatenate two weights.
+    """
+    read: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, function in vars(base).items():
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is None or "init" in name or not {"self", "weight"} <= {*code.co_varnames, *code.co_names}:
+                continue
+            try:
+                source = inspect.getsource(code)
+            except OSError:  # typed at a prompt, or shipped without source
+                continue
+            read.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
+    return frozenset(read)
+
+
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The task heads by name, and the output embeddings, tied or not."""
+    heads = {m for name, m in model.named_modules(remove_duplicate=False) if HEADS & set(name.split("."))}
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except AttributeError:  # a model of transformers whose head was taken off
+        output = None
+    return heads | {output} if isinstance(output, nn.Module) else heads
