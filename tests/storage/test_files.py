@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from helpers.paths import ROOT, TESTS
 
 from mpo_tn import MPOError
+from mpo_tn.storage import files
 from mpo_tn.storage.files import check_target, write_whole, written_beside
 
 
@@ -45,7 +45,7 @@ def test_a_block_that_raises_changes_nothing(error: BaseException, there: bool, 
 
 
 @pytest.mark.guarantee("old-or-new")
-@pytest.mark.parametrize("call", [(Path, "mkdir"), (tempfile, "mkdtemp"), (Path, "chmod")])
+@pytest.mark.parametrize("call", [(Path, "mkdir"), (os, "open"), (Path, "chmod"), (files, "flush")])
 def test_what_fails_before_the_swap_changes_nothing(
     call: tuple[Any, str], earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
