@@ -63,7 +63,7 @@ class MPOConfig:
 
     At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none, and no ``max_flops``,
     means exact. ``keep=1.0``
-    is not exact: full bonds hold a few per cent more numbers than the matrix.
+    is not exact: full bonds hold a few per cent more numbers than the matrix. Of more :func:`~mpo_tn.torch.plan` warns.
 
     Raises:
         MPOError: two sizes at once, a size or bits out of range, an unknown override; bits, or a size in an override,
