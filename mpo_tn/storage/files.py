@@ -157,10 +157,10 @@ def checked_file(path: Path, what: str, most: int | None = None) -> Path:
         found = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise MPOError(f"{path} cannot be read ({reason}): name a file that holds {what}") from error
+        raise MPOError(f"{path} could not be read ({reason}): name a file that holds {what}") from error
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no file but a pipe, a socket or a device"
-        raise MPOError(f"{path} is {kind}: name a file that holds {what}")
+        raise MPOError(f"{path} could not be read, it is {kind}: name a file that holds {what}")
     if most is not None and found.st_size > most:
         raise MPOError(
             f"{path} has {found.st_size:,} bytes, and {what} is read whole, up to {most:,}: give less of it, or mend it"
