@@ -78,6 +78,7 @@ TensorLr = Annotated[
 Bf16 = Annotated[
     bool, typer.Option("--bf16", rich_help_panel=_LEARNING, help="Compute in bfloat16; parameters stay in float32.")
 ]
+Seeds = Annotated[list[int], typer.Option(rich_help_panel=_RUN, help="May be given several times: one run each.")]
 Resume = Annotated[
     bool, typer.Option("--resume", rich_help_panel=_RUN, help="Go on from the last checkpoint in --out.")
 ]
@@ -126,9 +127,7 @@ def finetune(
     max_steps: Annotated[
         int | None, typer.Option(rich_help_panel=_LEARNING, help="Stop after so many steps instead.")
     ] = None,
-    seed: Annotated[list[int], typer.Option(rich_help_panel=_RUN, help="May be given several times: one run each.")] = [
-        0
-    ],  # noqa: B006
+    seed: Seeds = [0],  # noqa: B006
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     limit: Limit = None,
