@@ -57,6 +57,7 @@ def written_beside(folder: Path) -> Generator[Path]:
     it takes two, and a process killed between them leaves nothing under the name until the folder is next read or
     written by this package, which brings the earlier one back.
 
+    Guarantee (umask-untouched): the umask of the process, which its threads share, is not looked at by changing it.
     A link is followed: what it points to is replaced. Permissions are those of the earlier folder; without one, and for
     what is in it, those that the process gives new files.
 

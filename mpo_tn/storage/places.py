@@ -114,7 +114,7 @@ def claimed(target: Path, *, wait: float = 0.0, parents: bool = True) -> Generat
     with contextlib.ExitStack() as afterwards:
         try:
             missing = [folder for folder in place.parents if parents and not folder.exists()]
-            for folder in missing:
+            for folder in reversed(missing):  # the uppermost is the last that is looked at
                 afterwards.callback(_delete_empty, folder)
             if missing:
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.task_folders import write_encoder, write_mrpc
+from helpers.task_folders import sentence, write_encoder, write_mrpc
 
 TIMED = ("result.json", "report.html", "healing.json")
 """Files that hold seconds, and are another every time."""
@@ -133,7 +133,8 @@ def main(home: Path, kills: int = 3, seed: int = 0) -> int:
     os.chdir(home)
     write_encoder(Path("encoder"))
     write_mrpc(Path("mrpc"))
-    Path("texts.txt").write_text("".join(f"the weather is fine on day {number}\n" for number in range(40)))
+    source = random.Random(seed)
+    Path("texts.txt").write_text("".join(f"{sentence(source)}\n" for _ in range(40)))
     known = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     made = run("compress encoder OUT --sites 3 --bond 2", home / "small")
     assert made[0] == 0, made

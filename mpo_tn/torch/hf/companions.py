@@ -41,6 +41,26 @@ def check_folder(folder: Path) -> None:
             checked_file(path, "a part of a model", None if path.name.endswith(_WEIGHTS) else _MOST_BESIDE)
 
 
+def refuse_pickled(source: str | Path, error: Exception) -> None:
+    """Say what to do if a model could not be read and its weights are pickled alone.
+
+    Pickled weights are read as transformers reads them, by an unpickler that makes tensors and nothing else
+    (``weights_only=True``); what asks for more is refused by it, and nothing of it is run.
+
+    Raises:
+        MPOError: they are.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+        return
+    raise MPOError(
+        f"{source} has pickled weights (pytorch_model.bin) and no safetensors, and they are damaged or hold more than "
+        "tensors, which is not read because it could run anything: get the model as safetensors, or, if you trust "
+        "whoever made it, write it anew with torch.load(..., weights_only=False) and safetensors.torch.save_file(..., "
+        '"model.safetensors")'
+    ) from error
+
+
 def check_still_there(source: str | Path) -> None:
     """Refuse a source that has been deleted since it was read; nobody could tell a hub name from it otherwise.
 

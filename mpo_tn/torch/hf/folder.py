@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, bounded_text
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.places import recover
 from mpo_tn.storage.tensors import as_os_error
-from mpo_tn.torch.hf.companions import check_folder, check_still_there, copy_companions
+from mpo_tn.torch.hf.companions import check_folder, check_still_there, copy_companions, refuse_pickled
 from mpo_tn.torch.models.units import count_parameters
 
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -120,8 +120,11 @@ def _readable(source: str | Path) -> Generator[None]:
         yield
     except MPOError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers makes of a damaged file has no one type
+        refuse_pickled(source, error)
+        raise MPOError(f"{source} cannot be read as a model: {bounded_text(_first_line(error), 500)}") from error
 
 
 def _class_of(config: Any) -> Any:
