@@ -54,12 +54,12 @@ def find_readers(model: nn.Module, target: str | Sequence[str], exclude: str | S
             else any(matches(name, target) for name in names)
         )
         if wanted and not (exclude and any(matches(name, exclude) for name in names)):
-            found.append(Reader(unit.modules, unit.names, (unit.spec.out_features, unit.spec.in_features)))
+            found.append(Reader(unit.readers, unit.names, (unit.spec.out_features, unit.spec.in_features)))
     # Of a model whose targets are MPOs already nothing dense need be left.
     with contextlib.suppress(MPOError) if found else contextlib.nullcontext():
         for unit in survey(model, target, exclude).units:
             out, in_ = unit.matrix().shape
-            found.append(Reader(unit.modules, unit.names, (int(out), int(in_))))
+            found.append(Reader(unit.readers, unit.names, (int(out), int(in_))))
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return {reader.name: reader for reader in sorted(found, key=lambda reader: order[reader.name])}
 
