@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.layers.packing import Held, apart
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -44,8 +45,17 @@ class Source(Protocol):
         """Rows of the matrix."""
         ...
 
-    def held_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What holds the cores."""
+    def held(self) -> Sequence[Held]:
+        """The cores as they are held."""
+        ...
+
+    def scale(self, factor: float) -> None:
+        """Multiply the weight by a number, in place."""
+        ...
+
+    @property
+    def matrix_size(self) -> tuple[int, int]:
+        """The shape of the matrix."""
         ...
 
 
@@ -56,9 +66,9 @@ def read_weight(source: Source) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return source.stored_weight()
-    held = source.held_tensors()
+    held = source.held()
     like = torch.empty(source.weight_shape, dtype=held[0].dtype, device="meta")
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
+    wanted = torch.is_grad_enabled() and any(core.requires_grad for core in held)
     return ComputedWeight(source, (), like, wanted, held[0].device)
 
 
@@ -72,7 +82,8 @@ class ComputedWeight(torch.Tensor):
     Guarantee (computed-when-read): results and gradients are those of the dense weight, to rounding.
     Guarantee (computed-forgotten): neither after an operation nor for the backward pass, which computes it again, is the
     dense weight kept. Under autocast the copy that is cast is.
-    Guarantee (computed-read-only): writing into it raises, because nothing would come of it.
+    Guarantee (computed-read-only): writing into it raises, because nothing would come of it; but multiplying it by a
+    number in place multiplies a core, as RWKV does to its weights for inference.
 
     Cost: one dense weight in memory while an operation runs, forward or backward; of ``weight[k]`` only that part, where
     the legs of the first sites multiply to the first axis. Every operation computes it anew.
@@ -130,6 +141,10 @@ class ComputedWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if isinstance(first, ComputedWeight):
+            if func in _SCALING and not first._steps and len(args) == 2 and isinstance(args[1], (int, float)):
+                factor = float(args[1])
+                first._source.scale(factor if func in (torch.Tensor.mul_, torch.Tensor.__imul__) else 1 / factor)
+                return first
             if _writes(func):
                 raise NoDenseWeightError(
                     f"{_name(func)} writes into a weight that is computed from cores, and nothing would come of it: "
@@ -186,6 +201,7 @@ _WAITING = {
 }  # fmt: skip
 """Views and casts: what they make of a weight is known from the weight alone, and is the same whenever it is made."""
 
+_SCALING = {torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Tensor.__itruediv__}
 _PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
@@ -351,4 +367,4 @@ class _Kept:
 
 
 def _versions(lazy: ComputedWeight) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), tensor._version) for tensor in lazy._source.held_tensors()]
+    return [(tensor.data_ptr(), tensor._version) for tensor in apart(lazy._source.held())[0]]

@@ -136,9 +136,20 @@ class MPOLayer(nn.Module):
         """Rows of the matrix, ``ids`` (...) to (..., in); see :func:`~mpo_tn.torch.layers.rows.looked_up`."""
         return looked_up(self.cores.forward(packed=True), ids, self._size, padding_idx)
 
-    def held_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What holds the cores, first to last."""
-        return apart(self.cores.forward(packed=True))[0]
+    def held(self) -> Sequence[Held]:
+        """The cores, those in few bits as they are held."""
+        return self.cores.forward(packed=True)
+
+    def scale(self, factor: float) -> None:
+        """Multiply the weight by a number, in place, by multiplying the smallest core that is not in bits.
+
+        Raises:
+            MPOError: all are in bits.
+        """
+        plain = [core for core in self.cores if isinstance(core, torch.Tensor)]
+        if not plain:
+            raise MPOError(f"{type(self).__name__} holds its weight in bits, which cannot be scaled in place")
+        min(plain, key=torch.Tensor.numel).mul_(factor)
 
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""

@@ -85,7 +85,7 @@ def plan(
         own = config.for_module(unit.name)
         out, in_ = (int(size) for size in unit.matrix().shape)
         try:
-            spec = structure(unit.kinds[0], out, in_, own)
+            spec = structure(unit.kinds[0], out, in_, own, unit.blocks)
             if spectra and own.tolerance is not None:
                 spec = _within(unit, spec, own.tolerance)
             beside = found.beside[unit.name]

@@ -101,7 +101,7 @@ def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:
 
 def _summarise_dense(unit: DenseUnit, sites: int | str) -> MatrixSummary:
     out, in_ = (int(size) for size in unit.matrix().shape)
-    spec = structure(unit.kinds[0], out, in_, MPOConfig(sites=sites))
+    spec = structure(unit.kinds[0], out, in_, MPOConfig(sites=sites), unit.blocks)
     try:
         spectra = unfolding_spectra(unit.padded(spec.sites), spec.sites)
     except MPOError as error:

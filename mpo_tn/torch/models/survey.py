@@ -52,6 +52,13 @@ class DenseUnit:
             return weight.reshape(matrix_shape(weight.shape))
         return weight.T if self.kinds[0] == "conv1d" else weight
 
+    @property
+    def blocks(self) -> int:
+        """How many matrices are one above the other in it, as experts are."""
+        shape = self.weight.shape
+        stacked = self.kinds[0] == PARAMETER and len(shape) > 2 and matrix_shape(shape)[0] > shape[0]
+        return int(shape[0]) if stacked else 1
+
     def stored(self, matrix: torch.Tensor) -> torch.Tensor:
         """A matrix (out, in) in the layout and the shape of the weight."""
         return (matrix.T if self.kinds[0] == "conv1d" else matrix).contiguous().view(self.weight.shape)
