@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from mpo_tn.planning.entries import ITEMSIZES
 from mpo_tn.planning.patterns import is_bias
@@ -30,7 +31,7 @@ def cannot_be_reached(owner: nn.Module, name: str) -> str | None:
         return f"its {type(owner).__name__} has an attribute {HELD} already, or computes parameters in its own way"
     if isinstance(owner, nn.Embedding) and (owner.max_norm is not None or owner.sparse or owner.scale_grad_by_freq):
         return "max_norm, sparse and frequency-scaled gradients need the table"
-    if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)):
+    if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict, ParametrizationList)):
         return f"a {type(owner).__name__} keeps its parameters in lists of its own"
     return None
 
