@@ -11,7 +11,6 @@ from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.quantize import GROUP, check_bits, packed_bytes
 
-
 PARAMETER = "parameter"
 """The kind of a weight that is reached through its parameter, because its module computes with it in its own way."""
 
@@ -64,11 +63,11 @@ def check_core_bits(bits: object, group: object) -> tuple[int, int]:
 class ModuleSpec:
     """The structure of one compressed module, enough to build it empty, and the error that was made.
 
-    ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear), ``"embedding"``, or ``"parameter"``: a weight that
-    the module which owns it reads by itself, as fused experts are. ``out_features`` and ``in_features`` are the sizes
-    the module had; the legs may multiply to more (zero padding, cropped again). For an embedding they are the number of
-    ids and the width. A parameter has any ``shape``, whose first axes together are the rows and whose last ones the
-    columns. ``tied_to`` names the module whose cores are used.
+    ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear), ``"embedding"``, or ``"parameter"``: a weight
+    that the module which owns it reads by itself, as fused experts are. ``out_features`` and ``in_features`` are the
+    sizes the module had; the legs may multiply to more (zero padding, cropped again). For an embedding they are the
+    number of ids and the width. A parameter has any ``shape``, whose first axes together are the rows and whose last
+    ones the columns. ``tied_to`` names the module whose cores are used.
 
     ``bits`` says for each core how it is held: 2 to 8, integers with a scale in float16 for every ``group`` columns of
     its matrix (left out, in right); 16, float16; None, the dtype of the weight. Empty stands for None throughout.
@@ -109,8 +108,8 @@ class ModuleSpec:
             self.kind != PARAMETER or (self.out_features, self.in_features) not in matrix_shapes(self.shape)
         ):
             raise MPOError(
-                f"a {self.kind} of {self.out_features} x {self.in_features} has no shape {self.shape}: only a parameter "
-                "has one, whose first axes multiply to the rows and whose others to the columns"
+                f"a {self.kind} of {self.out_features} x {self.in_features} has no shape {self.shape}: only a "
+                "parameter has one, whose first axes multiply to the rows and whose others to the columns"
             )
         held = [None if bits is None else check_core_bits(bits, self.group)[0] for bits in self.bits]
         object.__setattr__(self, "bits", tuple(held) if any(held) else ())

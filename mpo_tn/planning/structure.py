@@ -16,7 +16,9 @@ from mpo_tn.truncation import Truncation
 def _legs_and_bonds(
     out: int, in_: int, sites: int | str | Sites, keep: float | None, bond: int | tuple[int, ...] | None, blocks: int
 ) -> tuple[Sites, tuple[int, ...]]:
-    legs = legs_for(out, in_, sites) if blocks == 1 or not isinstance(sites, int) else _in_blocks(out, in_, sites, blocks)
+    legs = (
+        legs_for(out, in_, sites) if blocks == 1 or not isinstance(sites, int) else _in_blocks(out, in_, sites, blocks)
+    )
     if keep is not None:
         return legs, legs.capped_bonds(legs.largest_cap(keep * out * in_))
     caps = Truncation(max_bond=bond).caps(len(legs) - 1)

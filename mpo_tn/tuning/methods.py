@@ -220,7 +220,9 @@ def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
         caps: int | tuple[int, ...] = tuple(bonds)
         if method.name == "low-rank":
             out, in_ = (int(size) for size in units[name].matrix().shape)
-            size = structure(units[name].kinds[0], out, in_, MPOConfig(sites=method.sites), units[name].blocks).sites.num_parameters(caps)
+            size = structure(
+                units[name].kinds[0], out, in_, MPOConfig(sites=method.sites), units[name].blocks
+            ).sites.num_parameters(caps)
             caps = max(1, min(round(size / (out + in_)), out, in_))
         overrides[exactly[name]] = {"bond": caps}
     return MPOConfig(target_modules=list(exactly.values()), sites=sites, overrides=overrides)

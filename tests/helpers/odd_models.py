@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers as T
+import transformers
 
 
 def _sizes(**more: Any) -> dict[str, Any]:
@@ -14,6 +13,10 @@ def _sizes(**more: Any) -> dict[str, Any]:
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 101,
         **more,
     }  # fmt: skip
+
+
+def _short(**more: Any) -> dict[str, Any]:
+    return {"hidden_size": 32, "vocab_size": 101, **more}
 
 
 _MOE = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
@@ -31,42 +34,56 @@ _T5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2, "v
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _GEMMA = {"num_key_value_heads": 2, "head_dim": 8}
 _JAMBA = {
-    "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-    "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
 }  # fmt: skip
 
-_BUILDERS: dict[str, Callable[[], Any]] = {
-    "falcon": lambda: T.FalconForCausalLM(T.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)),
-    "bloom": lambda: T.BloomForCausalLM(T.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=101)),
-    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=8)),
-    "rwkv": lambda: T.RwkvForCausalLM(T.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=101, context_length=40)),
-    "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**_T5)),
-    "t5 gated": lambda: T.T5ForConditionalGeneration(T.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
-    "deberta": lambda: T.DebertaForMaskedLM(T.DebertaConfig(**_sizes(**_DEBERTA), legacy=False)),
-    "deberta v2": lambda: T.DebertaV2ForMaskedLM(T.DebertaV2Config(**_sizes(**_DEBERTA), legacy=False, conv_kernel_size=3, conv_act="gelu")),
-    "deberta v3": lambda: T.DebertaV2ForMaskedLM(T.DebertaV2Config(**_sizes(**_DEBERTA), share_att_key=True, position_buckets=8, norm_rel_ebd="layer_norm")),
-    "gemma 2": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**_sizes(**_GEMMA))),
-    "gemma 3": lambda: T.Gemma3ForCausalLM(T.Gemma3TextConfig(**_sizes(**_GEMMA))),
-    "bart": lambda: T.BartForConditionalGeneration(T.BartConfig(**_BART)),
-    "xlnet": lambda: T.XLNetLMHeadModel(T.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=101)),
-    "mixtral": lambda: T.MixtralForCausalLM(T.MixtralConfig(**_sizes(**_MOE, num_local_experts=4))),
-    "qwen2 moe": lambda: T.Qwen2MoeForCausalLM(T.Qwen2MoeConfig(**_sizes(**_MOE, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40))),
-    "qwen3 moe": lambda: T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**_sizes(**_MOE, head_dim=8, num_experts=4, moe_intermediate_size=24))),
-    "deepseek v2": lambda: T.DeepseekV2ForCausalLM(T.DeepseekV2Config(**_sizes(**_DEEPSEEK))),
-    "deepseek v3": lambda: T.DeepseekV3ForCausalLM(T.DeepseekV3Config(**_sizes(**_DEEPSEEK))),
-    "gpt-oss": lambda: T.GptOssForCausalLM(T.GptOssConfig(**_sizes(**_MOE, head_dim=8, num_local_experts=4))),
-    "granite moe": lambda: T.GraniteMoeForCausalLM(T.GraniteMoeConfig(**_sizes(**_MOE, num_local_experts=4))),
-    "jamba": lambda: T.JambaForCausalLM(T.JambaConfig(**_sizes(**_MOE, **_JAMBA))),
-    "llama 4": lambda: T.Llama4ForCausalLM(T.Llama4TextConfig(**_sizes(**_MOE, head_dim=8, intermediate_size_mlp=48, num_local_experts=4))),
-}  # fmt: skip
-ODD = tuple(_BUILDERS)
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("FalconForCausalLM", _short(num_hidden_layers=2, num_attention_heads=4)),
+    "bloom": ("BloomForCausalLM", _short(n_layer=2, n_head=4)),
+    "mamba": ("MambaForCausalLM", _short(num_hidden_layers=2, state_size=8)),
+    "rwkv": ("RwkvForCausalLM", _short(num_hidden_layers=2, context_length=40)),
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "t5 gated": (
+        "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "deberta": ("DebertaForMaskedLM", _sizes(**_DEBERTA, legacy=False)),
+    "deberta v2": ("DebertaV2ForMaskedLM", _sizes(**_DEBERTA, legacy=False, conv_kernel_size=3, conv_act="gelu")),
+    "deberta v3": (
+        "DebertaV2ForMaskedLM",
+        _sizes(**_DEBERTA, share_att_key=True, position_buckets=8, norm_rel_ebd="layer_norm"),
+    ),
+    "gemma 2": ("Gemma2ForCausalLM", _sizes(**_GEMMA)),
+    "gemma 3": ("Gemma3ForCausalLM", _sizes(**_GEMMA)),
+    "bart": ("BartForConditionalGeneration", _BART),
+    "xlnet": ("XLNetLMHeadModel", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 101}),
+    "mixtral": ("MixtralForCausalLM", _sizes(**_MOE, num_local_experts=4)),
+    "qwen2 moe": (
+        "Qwen2MoeForCausalLM",
+        _sizes(**_MOE, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40),
+    ),
+    "qwen3 moe": ("Qwen3MoeForCausalLM", _sizes(**_MOE, head_dim=8, num_experts=4, moe_intermediate_size=24)),
+    "deepseek v2": ("DeepseekV2ForCausalLM", _sizes(**_DEEPSEEK)),
+    "deepseek v3": ("DeepseekV3ForCausalLM", _sizes(**_DEEPSEEK)),
+    "gpt-oss": ("GptOssForCausalLM", _sizes(**_MOE, head_dim=8, num_local_experts=4)),
+    "granite moe": ("GraniteMoeForCausalLM", _sizes(**_MOE, num_local_experts=4)),
+    "jamba": ("JambaForCausalLM", _sizes(**_MOE, **_JAMBA)),
+    "llama 4": ("Llama4ForCausalLM", _sizes(**_MOE, head_dim=8, intermediate_size_mlp=48, num_local_experts=4)),
+}
+ODD = tuple(_MODELS)
 IDS = torch.arange(3, 15).reshape(2, 6)
 
 
 def odd(name: str) -> Any:
     """A model, ready to be looked at, no matrix of which is zero."""
     torch.manual_seed(0)
-    model = _BUILDERS[name]().eval()
+    kind, sizes = _MODELS[name]
+    build: Any = getattr(transformers, kind)
+    # Some classes name the configuration of the whole that they are the text part of.
+    config = transformers.Llama4TextConfig if kind.startswith("Llama4") else build.config_class
+    config = transformers.Gemma3TextConfig if kind.startswith("Gemma3") else config
+    model = build(config(**sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -14,7 +14,7 @@ from helpers.adapter import close, roundtrip, small
 from helpers.tiny_models import VOCAB, outputs, settled, tiny, token_ids
 
 from mpo_tn import MPOError
-from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLayer, MPOLinear, compress
+from mpo_tn.torch import MPOConfig, MPOEmbedding, MPOLayer, compress
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

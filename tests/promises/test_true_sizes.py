@@ -110,7 +110,6 @@ def test_the_word_table_of_mobilebert_is_one_with_what_its_head_reads() -> None:
     assert names >= {"mobilebert.embeddings.word_embeddings", "cls.predictions.decoder", "cls.predictions.dense"}
 
 
-
 CONFIGS: list[dict[str, Any]] = [
     {},
     {"sites": 3, "bond": 5},

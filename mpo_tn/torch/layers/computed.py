@@ -1,5 +1,8 @@
 """ComputedWeight: a weight that looks like a tensor, holds nothing, and is computed from cores when it is used."""
 
+# torch tells of its wrapper tensors and hooks under names with a leading underscore.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,8 @@ from torch.utils._pytree import tree_map
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.layers.packing import Held, apart
+
+_hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -80,13 +85,13 @@ class ComputedWeight(torch.Tensor):
     products ``x W^T`` and lookups of rows go from core to core like those of an MPO module.
 
     Guarantee (computed-when-read): results and gradients are those of the dense weight, to rounding.
-    Guarantee (computed-forgotten): neither after an operation nor for the backward pass, which computes it again, is the
-    dense weight kept. Under autocast the copy that is cast is.
+    Guarantee (computed-forgotten): neither after an operation nor for the backward pass, which computes it again, is
+    the dense weight kept. Under autocast the copy that is cast is.
     Guarantee (computed-read-only): writing into it raises, because nothing would come of it; but multiplying it by a
     number in place multiplies a core, as RWKV does to its weights for inference.
 
-    Cost: one dense weight in memory while an operation runs, forward or backward; of ``weight[k]`` only that part, where
-    the legs of the first sites multiply to the first axis. Every operation computes it anew.
+    Cost: one dense weight in memory while an operation runs, forward or backward; of ``weight[k]`` only that part,
+    where the legs of the first sites multiply to the first axis. Every operation computes it anew.
     """
 
     # transformers initialises what does not say that it is initialised.
@@ -100,6 +105,7 @@ class ComputedWeight(torch.Tensor):
     def __new__(
         cls, source: Source, steps: tuple[Step, ...], like: torch.Tensor, requires_grad: bool, device: torch.device
     ) -> ComputedWeight:
+        """What looks like ``like`` and is what ``steps`` make of the weight of ``source``."""
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device, requires_grad=requires_grad
         )
@@ -222,7 +228,8 @@ def _waits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if func == torch.Tensor.__getitem__:
         places = args[0] if isinstance(args[0], tuple) else (args[0],)
         return all(
-            place is None or isinstance(place, (int, slice)) or place is Ellipsis or _is_index(place) for place in places
+            place is None or isinstance(place, (int, slice)) or place is Ellipsis or _is_index(place)
+            for place in places
         )
     given: list[bool] = []
     tree_map(lambda value: given.append(isinstance(value, torch.Tensor)), (args, kwargs))
@@ -299,7 +306,7 @@ def _size(weight: ComputedWeight) -> tuple[int, ...]:
 
 
 def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func`` of dense weights, which are computed for it and, if they are needed again in backward, once more then."""
+    """``func`` of dense weights, which are computed for it and, if backward needs them, once more then."""
     made: dict[ComputedWeight, torch.Tensor] = {}
 
     def dense(value: Any) -> Any:
@@ -316,9 +323,9 @@ def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _recomputed(weights: dict[int, tuple[ComputedWeight, torch.Tensor]]) -> AbstractContextManager[Any]:
     """Inside of it weights that are saved for backward are not kept but computed again."""
-    if not torch.is_grad_enabled() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch.is_grad_enabled() or not _hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
-    around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    around = _hooks._top_saved_tensors_default_hooks(False)
 
     def pack(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         lazy, weight = weights.get(tensor.untyped_storage()._cdata, (None, None))
@@ -360,8 +367,8 @@ class _Kept:
             return self._unpack(self._held)
         if self._held._version != self._version:
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: it was "
-                f"at version {self._version} and is at {self._held._version}"
+                "one of the variables needed for gradient computation has been modified by an inplace operation: it "
+                f"was at version {self._version} and is at {self._held._version}"
             )
         return self._held
 

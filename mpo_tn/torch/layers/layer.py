@@ -16,8 +16,8 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.cost import Route, checked_mode, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
-from mpo_tn.torch.layers.cores import Core, Cores
 from mpo_tn.torch.layers.computed import read_weight
+from mpo_tn.torch.layers.cores import Core, Cores
 from mpo_tn.torch.layers.dense_weight import DenseWeight
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.packing import Held, apart
@@ -28,7 +28,7 @@ from mpo_tn.torch.layers.rows import looked_up, slice_of_rows
 
 
 class MPOLayer(nn.Module):
-    """A module whose matrix (out, in) is a chain of cores. It holds no weight; see :attr:`weight`, :meth:`dense_weight`.
+    """A module whose matrix (out, in) is a chain of cores, and which computes its :attr:`weight` when it is read.
 
     Args:
         spec: the structure; see :class:`~mpo_tn.planning.spec.ModuleSpec`.
@@ -313,7 +313,9 @@ class MPOLinear(MPOLayer):
         Raises:
             MPOError: ``x`` has another number of columns.
         """
-        return self.times(x, self.bias)
+        bias = self.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return self.times(x, bias)
 
 
 def _has_fixed_shape(x: torch.Tensor) -> bool:

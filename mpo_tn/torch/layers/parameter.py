@@ -1,5 +1,8 @@
 """MPOParameter: a weight that its module reads by itself, held as cores; and how a module comes to read it."""
 
+# The tables of a module have names with a leading underscore.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,8 +24,8 @@ HELD = "mpo"
 class MPOParameter(MPOLayer):
     """A weight of any shape that the module which owns it reads by itself, held as an MPO.
 
-    Fused experts, the projections of ``nn.MultiheadAttention``, the weight of a subclass of ``nn.Linear`` that computes in
-    its own way. The owner stays what it is; where it reads the parameter it gets a
+    Fused experts, the projections of ``nn.MultiheadAttention``, the weight of a subclass of ``nn.Linear`` that computes
+    in its own way. The owner stays what it is; where it reads the parameter it gets a
     :class:`~mpo_tn.torch.layers.computed.ComputedWeight`. See :func:`reach`.
 
     >>> import torch
@@ -79,8 +82,8 @@ def held_name(owner: str, parameter: str) -> str:
 def reach(owner: nn.Module, name: str, held: MPOParameter) -> None:
     """Have ``owner`` read its parameter ``name`` from ``held``.
 
-    The parameter is gone, ``owner.mpo.<name>`` is there, and the class of the owner is a subclass of what it was, of the
-    same name, in which ``owner.<name>`` computes. All else stays: hooks, buffers, its other parameters.
+    The parameter is gone, ``owner.mpo.<name>`` is there, and the class of the owner is a subclass of what it was, of
+    the same name, in which ``owner.<name>`` computes. All else stays: hooks, buffers, its other parameters.
 
     Raises:
         MPOError: it has no such parameter, or of another shape.
@@ -88,7 +91,9 @@ def reach(owner: nn.Module, name: str, held: MPOParameter) -> None:
     weight = owner._parameters.get(name)
     if weight is None or tuple(weight.shape) != held.spec.shape:
         there = "no such parameter" if weight is None else f"one of shape {tuple(weight.shape)}"
-        raise MPOError(f"{name} of shape {held.spec.shape} is to be reached, and this {type(owner).__name__} has {there}")
+        raise MPOError(
+            f"{name} of shape {held.spec.shape} is to be reached, and this {type(owner).__name__} has {there}"
+        )
     if HELD not in owner._modules:
         owner.add_module(HELD, HeldParameters(tuple(owner._parameters)))
     del owner._parameters[name]
@@ -129,12 +134,11 @@ def _reading(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         return property(read)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _made, (cls, names), *super(made, self).__reduce_ex__(protocol)[2:]
+        return _made, (cls, names), *super(_reading(cls, names), self).__reduce_ex__(protocol)[2:]
 
     same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     read = {name: reader(name) for name in names}
-    made = type(cls.__name__, (cls,), {**same, **read, "_reads_parameters_of": cls, "__reduce_ex__": reduce})
-    return made
+    return type(cls.__name__, (cls,), {**same, **read, "_reads_parameters_of": cls, "__reduce_ex__": reduce})
 
 
 def _made(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

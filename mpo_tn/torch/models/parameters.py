@@ -1,9 +1,12 @@
 """Which parameters can be reached where no module can be put in the place of another, and why others cannot."""
 
+# The tables of a module have names with a leading underscore.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -39,8 +42,8 @@ def cannot_be_reached(owner: nn.Module, name: str) -> str | None:
 def is_linear_by_itself(owner: nn.Module, name: str) -> bool:
     """Whether a parameter is the weight of linear layers, going by its owner and its shape alone.
 
-    Of subclasses of ``nn.Linear``, of ``nn.MultiheadAttention``, and stacks of matrices such as fused experts; what else
-    may be a weight, a table or a buffer that is learned has to be named.
+    Of subclasses of ``nn.Linear``, of ``nn.MultiheadAttention``, and stacks of matrices such as fused experts; what
+    else may be a weight, a table or a buffer that is learned has to be named.
     """
     parameter = owner._parameters[name]
     if parameter is None:

@@ -1,5 +1,8 @@
 """Putting modules, and parameters, into the places of others."""
 
+# The tables of a module have names with a leading underscore.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping

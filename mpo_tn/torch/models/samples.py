@@ -119,6 +119,8 @@ def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None =
 
 def is_biased(unit: DenseUnit) -> bool:
     """Whether every module of the unit has a bias, which nobody else uses: it can take up the mean of an error."""
-    return not unit.lends_bias and unit.readers == unit.modules and all(
-        isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules
+    return (
+        not unit.lends_bias
+        and unit.readers == unit.modules
+        and all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules)
     )

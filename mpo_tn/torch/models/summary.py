@@ -94,7 +94,8 @@ def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:
     return MatrixSummary(
         name, spec.kind, (spec.out_features, spec.in_features), spec.sites.out, spec.sites.in_, spec.bonds, True,
         spec.kept, spec.rel_error, *_spectrum_summary(module.mpo().spectra()),
-        () if spec.kind in ("embedding", PARAMETER) else predictions(spec.core_shapes, spec.out_features, spec.in_features),
+        () if spec.kind in ("embedding", PARAMETER)
+        else predictions(spec.core_shapes, spec.out_features, spec.in_features),
         spec.bits, spec.bytes(itemsize), spec.bits_per_weight(itemsize),
     )  # fmt: skip
 

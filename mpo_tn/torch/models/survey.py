@@ -24,8 +24,8 @@ from mpo_tn.torch.models.parameters import cannot_be_reached, is_linear_by_itsel
 class DenseUnit:
     """One matrix before compression: a weight, the modules that use it, each under all its names, and their kinds.
 
-    ``names[0][0]`` is the first occurrence and names the unit, as it will name the :class:`MPOUnit` it becomes. Where the
-    kind is ``"parameter"`` the module owns a parameter that is reached, and the names are of what will hold it.
+    ``names[0][0]`` is the first occurrence and names the unit, as it will name the :class:`MPOUnit` it becomes. Where
+    the kind is ``"parameter"`` the module owns a parameter that is reached, and the names are of what will hold it.
     ``lends_bias`` says that a module of another unit, or of none, uses a bias of this one.
     """
 

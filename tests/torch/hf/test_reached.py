@@ -1,4 +1,4 @@
-"""Folders of models whose weights are reached through parameters: the same bits back, checked names, a loud sentinel."""
+"""Folders of models whose weights are reached through parameters: the same bits back, a loud sentinel."""
 
 from __future__ import annotations
 

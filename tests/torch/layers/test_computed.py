@@ -173,10 +173,21 @@ def test_what_is_known_is_known_without_computing(monkeypatch: pytest.MonkeyPatc
     found = layer.weight
     assert isinstance(found, torch.Tensor)
     assert isinstance(found, ComputedWeight)
-    assert (found.shape, found.dtype, found.device, found.requires_grad) == (weight.shape, weight.dtype, weight.device, True)
+    assert (found.shape, found.dtype, found.device, found.requires_grad) == (
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        True,
+    )
     assert found.mT.shape == (6, 10, 4)
     assert found.float()[1].dtype == torch.float32
-    assert (found.size(1), found.stride(), len(found), found.grad, found.is_contiguous()) == (4, (40, 10, 1), 6, None, True)
+    assert (found.size(1), found.stride(), len(found), found.grad, found.is_contiguous()) == (
+        4,
+        (40, 10, 1),
+        6,
+        None,
+        True,
+    )
 
 
 def test_copies_and_files_hold_an_ordinary_tensor(tmp_path: Any) -> None:
