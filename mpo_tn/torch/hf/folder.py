@@ -195,7 +195,8 @@ def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None =
 def _write_model(
     model: Any, source: str | Path, out: Path, files: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    check_still_there(source)
+    if getattr(model, "name_or_path", None) == str(source):  # it was read from there
+        check_still_there(source)
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             copy_companions(Path(source), temporary)
