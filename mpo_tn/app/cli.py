@@ -15,9 +15,10 @@ from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
 from mpo_tn.app.cli_plan import compress, plan
 from mpo_tn.app.cli_train import finetune, squeeze
-from mpo_tn.app.terminal import Json, Overwrite, err, is_wide, new_table, out, print_json, sites_of, working
-from mpo_tn.exceptions import MPOError
+from mpo_tn.app.failures import failing_shortly
+from mpo_tn.app.terminal import Device, Json, Overwrite, is_wide, new_table, out, print_json, sites_of, working
 from mpo_tn.progress import doing
+from mpo_tn.storage.places import claimed
 
 if TYPE_CHECKING:
     from mpo_tn.app.demo_page import DemoResult
@@ -63,7 +64,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress a real sentence encoder (all-MiniLM-L6-v2), measure what is left, save it and read it back."""
-    with working(as_json) as progress:
+    with working(as_json) as progress, claimed(folder):
         from mpo_tn.app.demo import run_demo
 
         result = run_demo(
@@ -80,16 +81,18 @@ def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, dense or compressed, or a name on the hub.")],
     sites: Annotated[str, typer.Option(help='For a dense model: the legs to look at, a number or "low-rank".')] = "5",
     target: Annotated[str, typer.Option(help="For a dense model: regular expression on module names.")] = ".*",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
     with working(as_json) as progress:
         from mpo_tn.torch.hf.folder import load_model
+        from mpo_tn.torch.models.devices import usable_device
         from mpo_tn.torch.models.summary import inspect_model
 
-        number = sites_of(sites)
+        number, place = sites_of(sites), usable_device(device)
         progress(0, 1, "reading the model")
-        network = load_model(model)
+        network = load_model(model).to(place)
         rows = inspect_model(network, target=target, sites=number, progress=doing("inspecting", progress))
     if as_json:
         print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
@@ -99,11 +102,8 @@ def inspect(
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
-        app()
-    except (MPOError, OSError) as error:
-        err.print(f"mpo-tn: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    with failing_shortly():
+        sys.exit(app(standalone_mode=False) or 0)
 
 
 def _print_demo(result: DemoResult) -> None:
@@ -118,7 +118,7 @@ def _print_demo(result: DemoResult) -> None:
             table.add_row(*row.cells)
     out.print(result.headline(), highlight=False)
     out.print()
-    out.print(f"[bold]{result.model}[/bold]: {result.matrices} matrices, {result.sentences} sentences\n")
+    out.print(f"{result.model}: {result.matrices} matrices, {result.sentences} sentences\n")
     out.print(table)
     for sentence in result.findings():
         out.print(f"\n{sentence}", highlight=False)

@@ -26,9 +26,12 @@ def print_compression(report: CompressionReport) -> None:
             legs(spec.sites.out, spec.sites.in_), numbers(spec.bonds), f"{spec.kept:.3f}", f"{spec.rel_error:.3g}",
             *(size_cells(spec.bits, layer.bytes / 1e6, layer.bits_per_weight) if report.has_bits else ()),
         )  # fmt: skip
-    out.print(table)
+    if report.layers:
+        out.print(table)
+    else:
+        out.print("Nothing was compressed: all matrices stay dense.")
     for name, reason in report.skipped.items():
-        out.print(f"skipped {name}: {reason}", highlight=False, markup=False)
+        out.print(f"stays dense: {name}, {reason}", highlight=False, markup=False)
     out.print(f"\n{report}\n", highlight=False)
 
 
@@ -51,6 +54,8 @@ def print_plan(decided: Plan) -> None:
             *(sizes if decided.has_bits else (f"{most}{size:.3g}",)),
         )  # fmt: skip
     out.print(table)
+    if any(unit.tolerance is not None for unit in decided.units):
+        out.print("\nA matrix whose cores would take as much room as it does, or more, will stay dense.")
     print_left(decided)
     out.print(f"\n{decided}\n", highlight=False)
 

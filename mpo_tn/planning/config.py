@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, is_real, whole_number
+from mpo_tn.exceptions import MPOError, count_text, is_real, whole_number
 from mpo_tn.planning.options import DENSE, FAMILIES, USUAL_FAMILIES
 from mpo_tn.planning.patterns import matches
 from mpo_tn.planning.sizes import size_of
@@ -19,6 +19,8 @@ from mpo_tn.truncation import Truncation
 _SIZES = ("keep", "bond", "tolerance")
 _BUDGETS = ("size", "bits_per_weight")
 _SITES = 5
+_MOST_SITES = 64
+"""More than any number of entries has factors: beyond it all legs are 1, and a chain takes long for nothing."""
 _BOUNDS = ("min_bits_per_weight", "max_bits_per_weight")
 _OVERRIDABLE = ("sites", *_SIZES, "bits", "group", *_BOUNDS)
 _FRACTIONS = ("bits_per_weight", "max_flops", *_BOUNDS)
@@ -63,7 +65,7 @@ class MPOConfig:
 
     At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none, and no ``max_flops``,
     means exact. ``keep=1.0``
-    is not exact: full bonds hold a few per cent more numbers than the matrix.
+    is not exact: full bonds hold a few per cent more numbers than the matrix. Of more :func:`~mpo_tn.torch.plan` warns.
 
     Raises:
         MPOError: two sizes at once, a size or bits out of range, an unknown override; bits, or a size in an override,
@@ -261,8 +263,10 @@ def _plain_bits(bits: object, group: object) -> int | dict[str, int | None] | No
 
 def _plain_sites(sites: object) -> int | str | Sites:
     number = whole_number(sites)
-    if number is not None and number >= 1:
+    if number is not None and 1 <= number <= _MOST_SITES:
         return number
+    if number is not None and number > _MOST_SITES:
+        raise MPOError(f"sites={count_text(number)}: no matrix has so many factors; use at most {_MOST_SITES}")
     if isinstance(sites, Sites) or sites == "low-rank":
         return sites  # type: ignore[return-value]
     raise MPOError(f'sites={sites!r} must be a positive number of sites, "low-rank" or Sites(...)')

@@ -17,10 +17,12 @@ from typing import Any
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.entries import ACTIVATION, Alternative, LeftDense, UnitPlan, check_keys
-from mpo_tn.storage.files import write_whole
+from mpo_tn.storage.files import checked_file, write_whole
 
 PLAN_VERSION = 1
 _FORMAT = "mpo_tn.plan"
+_LARGEST = 2**28
+"""Bytes of a file: a thousand times the largest plan."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ class Plan:
             MPOError: no such file, no JSON, and as for :meth:`from_dict`; the message names the file.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+            file = checked_file(Path(path), "a plan", _LARGEST)
+            values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
             if not isinstance(values, dict):
                 raise MPOError("it is no JSON object, so it is no plan")
             return cls.from_dict(values)

@@ -16,6 +16,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
+from mpo_tn.storage.files import checked_file
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
@@ -131,7 +132,7 @@ def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     path = folder / "result.json" if folder.is_dir() else folder
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads((checked_file(path, "a result") if path.exists() else path).read_text(encoding="utf-8"))
         checked_version(result, path)
         bonds = result["squeezing"]["bonds"]
         return {str(name): tuple(int(bond) for bond in part) for name, part in bonds.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, bounded_text
 from mpo_tn.storage.files import check_target, written_beside
+from mpo_tn.storage.places import recover
 from mpo_tn.storage.tensors import as_os_error
+from mpo_tn.torch.hf.companions import check_folder, check_still_there, copy_companions, refuse_pickled
 from mpo_tn.torch.models.units import count_parameters
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -120,8 +120,11 @@ def _readable(source: str | Path) -> Generator[None]:
         yield
     except MPOError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers makes of a damaged file has no one type
+        refuse_pickled(source, error)
+        raise MPOError(f"{source} cannot be read as a model: {bounded_text(_first_line(error), 500)}") from error
 
 
 def _class_of(config: Any) -> Any:
@@ -137,10 +140,13 @@ def check_source(source: str | Path) -> None:
         MPOError: no such folder, or one that holds no model.
     """
     path = Path(source)
+    recover(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MPOError(f"{source} is not a model folder: it has no config.json")
     if not path.is_dir() and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
         raise MPOError(f"there is no model folder {source}: give a folder with config.json and weights, or a hub name")
+    if path.is_dir():
+        check_folder(path)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -189,9 +195,11 @@ def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None =
 def _write_model(
     model: Any, source: str | Path, out: Path, files: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
+    if getattr(model, "name_or_path", None) == str(source):  # it was read from there
+        check_still_there(source)
     with written_beside(out) as temporary:
         if Path(source).is_dir():
-            _copy_companions(Path(source), temporary)
+            copy_companions(Path(source), temporary)
         with as_os_error():
             model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
         for name, text in files.items():
@@ -201,18 +209,6 @@ def _write_model(
 def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> None:
     """Refuse an output folder early. See :func:`mpo_tn.storage.files.check_target`."""
     check_target(out, overwrite=overwrite, marker="config.json", keep=Path(source))
-
-
-def _copy_companions(source: Path, out: Path) -> None:
-    """Tokenizer, pooling and other small files; the weights in any format stay behind."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or path.name.endswith(_WEIGHTS) or relative == Path("config.json"):
-            continue
-        target = out / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
 
 
 def weight_bytes(source: str | Path) -> int:

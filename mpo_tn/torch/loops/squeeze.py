@@ -12,6 +12,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
 from mpo_tn.progress import Progress
+from mpo_tn.storage.places import claimed_if
 from mpo_tn.torch.loops.evaluation import as_number, evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
@@ -97,17 +98,18 @@ def squeeze(
         tune_steps=tune_steps if train_step else 0, score=score, keep=keep, minimum_bond=minimum_bond,
     )  # fmt: skip
     squeezer = Squeezer(model, policy, optimizer, scheduler, reference)
-    home = None
-    if folder is not None:
-        settings: dict[str, Any] = {
-            **policy.to_dict(),
-            "tuned": train_step is not None,
-            "optimizer": None if optimizer is None else type(unwrapped(optimizer)).__name__,
-            "scheduler": None if scheduler is None else type(scheduler).__name__,
-            "reference": reference,
-        }
-        home = RunFolder(folder, settings, resume=resume)
-    return _Run(squeezer, evaluate, train_step, home).go(progress, on_round)
+    with claimed_if(folder):
+        home = None
+        if folder is not None:
+            settings: dict[str, Any] = {
+                **policy.to_dict(),
+                "tuned": train_step is not None,
+                "optimizer": None if optimizer is None else type(unwrapped(optimizer)).__name__,
+                "scheduler": None if scheduler is None else type(scheduler).__name__,
+                "reference": reference,
+            }
+            home = RunFolder(folder, settings, resume=resume)
+        return _Run(squeezer, evaluate, train_step, home).go(progress, on_round)
 
 
 class _Run:

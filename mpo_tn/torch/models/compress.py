@@ -88,6 +88,8 @@ def compress(
     Guarantee (compress-all-or-nothing): if anything is wrong or raises, ``progress`` and whoever saves the model
     included, the model is left as it was; modules are only swapped once all are decomposed. A transformers model can be
     saved with ``save_pretrained`` afterwards.
+    Guarantee (tolerance-never-larger): a matrix whose cores would take as many bytes as it does, or more, at the
+    ``tolerance`` it was given stays dense, and is listed in ``skipped`` with both numbers.
 
     Raises:
         MPOError: a pattern that matches nothing, a weight with NaN or infinite entries or without data, legs that do
@@ -120,6 +122,7 @@ def compress(
     before = count_parameters(model)
     layers: list[LayerReport] = []
     modules: dict[str, nn.Module] = {}
+    larger: dict[str, str] = {}
     for done, (planned, unit) in enumerate(units):
         if progress:
             progress(done, len(units), unit.name)
@@ -130,6 +133,12 @@ def compress(
                 layer, cores, shift = *_factorise(planned, unit), None
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
+        if planned.tolerance is not None and layer.bytes >= planned.dense_parameters * planned.itemsize:
+            larger[unit.name] = (
+                f"at tolerance={planned.tolerance:g} its cores would take {layer.bytes:,} bytes, and it takes "
+                f"{planned.dense_parameters * planned.itemsize:,}"
+            )
+            continue
         layers.append(layer)
         modules |= _modules(unit, layer.spec, cores, shift)
     if progress and units:
@@ -138,9 +147,11 @@ def compress(
         refined: tuple[RefinedBlock, ...] = ()
         if refine and text is not None:
             refined = refine_blocks(model, modules, text, undo, progress or silent)
-        _swap(model, modules, decided.config)
+        if modules:
+            _swap(model, modules, decided.config)
         undo.pop_all()
-    return CompressionReport(tuple(layers), decided.skipped, before, count_parameters(model), refined)
+    skipped = {**decided.skipped, **larger}
+    return CompressionReport(tuple(layers), skipped, before, count_parameters(model), refined)
 
 
 def _text_of(source: Trial | Samples | Calibration | None) -> Samples | None:
