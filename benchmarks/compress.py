@@ -22,15 +22,15 @@ from mpo_tn import MPO, Sites, Truncation
 SITES, BOND, KEPT = 6, 256, 64
 
 
-def chain(leg: int, dtype: str, bond: int = BOND, n: int = SITES) -> MPO:
+def chain(leg: int, dtype: str, bond: int = BOND, n: int = SITES, *, decay: float = 0.5, seed: int = SEED) -> MPO:
     """Gaussian cores of unit scale, weighted so that the singular values of bonds decay."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     full = Sites((leg,) * n, (leg,) * n).full_bonds
     ends = [1, *(min(bond, value) for value in full), 1]
     cores: Cores = []
     for left, right in itertools.pairwise(ends):
         core = rng.standard_normal((left, leg, leg, right)) / math.sqrt(left * leg * leg)
-        cores.append((core / np.arange(1, right + 1) ** 0.5).astype(dtype))
+        cores.append((core / np.arange(1, right + 1) ** decay).astype(dtype))
     return MPO(tuple(cores))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from mpo_tn.chains import contraction
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain, same_kind
-from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, shared_out, size_of, unit, unit_cores
+from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, join, shared_out, size_of, unit, unit_cores
 from mpo_tn.exceptions import MPOError, count_text, shape_text, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -251,7 +251,7 @@ def inner(a: Chain, b: Chain) -> Size:
     xp = namespace(wide_a[0])
     carried = Scaled(one(wide_a[0]), exponent_a + exponent_b)  # (bond of a, bond of b)
     for core, other in zip(wide_a, wide_b, strict=True):
-        passed = xp.tensordot(carried.array, other, axes=1)
+        passed = join(carried.array, other)
         carried = unit(xp.tensordot(conjugate(core), passed, axes=((0, 1, 2), (0, 1, 2))), carried.exponent)
     return Size(carried.array[0, 0].item(), carried.exponent)
 
@@ -276,11 +276,10 @@ def difference(a: tuple[list[Array], int], b: tuple[list[Array], int]) -> Size:
                                                                  either side keeps an exponent of its own
     """
     (cores_a, exponent_a), (cores_b, exponent_b) = a, b
-    xp = namespace(cores_a[0])
     left, right = Scaled(one(cores_a[0]), exponent_a), Scaled(one(cores_b[0]), exponent_b)
     for k, (core, other) in enumerate(zip(cores_a, cores_b, strict=True)):
-        left = unit(xp.tensordot(left.array, core, axes=1), left.exponent)
-        right = unit(xp.tensordot(right.array, other, axes=1), right.exponent)
+        left = unit(join(left.array, core), left.exponent)
+        right = unit(join(right.array, other), right.exponent)
         if k < len(cores_a) - 1:
             left, right = side_by_side(left, right)
     return left.plus(Scaled(-right.array, right.exponent)).size()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from mpo_tn.chains.chain import Chain
-from mpo_tn.chains.scaled import TOP, Size, lost, lowest, unit, unit_cores
+from mpo_tn.chains.scaled import TOP, Size, join, lost, lowest, unit, unit_cores
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     EPS,
@@ -62,17 +62,16 @@ def moved(cores: list[Array], exponent: int, interval: tuple[int, int], center: 
     What is carried from site to site is brought to norm 1 to 2, so that a chain of any length stays in range.
     """
     low, high = interval
-    xp = namespace(cores[0])
     for k in range(low, center):
         cores[k], factor = split_right(cores[k])
         carried = unit(factor, exponent)
         exponent = carried.exponent
-        cores[k + 1] = xp.tensordot(carried.array, cores[k + 1], axes=1)
+        cores[k + 1] = join(carried.array, cores[k + 1])
     for k in range(high, center, -1):
         factor, cores[k] = split_left(cores[k])
         carried = unit(factor, exponent)
         exponent = carried.exponent
-        cores[k - 1] = xp.tensordot(cores[k - 1], carried.array, axes=1)
+        cores[k - 1] = join(cores[k - 1], carried.array)
     middle = unit(cores[center], exponent)
     cores[center] = middle.array
     return cores, middle.exponent
@@ -88,7 +87,7 @@ def norm_of(chain: Chain) -> Size:
     for core in cores[1:]:
         rows = carried.array
         factor = triangle(rows) if rows.shape[0] > rows.shape[1] else rows
-        carried = unit(xp.reshape(xp.tensordot(factor, core, axes=1), (-1, core.shape[3])), carried.exponent)
+        carried = unit(xp.reshape(join(factor, core), (-1, core.shape[3])), carried.exponent)
     return carried.size()
 
 
@@ -161,13 +160,13 @@ def _is_small(core: Array, exponent: int, name: str) -> bool:
 def shift_right(core: Array, following: Array) -> tuple[Array, Array]:
     """``--A--B--  ->  --Q--(R B)--`` with ``A = Q R``: the left core becomes left-isometric."""
     q, r = split_right(core)
-    return q, namespace(core).tensordot(r, following, axes=1)
+    return q, join(r, following)
 
 
 def shift_left(preceding: Array, core: Array) -> tuple[Array, Array]:
     """``--A--B--  ->  --(A L)--Q--`` with ``B = L Q``: the right core becomes right-isometric."""
     factor, q = split_left(core)
-    return namespace(core).tensordot(preceding, factor, axes=1), q
+    return join(preceding, factor), q
 
 
 def split_right(core: Array) -> tuple[Array, Array]:

@@ -60,8 +60,8 @@ def cast_error(chain: Chain, dtype: Any) -> float:
 
 def _times(carried: Scaled, core: Scaled) -> Scaled:
     """What is carried from the left, times the next core."""
-    joined = namespace(core.array).tensordot(carried.array, core.array, axes=1)
-    return unit(joined, carried.exponent + core.exponent)
+    product = carried.times(core)
+    return unit(product.array, product.exponent)
 
 
 def cast_error_estimate(dtype: Any, n: int, norm: float) -> float:

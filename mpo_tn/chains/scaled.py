@@ -46,6 +46,10 @@ class Scaled:
         first, second = (times_power_of_two(part.array, part.exponent - top) for part in (self, other))
         return unit(first + second, top)
 
+    def times(self, other: Scaled) -> Scaled:
+        """The last index contracted with the first of another; not made :func:`unit`."""
+        return Scaled(join(self.array, other.array), self.exponent + other.exponent)
+
     def size(self) -> Size:
         """The 2-norm of all entries."""
         return Size(frobenius_norm(self.array), self.exponent)
@@ -115,6 +119,12 @@ class Size:
             return f"{self.rounded():.6g}"
         whole, rest = divmod(self.log / math.log(10), 1)
         return f"about {10**rest:.3f}e{int(whole)}"
+
+
+def join(left: Array, right: Array) -> Array:
+    """The last index of one array contracted with the first of another, by one product of matrices."""
+    bond = right.shape[0]
+    return (left.reshape((-1, bond)) @ right.reshape((bond, -1))).reshape((*left.shape[:-1], *right.shape[1:]))
 
 
 def has_values(array: Array) -> bool:
