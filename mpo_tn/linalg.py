@@ -141,8 +141,8 @@ def check_values(array: Array, what: str) -> None:
         )
     if is_traced(array):
         raise MPOError(
-            f"{what} is being traced by JAX (jit, grad or vmap) and has no values, and cores are defined only up to a "
-            "gauge: call this outside the traced function"
+            f"{what} is being traced by JAX (jit, grad or vmap) and has no values, which factorisations on the host "
+            "need: call this outside the traced function, or use mpo_tn.truncated, whose result is a matrix"
         )
     check_loaded(array, what)
     if library(array) == "jax":
@@ -196,7 +196,7 @@ def restored(array: Array, like: Array) -> Array:
     Raises:
         MPOError: see :func:`to_jax`.
     """
-    if type(like) is np.ndarray and type(array) is np.ndarray:
+    if all(type(part) is np.ndarray for part in (like, array)):
         return array.astype(like.dtype, copy=False)
     if library(like) == "jax" and library(array) != "jax":
         # A sharded array has several; what is made of it goes to the first.

@@ -16,6 +16,7 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.chains import contraction
+from mpo_tn.chains.balance import balanced
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain, same_kind
 from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, join, shared_out, size_of, unit, unit_cores
@@ -153,16 +154,14 @@ def multiply(a: ChainT, b: Chain) -> ChainT:
 
 def pairwise(a: ChainT, b: Chain, join: Callable[[Array, Array], Array], what: str) -> ChainT:
     """The chain of ``join(a_k, b_k)``, linear in both, within the range of the dtype; ``what`` it is, for messages."""
-    cores: list[Array] = []
-    exponents: list[int] = []
-    for pair in zip(a.cores, b.cores, strict=True):
-        risky = all(map(has_values, pair)) and any(_is_risky(core, 0) for core in pair)
-        first, second = (unit(core) if risky else Scaled(core) for core in pair)
-        cores.append(join(first.array, second.array))
-        exponents.append(first.exponent + second.exponent)
-    if any(exponents):
-        cores = shared_out(cores, exponents, range(len(cores)), what)
-    return a.with_cores(cores, None)
+    both = (*a.cores, *b.cores)
+    if not all(map(has_values, both)) or not any(_is_risky(core, 0) for core in both):
+        return a.with_cores(map(join, a.cores, b.cores), None)
+    (first, exponent), (second, other) = balanced(a.cores), balanced(b.cores)
+    parts = [unit(join(*pair)) for pair in zip(first, second, strict=True)]
+    exponents = [part.exponent for part in parts]
+    exponents[0] += exponent + other
+    return a.with_cores(shared_out([part.array for part in parts], exponents, range(len(parts)), what), None)
 
 
 def _product(core: Array, other: Array) -> Array:
@@ -229,9 +228,7 @@ def conj(chain: ChainT) -> ChainT:
 def trace(chain: Chain) -> Size:
     """The trace, in double precision, as a product of matrices: one a site."""
     check_cores(chain)
-    for k, (out, in_) in enumerate(chain.sites):
-        if out != in_:
-            raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
+    check_square(chain)
     wide, exponent = unit_cores([widen(core) for core in chain.cores])
     xp = namespace(wide[0])
     carried = Scaled(one(wide[0]), exponent)
@@ -239,6 +236,17 @@ def trace(chain: Chain) -> Size:
         matrix = xp.linalg.trace(xp.permute_dims(core, (0, 3, 1, 2)))
         carried = unit(carried.array @ matrix, carried.exponent)
     return Size(carried.array[0, 0].item(), carried.exponent)
+
+
+def check_square(chain: Chain) -> None:
+    """Refuse chains that have no trace site by site.
+
+    Raises:
+        MPOError: names the first site whose legs differ.
+    """
+    for k, (out, in_) in enumerate(chain.sites):
+        if out != in_:
+            raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
 
 
 def inner(a: Chain, b: Chain) -> Size:

@@ -27,6 +27,9 @@ from mpo_tn.linalg import (
     widen,
 )
 
+_MOST_COLUMNS = 2**28
+"""Vectors of the operator norm of more entries are not made."""
+
 _UNIFORM_ROUNDING = math.sqrt(3 / (96 * math.log(2)))
 """The rms relative rounding error over eps, mantissas being log-uniform: ``sqrt(E[m**-2] / 12)``, about 0.21."""
 
@@ -137,6 +140,11 @@ def operator_norm(
                 f"the MPO is {expected} of shape {shape_text(chain.shape)}, what to subtract is {like} of shape "
                 f"{shape_text(other.shape)}: use one shape, library, dtype and device"
             )
+    if chain.shape[1] > _MOST_COLUMNS:
+        raise MPOError(
+            f"vectors for a matrix of shape {shape_text(chain.shape)} are too large to be made: norm() bounds the "
+            "operator norm from above"
+        )
     forward = [wide_chain(term) for term in terms]
     backward = [conj(transpose(term)) for term in forward]
     first = forward[0].cores[0]

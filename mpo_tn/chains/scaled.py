@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mpo_tn.chains.balance import balanced
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     EPS,
@@ -28,6 +29,9 @@ from mpo_tn.linalg import (
 
 TOP = {"float16": 15, "bfloat16": 127, "float32": 127, "complex64": 127, "float64": 1023, "complex128": 1023}
 """The exponent of the largest power of two of a dtype; that of its smallest normal number is ``1 - TOP``."""
+
+_FAR = 200
+"""Beyond this exponent of the norm of a core it may hold values so different that their squares are out of range."""
 
 _STEP = 64
 """The power of two that is taken out of an array whose norm is beyond double precision, before it is measured again."""
@@ -180,11 +184,13 @@ def _wide(part: Scaled) -> tuple[Array, int]:
 
 def unit_cores(cores: Sequence[Array], low: int = 0, high: int | None = None) -> tuple[list[Array], int]:
     """Cores, those from ``low`` to ``high`` of norm from 1 to 2, or 0, and the sum of the exponents taken out."""
-    found, total = list(cores), 0
-    for k in range(low, len(found) if high is None else high + 1):
-        part = unit(found[k])
-        found[k], total = part.array, total + part.exponent
-    return found, total
+    found, inside = list(cores), slice(low, len(cores) if high is None else high + 1)
+    parts, total = [unit(core) for core in found[inside]], 0
+    if any(abs(part.exponent) > _FAR for part in parts):
+        tame, total = balanced(found[inside])
+        parts = [unit(core) for core in tame]
+    found[inside] = [part.array for part in parts]
+    return found, total + sum(part.exponent for part in parts)
 
 
 def shared_out(cores: Sequence[Array], exponents: Sequence[int], where: Sequence[int], what: str) -> list[Array]:
