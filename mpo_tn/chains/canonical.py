@@ -142,14 +142,22 @@ def stored(chain: ChainT, like: Array, exponent: int = 0) -> tuple[ChainT, float
     else:
         exponents[center] = middle.exponent
     with np.errstate(over="ignore", invalid="ignore"):
-        cores = tuple(
-            restored(times_power_of_two(core, e) if e else core, like) for core, e in zip(wide, exponents, strict=True)
-        )
+        cores = tuple(_scaled(core, e, like) for core, e in zip(wide, exponents, strict=True))
     if half and not all(bool(namespace(core).all(namespace(core).isfinite(core))) for core in cores):
         raise MPOError(f"the norm {size} is beyond the range of {like.dtype} in {len(cores)} cores: use a wider dtype")
-    small = [k for k, core in enumerate(wide) if (half or k == center) and _is_small(core, exponents[k], name)]
-    loss = sum(lost(wide[k], exponents[k], cores[k]) for k in small)
+    if half:
+        small = [k for k, core in enumerate(wide) if _is_small(core, exponents[k], name)]
+    else:
+        small = [center] if size.top < lowest(name, math.prod(wide[center].shape)) else []
+    loss = sum(lost(widen(wide[k]), exponents[k], cores[k]) for k in small)
     return chain.with_cores(cores, None if half else chain.canonical_interval), loss
+
+
+def _scaled(core: Array, exponent: int, like: Array) -> Array:
+    """``core * 2**exponent`` in the dtype and library of an array; the norm of what gets larger is in range before."""
+    if exponent > 0 and not is_half(like):
+        return times_power_of_two(restored(core, like), exponent, in_place=dtype_name(core) != dtype_name(like))
+    return restored(times_power_of_two(core, exponent) if exponent else core, like)
 
 
 def _is_small(core: Array, exponent: int, name: str) -> bool:
