@@ -52,6 +52,7 @@ soak: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large
 	$(BIN)/python benchmarks/compress.py
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/bounds.py
 	$(BIN)/python benchmarks/layers.py
