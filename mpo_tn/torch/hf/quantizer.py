@@ -34,7 +34,7 @@ from mpo_tn.torch.hf.names import (
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.layers.parameter import HELD, place_of
+from mpo_tn.torch.layers.parameter import HELD, dense_key
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.compress import build, compress
 from mpo_tn.torch.models.host import use_host
@@ -186,7 +186,7 @@ def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
 
     By name and not by position, because ``config.json`` sorts its keys.
     """
-    return ".".join(place_of(_sentinel_name(modules)) or (_sentinel_name(modules), "weight"))
+    return dense_key(_sentinel_name(modules))
 
 
 def _sentinel_name(modules: dict[str, ModuleSpec]) -> str:

@@ -74,6 +74,15 @@ def place_of(name: str) -> tuple[str, str] | None:
     return (owner, parameter) if held == HELD and owner else None
 
 
+def dense_key(name: str) -> str:
+    """The name that the dense weight of an MPO module has in a state dict.
+
+    >>> dense_key("layers.0.experts.mpo.down_proj"), dense_key("layers.0.q_proj")
+    ('layers.0.experts.down_proj', 'layers.0.q_proj.weight')
+    """
+    return ".".join(place_of(name) or (name, "weight"))
+
+
 def held_name(owner: str, parameter: str) -> str:
     """The name of the :class:`MPOParameter` that holds a parameter of ``owner``."""
     return f"{owner}.{HELD}.{parameter}"
