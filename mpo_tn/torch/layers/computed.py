@@ -322,14 +322,18 @@ def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return made[value]
 
     args, kwargs = tree_map(dense, (args, kwargs))
-    with _recomputed({weight.untyped_storage()._cdata: (lazy, weight) for lazy, weight in made.items()}):
+    with _recomputed(made):
         return func(*args, **kwargs)
 
 
-def _recomputed(weights: dict[int, tuple[ComputedWeight, torch.Tensor]]) -> AbstractContextManager[Any]:
-    """Inside of it weights that are saved for backward are not kept but computed again."""
+def _recomputed(made: dict[ComputedWeight, torch.Tensor]) -> AbstractContextManager[Any]:
+    """Inside of it weights that are saved for backward are not kept but computed again.
+
+    Where hooks are turned off, as under the transformations of ``torch.func``, they are kept.
+    """
     if not torch.is_grad_enabled() or not _hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
+    weights = {weight.untyped_storage()._cdata: (lazy, weight) for lazy, weight in made.items()}
     around = _hooks._top_saved_tensors_default_hooks(False)
 
     def pack(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -55,12 +55,12 @@ class MPOParameter(MPOLayer):
 class HeldParameters(nn.Module):
     """The parameters of a module that are cores, by their names.
 
-    ``order`` is that of all its parameters when the first of them was taken.
+    They are put back in the order that all its parameters had when the first of them was taken.
     """
 
     def __init__(self, order: Sequence[str]) -> None:
         super().__init__()
-        self.order = tuple(order)
+        self._order = tuple(order)
 
 
 def place_of(name: str) -> tuple[str, str] | None:
@@ -122,7 +122,7 @@ def release(owner: nn.Module, name: str, weight: nn.Parameter) -> None:
     if not left:
         del owner._modules[HELD]
     _read_by_class(owner, left)
-    order = {own: place for place, own in enumerate(container.order)}
+    order = {own: place for place, own in enumerate(container._order)}
     own = {**owner._parameters, name: weight}
     owner._parameters = dict(sorted(own.items(), key=lambda item: order.get(item[0], len(order))))
 
