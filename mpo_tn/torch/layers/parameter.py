@@ -94,6 +94,9 @@ def reach(owner: nn.Module, name: str, held: MPOParameter) -> None:
     The parameter is gone, ``owner.mpo.<name>`` is there, and the class of the owner is a subclass of what it was, of
     the same name, in which ``owner.<name>`` computes. All else stays: hooks, buffers, its other parameters.
 
+    Guarantee (reached-exact): the owner computes what it did with the dense weight of the cores, to rounding, and
+    gradients reach the cores.
+
     Raises:
         MPOError: it has no such parameter, or of another shape.
     """
