@@ -14,6 +14,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.modes import set_mode
+from mpo_tn.torch.layers.parameter import MPOParameter
 from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.workspace import free_workspace
 from mpo_tn.torch.loops.heal import heal
@@ -51,6 +52,7 @@ __all__ = [
     "MPOEmbedding",
     "MPOLayer",
     "MPOLinear",
+    "MPOParameter",
     "ModuleSpec",
     "Moments",
     "Plan",

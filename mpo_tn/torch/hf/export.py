@@ -22,10 +22,12 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.cost import rebuild_route
+from mpo_tn.planning.spec import PARAMETER
 from mpo_tn.torch.hf.folder import save_model
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.packing import Packed, pack, unpack
+from mpo_tn.torch.layers.parameter import dense_key
 from mpo_tn.torch.layers.quantized import buffer_kinds
 from mpo_tn.torch.models.units import MPOUnit, mpo_units
 
@@ -204,7 +206,9 @@ def _planned(unit: MPOUnit, tied: Collection[str]) -> ExportedMatrix:
         return _multiplied_out(unit, f"one core in {held}, not in integers")
     if spec.kind == "conv1d":
         return _multiplied_out(unit, "compressed-tensors knows no Conv1D")
-    if len(names) > 1 or f"{unit.name}.weight" in tied:
+    if spec.kind == PARAMETER:
+        return _multiplied_out(unit, "compressed-tensors knows no parameter that is not the weight of a layer")
+    if len(names) > 1 or dense_key(unit.name) in tied:
         return _multiplied_out(unit, "compressed-tensors shares no weight between modules")
     shape, own = _shape(unit), unit.cores[0].dtype
     dtype = torch.float16 if own.itemsize == 2 else torch.float32
@@ -234,7 +238,7 @@ def _names(unit: MPOUnit) -> tuple[str, ...]:
 def _keys(matrix: ExportedMatrix, tied: Mapping[str, str]) -> list[list[str]]:
     """The keys of its dense weight, those together that transformers ties: it writes such a weight once."""
     found: dict[str, list[str]] = {}
-    for key in (f"{name}.weight" for name in matrix.names):
+    for key in map(dense_key, matrix.names):
         found.setdefault(tied.get(key, key), []).append(key)
     return list(found.values())
 
@@ -273,7 +277,7 @@ def _dense_weight(layer: MPOLayer, dtype: torch.dtype) -> torch.Tensor:
     ]  # fmt: skip
     size = layer.spec.out_features, layer.spec.in_features
     matrix = dense_matrix(wide, rebuild_route(layer.spec.core_shapes, *size).segments[0], size).to(dtype)
-    return (matrix.T if layer.spec.kind == "conv1d" else matrix).contiguous()
+    return (matrix.T if layer.spec.kind == "conv1d" else matrix).contiguous().view(layer.weight_shape)
 
 
 def _other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ from mpo_tn.torch.hf.names import (
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.layers.parameter import place_of
+from mpo_tn.torch.layers.parameter import HELD, dense_key
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.compress import build, compress
 from mpo_tn.torch.models.host import use_host
@@ -132,6 +132,20 @@ class MPOHfQuantizer(HfQuantizer):
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the model's own, which would say nothing of what to do instead.
+
+        Raises:
+            MPOError: the word table is held as cores.
+        """
+        model = self.quantization_config.model
+        if _has_mpo_table(model):
+            raise MPOError(
+                "the word table is held as cores, which have its number of rows: resize the dense model before "
+                "compressing it"
+            )
+        return type(model).resize_token_embeddings(model, *args, **kwargs)
+
     def is_serializable(self) -> bool:
         """Always: the cores are ordinary parameters and buffers."""
         return True
@@ -172,7 +186,7 @@ def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
 
     By name and not by position, because ``config.json`` sorts its keys.
     """
-    return ".".join(place_of(_sentinel_name(modules)) or (_sentinel_name(modules), "weight"))
+    return dense_key(_sentinel_name(modules))
 
 
 def _sentinel_name(modules: dict[str, ModuleSpec]) -> str:
@@ -206,10 +220,20 @@ def attach(model: Any, config: MPOConfig) -> None:
     # In place: the model around a compressed base model has the same object, and saves with it.
     model.config.quantization_config = hf_config
     model.hf_quantizer = quantizer
+    if _has_mpo_table(model):
+        model.resize_token_embeddings = quantizer.resize_token_embeddings
     # Cores are ordinary parameters: half() and float() may cast them, which they refuse to quantized models.
     model.is_quantized = False
     model.quantization_method = hf_config.quant_method
     retie(model, tied)
+
+
+def _has_mpo_table(model: Any) -> bool:
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # a model of images, or one that a part was taken off
+        return False
+    return isinstance(table, nn.Module) and (isinstance(table, MPOLayer) or hasattr(table, HELD))
 
 
 def _require_complete(model: nn.Module, modules: dict[str, ModuleSpec]) -> None:
