@@ -50,8 +50,8 @@ COMMANDS = (
     ),
     Command(
         "squeeze",
-        "squeeze encoder --out OUT --task MRPC --data-dir mrpc --batch-size 12 --sites 3 --max-rounds 2 --tune-steps 2 "
-        "--delta 100 --cuts-per-round 2",
+        "squeeze encoder --out OUT --task MRPC --data-dir mrpc --batch-size 12 --limit 24 --sites 3 --max-rounds 2 "
+        "--tune-steps 1 --delta 100 --cuts-per-round 2",
         resumes=True,
     ),
 )
