@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
+from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Route, checked_mode, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.cores import Core, Cores
@@ -37,6 +38,8 @@ class MPOLayer(nn.Module):
 
     _mode = "auto"
     _dense: DenseWeight | None = None
+    policy: MPOConfig | None = None
+    """What the module was compressed by, for whoever saves a model around it; it computes nothing."""
 
     def __init__(
         self,
