@@ -24,6 +24,7 @@ from mpo_tn.torch.layers.packing import Held, apart
 from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
 from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.routes import routes_of
+from mpo_tn.torch.layers.tracing import is_traced
 
 
 class MPOLayer(nn.Module):
@@ -231,9 +232,13 @@ class MPOLinear(MPOLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (..., in) to (..., out).
 
+        Guarantee (traced): what ``torch.jit.trace`` records is right for any number of tokens, in every mode.
+
         Raises:
-            MPOError: ``x`` has another number of columns.
+            MPOError: ``x`` has another number of columns (outside of tracing).
         """
+        if is_traced():  # it would record the route for the tokens at hand, and sees into no autograd function
+            return functional.linear(x, self.dense_weight(), self.bias)
         if x.shape[-1] != self.in_features:
             raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self.in_features}")
         cores = self.cores.forward(packed=True)
