@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Any
 
 import pytest
@@ -20,14 +19,16 @@ CONFIGS = [
 ]  # fmt: skip
 
 
+# torch 2.13 says that it would rather have torch.export.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
 def traced(model: nn.Module, example: torch.Tensor) -> Any:
     """What is traced, saved and read again; anything that could not be recorded would be a warning, here an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        file = io.BytesIO()
-        torch.jit.save(torch.jit.trace(model, (example,)), file)
-        file.seek(0)
-        return torch.jit.load(file)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, (example,)), file)
+    file.seek(0)
+    return torch.jit.load(file)
 
 
 def net(config: dict[str, Any]) -> nn.Sequential:
