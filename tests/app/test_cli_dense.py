@@ -27,7 +27,10 @@ def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense") / "small"
     model = tiny("bert")
-    compress(model, MPOConfig(target_modules=".*", sites=3, keep=0.5, overrides={"query": {"sites": 1, "keep": None, "bits": 4}}))
+    compress(
+        model,
+        MPOConfig(target_modules=".*", sites=3, keep=0.5, overrides={"query": {"sites": 1, "keep": None, "bits": 4}}),
+    )
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     return folder
