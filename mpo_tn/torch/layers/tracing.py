@@ -7,4 +7,4 @@ import torch
 
 def is_traced() -> bool:
     """Whether ``torch.jit.trace`` is at work. What torch compiles or exports is something else."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
