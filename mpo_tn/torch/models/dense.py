@@ -11,11 +11,13 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.cost import rebuild_route
 from mpo_tn.planning.patterns import matches
+from mpo_tn.planning.spec import PARAMETER
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.models.compress import HOOKS
 from mpo_tn.torch.models.host import current_host
+from mpo_tn.torch.models.places import There, put
 from mpo_tn.torch.models.units import MPOUnit, mpo_units
 
 
@@ -66,8 +68,7 @@ def to_dense(model: nn.Module, pattern: str | Sequence[str] | None = None) -> li
             f"pattern={pattern!r} matches none of the {len(units)} MPO modules, for instance {next(iter(units))}"
         )
     dense = {name: module for unit in chosen for name, module in _dense_modules(unit).items()}
-    for name, module in dense.items():
-        model.set_submodule(name, module)
+    put(model, dense)
     current_host().detach(model)
     return [unit.name for unit in chosen]
 
@@ -81,11 +82,11 @@ def dense_weight(layer: MPOLayer, dtype: torch.dtype) -> torch.Tensor:
     ]  # fmt: skip
     size = layer.spec.out_features, layer.spec.in_features
     matrix = dense_matrix(wide, rebuild_route(layer.spec.core_shapes, *size).segments[0], size).to(dtype)
-    return (matrix.T if layer.spec.kind == "conv1d" else matrix).contiguous()
+    return (matrix.T if layer.spec.kind == "conv1d" else matrix.reshape(layer.weight_shape)).contiguous()
 
 
-def _dense_modules(unit: MPOUnit) -> dict[str, nn.Module]:
-    """The dense modules for those of a unit, under all their names."""
+def _dense_modules(unit: MPOUnit) -> dict[str, There]:
+    """What is dense in place of the modules of a unit, under all their names: modules, or parameters of owners."""
     for layer, names in zip(unit.modules, unit.names, strict=True):
         for name, held in (*layer.named_parameters(), *layer.named_buffers()):
             if held.is_meta:
@@ -105,8 +106,10 @@ def _trains(unit: MPOUnit) -> bool:
     return not floating or any(core.requires_grad for core in floating)
 
 
-def _with_weight(layer: MPOLayer, weight: nn.Parameter) -> nn.Module:
+def _with_weight(layer: MPOLayer, weight: nn.Parameter) -> There:
     spec = layer.spec
+    if spec.kind == PARAMETER:
+        return weight
     module: nn.Module
     with torch.device("meta"):
         if spec.kind == "embedding":

@@ -305,6 +305,7 @@ def test_a_pooler_that_was_left_out_is_not_asked_for(tmp_path: Path) -> None:
 @pytest.mark.guarantee("saved-as-it-is")
 @pytest.mark.parametrize("config", [ALL, BITS])
 def test_a_state_that_is_given_is_what_is_written(config: MPOConfig, tmp_path: Path) -> None:
+    """Tied cores, which are gathered apart, are written once."""
     model = tiny("bert")
     compress(model, config)
     state = {name: value / 2 if value.is_floating_point() else value for name, value in model.state_dict().items()}
@@ -315,6 +316,10 @@ def test_a_state_that_is_given_is_what_is_written(config: MPOConfig, tmp_path: P
     del state["bert.encoder.layer.0.output.dense.bias"]
     with pytest.raises(MPOError, match=r"output\.dense\.bias is expected"):
         model.save_pretrained(tmp_path / "part", state_dict=state)
+    if config is ALL:
+        state["cls.predictions.decoder.cores.0"] = torch.ones_like(state["cls.predictions.decoder.cores.0"])
+        with pytest.raises(MPOError, match=r"other numbers for cls.*decoder\.cores\.0"):
+            model.save_pretrained(tmp_path / "two", state_dict=state)
 
 
 def test_push_to_hub_saves_in_the_same_way() -> None:
