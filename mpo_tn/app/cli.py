@@ -10,6 +10,7 @@ import typer
 
 from mpo_tn import __version__
 from mpo_tn.app.cells import cells, legs, module_name, numbers, size_cells, size_columns
+from mpo_tn.app.cli_dense import to_dense
 from mpo_tn.app.cli_eval import evaluate_models
 from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
@@ -37,6 +38,7 @@ app.command()(finetune)
 app.command()(squeeze)
 app.command()(heal)
 app.command()(export)
+app.command()(to_dense)
 
 
 def _show_version(wanted: bool) -> None:

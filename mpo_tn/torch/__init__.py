@@ -28,6 +28,7 @@ from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.compress import compress
 from mpo_tn.torch.models.cuts import bond_spectra, cut_model
 from mpo_tn.torch.models.decide import plan
+from mpo_tn.torch.models.dense import to_dense
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
 from mpo_tn.torch.models.trainable import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 from mpo_tn.torch.state.saved_cores import load_cores, save_cores
@@ -35,7 +36,7 @@ from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.truncate.bond_cut import Cut, cut_bond
 
 if importlib.util.find_spec("transformers") is not None:
-    from mpo_tn.torch.hf import quantizer as quantizer
+    from mpo_tn.torch.hf import saving as saving
 
 
 __all__ = [
@@ -80,4 +81,5 @@ __all__ = [
     "save_state",
     "set_mode",
     "squeeze",
+    "to_dense",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -92,6 +93,19 @@ def _built_empty(config: Any, dtype: Any) -> Any:
     build = cls.from_config if cls is transformers.AutoModel else cls._from_config
     with torch.device("meta"):
         return build(config, dtype=dtype)
+
+
+def dense_like(model: Any) -> Any:
+    """The dense model of the same class and configuration, on the meta device."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        dense = type(model)._from_config(config, dtype=model.dtype)
+    if model.can_generate():
+        dense.generation_config = model.generation_config
+    if hasattr(model, "_weight_conversions"):  # by which the names in its files differ from those of its modules
+        dense._weight_conversions = model._weight_conversions
+    return dense
 
 
 def _stored_dtype(source: str | Path) -> torch.dtype:

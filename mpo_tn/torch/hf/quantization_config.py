@@ -20,8 +20,9 @@ from mpo_tn.torch.models.units import mpo_specs
 FORMAT_VERSION = 1
 
 
-# What torch puts between the names of modules, and takes out of state dicts again, where it wraps them in place.
-WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# What torch puts between the names of modules where it wraps them in place: it takes the first two out of state dicts
+# again, and whoever saves has to take out the third.
+WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
 
 
 class MPOQuantizationConfig(QuantizationConfigMixin):
@@ -99,3 +100,10 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
             "config": self.config.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a configuration of transformers says that its model has MPO modules."""
+    found = vars(config).get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return method == "mpo"

@@ -11,11 +11,11 @@ the MPO modules empty before the weights are read.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -25,19 +25,20 @@ from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.torch.hf.names import (
     has_module,
     local_names,
+    owned_state,
     retie,
-    second_names,
     spellings,
-    tied_cores,
     tied_layers,
+    transformers_models,
+    untie,
 )
-from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
+from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig, is_ours
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.parameter import HELD, dense_key
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.compress import build, compress
-from mpo_tn.torch.models.host import use_host
+from mpo_tn.torch.models.dense import to_dense
 from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.units import mpo_specs
 
@@ -53,6 +54,7 @@ class MPOHfQuantizer(HfQuantizer):
     """
 
     quantization_config: Any  # an MPOQuantizationConfig
+    given: Mapping[str, torch.Tensor] | None = None  # the tensors that are to be saved in place of the model's own
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the model as well, which they have in hand already, because it holds this quantizer."""
@@ -82,7 +84,7 @@ class MPOHfQuantizer(HfQuantizer):
             for alias in [alias for alias, module in owners.items() if module is old]:
                 model.set_submodule(alias, built[name])
                 _nothing_to_initialise(model, alias)
-        retie(model, tied_cores(model))
+        retie(model)
         for tied in tied_layers(model, specs):
             for k in quantized_cores(tied.cores):  # put back once loaded: its name has nothing to read
                 del tied.cores._modules[k]
@@ -111,23 +113,9 @@ class MPOHfQuantizer(HfQuantizer):
         Guarantee (loud-without-us): a transformers without this package ignores the unknown quantizer with a warning
         and would go on with random weights. The empty tensor has the wrong shape for the dense model, so that load
         fails instead.
-
-        Raises:
-            MPOError: the model has no MPO modules any more.
         """
-        # config.json is written after this, and the configuration may have come to follow another model: one object
-        # may be shared, and a shallow copy of a model shares everything.
-        self.quantization_config.follow(model)
-        model.config.quantization_config = self.quantization_config
         modules = self.quantization_config.modules
-        if not modules:
-            raise MPOError(
-                f"the MPO modules of this {type(model).__name__} were all replaced by others: to save it as a dense "
-                "model call model.hf_quantizer.remove_quantization_config(model) first"
-            )
-        state = dict(model.state_dict())
-        for name in second_names(model):
-            del state[name]
+        state = owned_state(model, model.state_dict() if self.given is None else self.given)
         state[sentinel_key(modules)] = _sentinel(modules)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
@@ -145,6 +133,19 @@ class MPOHfQuantizer(HfQuantizer):
                 "compressing it"
             )
         return type(model).resize_token_embeddings(model, *args, **kwargs)
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Give the modules their dense weights back, in the dtype that they have, or the whole model in another.
+
+        Guarantee (dequantize): it is what :func:`~mpo_tn.torch.to_dense` gives, and ``save_pretrained`` writes a plain
+        dense folder afterwards.
+        """
+        to_dense(model)
+        return model if dtype is None else model.to(dtype)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Save the model, and what is inside of it, as dense from now on where there are no MPO modules any more."""
+        detach(model)
 
     def is_serializable(self) -> bool:
         """Always: the cores are ordinary parameters and buffers."""
@@ -200,32 +201,45 @@ def _sentinel(modules: dict[str, ModuleSpec]) -> torch.Tensor:
     return torch.empty(*modules[_sentinel_name(modules)].shape[:-1], 0)
 
 
-class TransformersHost:
-    """transformers as a :class:`~mpo_tn.torch.models.host.Host`: of its models, and of no others, it takes note."""
-
-    def attach(self, model: nn.Module, config: MPOConfig) -> None:
-        """See :func:`attach`."""
-        if isinstance(model, PreTrainedModel):
-            attach(model, config)
-
-
-use_host(TransformersHost())
-
-
 def attach(model: Any, config: MPOConfig) -> None:
     """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads; all of it or nothing."""
     hf_config = MPOQuantizationConfig(config, mpo_specs(model))
-    hf_config.follow(model)
-    quantizer, tied = MPOHfQuantizer(hf_config, pre_quantized=True), tied_cores(model)
-    # In place: the model around a compressed base model has the same object, and saves with it.
-    model.config.quantization_config = hf_config
+    quantizer = MPOHfQuantizer(hf_config, pre_quantized=True)
     model.hf_quantizer = quantizer
     if _has_mpo_table(model):
         model.resize_token_embeddings = quantizer.resize_token_embeddings
+    lead(model)
     # Cores are ordinary parameters: half() and float() may cast them, which they refuse to quantized models.
     model.is_quantized = False
     model.quantization_method = hf_config.quant_method
-    retie(model, tied)
+
+
+def lead(model: Any) -> None:
+    """Let the configuration of a model and its ties be those of its own modules as they are now.
+
+    The configuration may have come to follow another model: one object may be shared by the models inside of each
+    other, and a shallow copy of a model shares everything.
+    """
+    hf_config = model.hf_quantizer.quantization_config
+    hf_config.follow(model)
+    # In place: the model around a compressed base model has the same object.
+    model.config.quantization_config = hf_config
+    retie(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Take back :func:`attach`, of a model and of those inside of it, where there are no MPO modules any more."""
+    parts = transformers_models(model)
+    compressed = [part for part in parts if any(isinstance(module, MPOLayer) for module in part.modules())]
+    for part in parts:
+        if part in compressed:
+            continue
+        untie(part)
+        if isinstance(getattr(part, "hf_quantizer", None), MPOHfQuantizer):
+            del part.hf_quantizer, part.quantization_method
+            vars(part).pop("resize_token_embeddings", None)
+        if is_ours(part.config) and not any(part.config is other.config for other in compressed):
+            del vars(part.config)["quantization_config"]
 
 
 def _has_mpo_table(model: Any) -> bool:

@@ -33,6 +33,8 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
     With gradients on, modules whose cores require them compute as in ``"rebuild"``, and so does everything that torch
     compiles or exports.
 
+    What ``torch.jit.trace`` records computes as in ``"rebuild"`` in every mode.
+
     The mode is not saved with the model. Embeddings have one too, but gather the rows asked for in every mode.
 
     Raises:

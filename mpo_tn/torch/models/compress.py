@@ -45,7 +45,7 @@ from mpo_tn.truncate.quantize import Integers
 from mpo_tn.truncate.spectra import float_floor
 from mpo_tn.truncation import Report, Truncation
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -290,7 +290,7 @@ def _modules(
             there = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
             bias = moved.setdefault(bias, there)
         built = build(own, cores, bias=bias)
-        for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
+        for table in HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
             built.__dict__[table] = module.__dict__[table]
         built.train(module.training)
         named |= dict.fromkeys(names, built)
