@@ -16,7 +16,7 @@ from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.models.eligible import kind_of
 from mpo_tn.torch.models.feeding import Call, counted_rows, is_encoder_decoder
-from mpo_tn.torch.models.survey import survey
+from mpo_tn.torch.models.survey import check_patterns, survey
 from mpo_tn.torch.models.units import mpo_units
 
 
@@ -45,6 +45,7 @@ def find_readers(model: nn.Module, target: str | Sequence[str], exclude: str | S
     Raises:
         MPOError: none.
     """
+    check_patterns(model, target, exclude)
     found: list[Reader] = []
     for unit in mpo_units(model, required=False).values():
         names = [name for group in unit.names for name in group]

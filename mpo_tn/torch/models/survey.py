@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.entries import LeftDense
-from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, check_matched, matches, prefixes
 from mpo_tn.sites import Sites
+from mpo_tn.torch.models.adapters import adapter_modules, asked_names
 from mpo_tn.torch.models.eligible import cannot_be_mpo, head_modules, kind_of, read_by_parent
 
 
@@ -41,6 +42,11 @@ class DenseUnit:
         """The names of all its modules, the first occurrence first."""
         return tuple(name for group in self.names for name in group)
 
+    @property
+    def asked_names(self) -> list[str]:
+        """The names by which patterns may mean it."""
+        return asked_names(self.all_names)
+
     def matrix(self) -> torch.Tensor:
         """The dense weight as (out, in), whatever layout the module stores."""
         weight = self.weight.detach()
@@ -66,7 +72,7 @@ def find_units(
     or cannot be an MPO, the unit is left alone.
 
     Raises:
-        MPOError: nothing that can be compressed matches.
+        MPOError: nothing that can be compressed matches, or one of the patterns matches nothing at all.
     """
     found = survey(model, target, exclude)
     return list(found.units), found.skipped
@@ -95,18 +101,28 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
 
     See :func:`find_units`, of ties and of what is raised.
     """
-    heads = head_modules(model) if target in (ALL_LINEAR, ALL_MATRICES) else set[nn.Module]()
+    entries = (target,) if isinstance(target, str) else tuple(target)
+    shorthand = next((entry for entry in (ALL_MATRICES, ALL_LINEAR) if entry in entries), None)
+    named = (
+        target if shorthand is None else tuple(entry for entry in entries if entry not in (ALL_LINEAR, ALL_MATRICES))
+    )
+    check_patterns(model, target, exclude)
+    heads, adapters = head_modules(model) if shorthand else set[nn.Module](), adapter_modules(model)
 
     def unwanted(module: nn.Module, names: Sequence[str]) -> str | None:
-        if exclude and any(matches(name, exclude) for name in names):
+        asked = asked_names(names)
+        if exclude and any(matches(own, exclude) for name in asked for own in prefixes(name)):
             return _EXCLUDED
-        if target not in (ALL_LINEAR, ALL_MATRICES):
-            wanted = any(matches(name, target) for name in names)
-            return None if wanted else cannot_be_mpo(module) or "target_modules does not match it"
+        if named and any(matches(name, named) for name in asked):
+            return None
+        if shorthand is None:
+            return cannot_be_mpo(module) or "target_modules does not match it"
+        if module in adapters:
+            return _ADAPTER
         if kind_of(module) == "embedding":
-            return "an embedding, which has to be named" if target == ALL_LINEAR else None
+            return "an embedding, which has to be named" if shorthand == ALL_LINEAR else None
         if kind_of(module) is not None and module in heads:
-            return f"a task head or the output embeddings, which {target} leaves alone"
+            return f"a task head or the output embeddings, which {shorthand} leaves alone"
         return None if kind_of(module) else cannot_be_mpo(module)
 
     found = _survey(model, unwanted)
@@ -121,6 +137,46 @@ def survey_named(model: nn.Module, names: Collection[str]) -> Survey:
 
 
 _EXCLUDED = "excluded by exclude_modules"
+_ADAPTER = "a part of an adapter, which stays as it is"
+
+
+def check_patterns(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> None:
+    """Refuse patterns of which one means nothing in ``model``.
+
+    Raises:
+        MPOError: there is one; the message has names that come close.
+    """
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    # Those that could be meant come first: an example is taken from the front.
+    names = asked_names(name for matrices in (True, False) for name, m in named if matrices == (kind_of(m) is not None))
+    if names:
+        check_matched("target_modules={}", target, names)
+    if exclude:
+        check_matched("exclude_modules={}", exclude, names)
+
+
+def check_overrides(model: nn.Module, overrides: Iterable[str], found: Survey) -> None:
+    """Refuse patterns of overrides of which one means no unit.
+
+    Guarantee (overrides-count): returning means that every pattern means a unit, by any of its names.
+
+    Raises:
+        MPOError: there is one; the message says why what it matches stays dense, or has names that come close.
+    """
+    units = [name for unit in found.units for name in unit.asked_names]
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    for pattern in overrides:
+        if any(matches(name, (pattern,)) for name in units):
+            continue
+        check_matched("overrides[{}]", (pattern,), asked_names(names))
+        own = [module for name, module in names.items() if any(matches(n, (pattern,)) for n in asked_names([name]))]
+        part = next((part for part in found.left if names.get(part.name) in own), None)
+        if part is not None:
+            raise MPOError(f"overrides[{pattern!r}] matches only what stays dense: {part.name}: {part.reason}")
+        raise MPOError(
+            f"overrides[{pattern!r}] matches only a {type(own[0]).__name__}, which holds no matrix itself: name what "
+            f"is below it, for instance 're:(.*\\.)?{pattern.removeprefix('re:')}\\..*'"
+        )
 
 
 def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str | None]) -> Survey:
@@ -131,7 +187,7 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str
             for parameter in module.parameters(recurse=False):
                 users.setdefault(parameter, []).append(module)
         names.setdefault(module, []).append(name)
-    reserved = read_by_parent(model)
+    reserved = {**read_by_parent(model), **dict.fromkeys(adapter_modules(model), _ADAPTER)}
     why: dict[nn.Module, str] = {}
     matched: set[nn.Module] = set()
     chosen: dict[nn.Parameter, None] = {}
