@@ -107,12 +107,12 @@ def _meant(pattern: str, whole: str | Sequence[str], known: Sequence[str]) -> st
 
 
 def near_names(pattern: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """Names, or ends of names, that look like a pattern, the nearest first.
+    r"""Names, or ends of names, that look like a pattern, the nearest first.
 
     >>> near_names("valeu", ["encoder.0.query", "encoder.0.value", "encoder.1.value"])
     ['value']
-    >>> near_names(r".*\\.word_embedings", ["embeddings.word_embeddings"])
-    ['word_embeddings']
+    >>> near_names(r".*\.word_embedings", ["embeddings.word_embeddings"])
+    ['word_embeddings', 'embeddings']
     """
     known = list(dict.fromkeys(name for name in names if name))
     close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.85)
@@ -125,3 +125,18 @@ def near_names(pattern: str, names: Iterable[str], most: int = 3) -> list[str]:
         if close:
             return close
     return []
+
+
+def without_numbers(name: str) -> str:
+    """A name with a star in place of every number.
+
+    >>> without_numbers("encoder.layer.11.fc2")
+    'encoder.layer.*.fc2'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def folded(names: Sequence[str]) -> str:
+    """The name of one, with a star in place of every number in which several differ."""
+    parts = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)

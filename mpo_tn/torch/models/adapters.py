@@ -1,4 +1,4 @@
-"""What PEFT has put into a model: the parts of its adapters, which are nobody's to compress, and how it renames the rest."""
+"""What PEFT has put into a model: the parts of its adapters, which stay as they are, and how it renames the rest."""
 
 from __future__ import annotations
 

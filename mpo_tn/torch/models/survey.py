@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from mpo_tn.planning.entries import LeftDense
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, check_matched, matches, prefixes
 from mpo_tn.sites import Sites
 from mpo_tn.torch.models.adapters import adapter_modules, asked_names
+from mpo_tn.torch.models.coverage import dense_matrices
 from mpo_tn.torch.models.eligible import cannot_be_mpo, head_modules, kind_of, read_by_parent
 
 
@@ -133,9 +134,10 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
 
 def survey_named(model: nn.Module, names: Collection[str]) -> Survey:
     """The units of which a module has one of these names, and the rest."""
-    return _survey(model, lambda _, own: None if any(name in names for name in own) else "not named")
+    return _survey(model, lambda _, own: None if any(name in names for name in own) else NOT_NAMED)
 
 
+NOT_NAMED = "not named"
 _EXCLUDED = "excluded by exclude_modules"
 _ADAPTER = "a part of an adapter, which stays as it is"
 
@@ -241,7 +243,8 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str]], str
             beside[unit_of[module].name] = numbers + size, room + bytes_
         elif module in matched or any(True for _ in module.parameters(recurse=False)):
             left.append(LeftDense(module_names[0], size, bytes_, why[module], module in matched))
-    return Survey(tuple(units), tuple(left), beside)
+    matrices = dense_matrices(model, {unit.weight for unit in units})
+    return Survey(tuple(units), tuple(replace(part, matrices=matrices.get(part.name, ())) for part in left), beside)
 
 
 def _nothing_matched(model: nn.Module, target: str | Sequence[str], skipped: dict[str, str]) -> str:

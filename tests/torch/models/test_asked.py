@@ -26,7 +26,10 @@ SPEECH: dict[str, Any] = {
     "conv_dim": (16, 16), "conv_kernel": (4, 4), "conv_stride": (2, 2), "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
 }  # fmt: skip
-VISION = {name: size for name, size in SIZES.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+VISION: dict[str, Any] = {name: size for name, size in SIZES.items() if name != "vocab_size"} | {
+    "image_size": 16,
+    "patch_size": 8,
+}
 
 
 @pytest.mark.guarantee("overrides-count")
@@ -110,10 +113,10 @@ def test_a_mode_is_set_by_any_name_and_every_entry_counts() -> None:
         ("DistilBertForSequenceClassification", transformers.DistilBertConfig(
             dim=32, n_layers=1, n_heads=4, hidden_dim=48, vocab_size=61), {"pre_classifier", "classifier"}),
         ("Wav2Vec2ForSequenceClassification", transformers.Wav2Vec2Config(**SIZES, **SPEECH), {"projector"}),
-        ("ViTForImageClassification", transformers.ViTConfig(**VISION, num_labels=3), {"classifier"}),
+        ("ViTForImageClassification", transformers.ViTConfig(**VISION), {"classifier"}),
         (
             "CLIPForImageClassification",
-            transformers.CLIPConfig(text_config=dict(SIZES), vision_config=dict(VISION), projection_dim=8, num_labels=3),
+            transformers.CLIPConfig(text_config=dict(SIZES), vision_config=dict(VISION), projection_dim=8),
             {"classifier"},
         ),
         ("LlamaForTokenClassification", transformers.LlamaConfig(**SIZES), {"score"}),
