@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.hf.decay import spare_cores
 from mpo_tn.torch.hf.names import (
     has_module,
     local_names,
@@ -31,6 +32,7 @@ from mpo_tn.torch.hf.names import (
     tied_cores,
     tied_layers,
 )
+from mpo_tn.torch.hf.peft_door import open_door
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
@@ -180,6 +182,8 @@ class TransformersHost:
 
 
 use_host(TransformersHost())
+open_door()
+spare_cores()
 
 
 def attach(model: Any, config: MPOConfig) -> None:
