@@ -9,9 +9,7 @@ Importing this imports PEFT; see :mod:`mpo_tn.torch.hf.peft_door` for who does.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +21,10 @@ from torch import nn
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.mpo import MPO
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.quantized import quantized_cores
-from mpo_tn.truncation import Truncation
+from mpo_tn.torch.models.updates import merged_bonds, with_update
 
 INSTEAD = (
     "keep the adapter beside the cores, as PeftModel.save_pretrained does; or load it onto the dense model "
@@ -70,9 +67,9 @@ class _OnCores(peft_layers.LoraLayer):
             if name not in self.r:
                 continue
             check_merge(base, self.r[name], type(base).__name__)
-            delta = self.get_delta_weight(name).detach()  # type: ignore[attr-defined]
+            delta = self.get_delta_weight(name).detach()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             bias, added = getattr(base, "bias", None), self._added_bias(name)
-            merged, bonds = _sum(base, delta, self.r[name])
+            merged, bonds = with_update(base, delta, self.r[name])
             if safe_merge and not all(bool(torch.isfinite(core).all()) for core in (*merged, *added)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             old = [core.detach().clone() for core in base.cores]  # pyright: ignore[reportAttributeAccessIssue]
@@ -130,35 +127,6 @@ class MPOLoraEmbedding(_OnCores, peft_layers.Embedding):
         return functional.embedding(input, weight, padding_idx=base.spec.padding_idx)
 
 
-def merged_bonds(spec: ModuleSpec, rank: int) -> tuple[int, ...]:
-    """The bonds of ``W + s B A``, at most: those of W and those of a matrix of this rank on the same legs.
-
-    ::
-
-        B A = sum_a b_a a_a     at a bond rank(b_a) <= min(out left, out right), and rank(a_a) as much of the in legs
-
-    So a low-rank pair grows by ``rank``; on legs of many sites an update soon needs the full bonds.
-
-    >>> from mpo_tn import Sites
-    >>> merged_bonds(ModuleSpec("linear", Sites.low_rank(64, 64), (8,), 64, 64), 4)
-    (12,)
-    >>> merged_bonds(ModuleSpec("linear", Sites((4, 4, 4), (4, 4, 4)), (8, 8), 64, 64), 4)
-    (16, 16)
-    """
-    return tuple(
-        min(bond + own, full)
-        for bond, own, full in zip(spec.bonds, _update_bonds(spec, rank), spec.sites.full_bonds, strict=True)
-    )
-
-
-def _update_bonds(spec: ModuleSpec, rank: int) -> tuple[int, ...]:
-    bonds: list[int] = []
-    for k in range(1, len(spec.sites)):
-        ways = [min(math.prod(legs[:k]), math.prod(legs[k:])) for legs in (spec.sites.out, spec.sites.in_)]
-        bonds.append(min(rank * ways[0] * ways[1], spec.sites.full_bonds[k - 1]))
-    return tuple(bonds)
-
-
 def check_merge(base: MPOLayer, rank: int, name: str) -> None:
     """Refuse to merge an update into cores where that makes no sense.
 
@@ -174,16 +142,3 @@ def check_merge(base: MPOLayer, rank: int, name: str) -> None:
             f"merging an update of rank {rank} into {name} would raise its bonds from {base.spec.bonds} to "
             f"{spec.bonds}: {spec.num_parameters:,} numbers in cores, where the dense matrix has {dense:,}; {INSTEAD}"
         )
-
-
-def _sum(base: MPOLayer, delta: torch.Tensor, rank: int) -> tuple[Sequence[torch.Tensor], tuple[int, ...]]:
-    """Cores of W + delta, and their bonds."""
-    spec = base.spec
-    rows, columns = spec.sites.shape
-    padded = functional.pad(delta.double(), (0, columns - delta.shape[1], 0, rows - delta.shape[0]))
-    update = MPO.from_matrix(padded, spec.sites, Truncation(max_bond=_update_bonds(spec, rank)))[0]
-    whole = MPO(tuple(core.detach().double() for core in base.cores.forward())) + update
-    bonds = merged_bonds(spec, rank)
-    if whole.bonds != bonds:
-        whole = whole.compress(Truncation(max_bond=bonds))[0]
-    return whole.cores, whole.bonds
