@@ -63,7 +63,7 @@ def check_matched(what: str, patterns: str | Sequence[str], names: Iterable[str]
 
     Args:
         what: how a message calls a pattern, with braces where it stands: ``"exclude_modules={}"``.
-        patterns: in the grammar of :func:`matches`. What stands for many (``"all-linear"``) always matches.
+        patterns: in the grammar of :func:`matches`.
         names: of everything that could be meant.
         of: what these are, in a message.
 
@@ -79,7 +79,7 @@ def check_matched(what: str, patterns: str | Sequence[str], names: Iterable[str]
     known = dict.fromkeys(names)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         whole = pattern if isinstance(patterns, str) else (pattern,)
-        if pattern in (ALL_LINEAR, ALL_MATRICES) or pattern in known or any(matches(name, whole) for name in known):
+        if pattern in known or any(matches(name, whole) for name in known):
             continue
         shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}..."
         raise MPOError(f"{what.format(repr(shown))} matches no {of}: {_meant(pattern, whole, list(known))}")

@@ -72,7 +72,7 @@ class _OnCores(peft_layers.LoraLayer):
             merged, bonds = with_update(base, delta, self.r[name])
             if safe_merge and not all(bool(torch.isfinite(core).all()) for core in (*merged, *added)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            old = [core.detach().clone() for core in base.cores]  # pyright: ignore[reportAttributeAccessIssue]
+            old = [core.detach().clone() for core in base.cores.forward()]  # of which none is in bits
             self._before.append((name, old, base.spec, None if bias is None else bias.detach().clone()))
             base.replace_cores(merged, bonds)
             if added and bias is not None:

@@ -103,10 +103,8 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
     See :func:`find_units`, of ties and of what is raised.
     """
     entries = (target,) if isinstance(target, str) else tuple(target)
-    shorthand = next((entry for entry in (ALL_MATRICES, ALL_LINEAR) if entry in entries), None)
-    named = (
-        target if shorthand is None else tuple(entry for entry in entries if entry not in (ALL_LINEAR, ALL_MATRICES))
-    )
+    shorthand = next((entry for entry in _SHORTHANDS if entry in entries), None)
+    named = () if target in _SHORTHANDS else _named(target)
     check_patterns(model, target, exclude)
     heads, adapters = head_modules(model) if shorthand else set[nn.Module](), adapter_modules(model)
 
@@ -128,6 +126,12 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
 
     found = _survey(model, unwanted)
     if not found.units:
+        excluded = [part.name for part in found.left if part.reason == _EXCLUDED]
+        if excluded and not found.skipped:
+            raise MPOError(
+                f"exclude_modules={exclude!r} leaves no module of target_modules={target!r}: of {len(excluded)} that "
+                f"it takes out the first is {excluded[0]}"
+            )
         raise MPOError(_nothing_matched(model, target, found.skipped))
     return found
 
@@ -142,6 +146,14 @@ _EXCLUDED = "excluded by exclude_modules"
 _ADAPTER = "a part of an adapter, which stays as it is"
 
 
+_SHORTHANDS = (ALL_MATRICES, ALL_LINEAR)
+
+
+def _named(target: str | Sequence[str]) -> str | tuple[str, ...]:
+    """The targets that are patterns, without what stands for many."""
+    return target if isinstance(target, str) else tuple(entry for entry in target if entry not in _SHORTHANDS)
+
+
 def check_patterns(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> None:
     """Refuse patterns of which one means nothing in ``model``.
 
@@ -151,8 +163,8 @@ def check_patterns(model: nn.Module, target: str | Sequence[str], exclude: str |
     named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
     # Those that could be meant come first: an example is taken from the front.
     names = asked_names(name for matrices in (True, False) for name, m in named if matrices == (kind_of(m) is not None))
-    if names:
-        check_matched("target_modules={}", target, names)
+    if names and target not in _SHORTHANDS:
+        check_matched("target_modules={}", _named(target), names)
     if exclude:
         check_matched("exclude_modules={}", exclude, names)
 
@@ -160,15 +172,23 @@ def check_patterns(model: nn.Module, target: str | Sequence[str], exclude: str |
 def check_overrides(model: nn.Module, overrides: Iterable[str], found: Survey) -> None:
     """Refuse patterns of overrides of which one means no unit.
 
-    Guarantee (overrides-count): returning means that every pattern means a unit, by any of its names.
+    Guarantee (overrides-count): returning means that every pattern decides of a unit, by any of its names.
 
     Raises:
         MPOError: there is one; the message says why what it matches stays dense, or has names that come close.
     """
-    units = [name for unit in found.units for name in unit.asked_names]
+    units = [unit.asked_names for unit in found.units]
+    taken: dict[int, str] = {}
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     for pattern in overrides:
-        if any(matches(name, (pattern,)) for name in units):
+        meant = [k for k, own in enumerate(units) if any(matches(name, (pattern,)) for name in own)]
+        if meant and all(k in taken for k in meant):
+            raise MPOError(
+                f"overrides[{pattern!r}] never counts: the first match wins, and {taken[meant[0]]!r} before it matches "
+                f"{units[meant[0]][0]} and all else that it could mean; put it first"
+            )
+        if meant:
+            taken.update((k, pattern) for k in meant if k not in taken)
             continue
         check_matched("overrides[{}]", (pattern,), asked_names(names))
         own = [module for name, module in names.items() if any(matches(n, (pattern,)) for n in asked_names([name]))]

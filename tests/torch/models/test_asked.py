@@ -52,6 +52,17 @@ def test_an_override_that_means_no_matrix_says_why(key: str, said: str) -> None:
 
 
 @pytest.mark.guarantee("overrides-count")
+def test_an_override_behind_another_that_takes_all_of_it_is_refused() -> None:
+    general, special = {"re:.*": {"bond": 2}}, {"query": {"bond": 4}}
+    model = tiny("bert")
+    with pytest.raises(MPOError, match=r"overrides\['query'\] never counts.*'re:\.\*' before it.*put it first"):
+        plan(model, MPOConfig(overrides={**general, **special}))
+    found = {unit.name: max(unit.spec.bonds) for unit in plan(model, MPOConfig(overrides={**special, **general})).units}
+    assert {bond for name, bond in found.items() if name.endswith("query")} == {4}
+    assert {bond for name, bond in found.items() if not name.endswith("query")} == {2}
+
+
+@pytest.mark.guarantee("overrides-count")
 @pytest.mark.parametrize("key", ["embed_tokens", "lm_head", "re:.*lm_head", "model.embed_tokens"])
 def test_an_override_by_any_name_of_a_tied_matrix_counts(key: str) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
@@ -66,6 +77,9 @@ def test_every_entry_has_to_mean_something() -> None:
     for config, said in (
         (MPOConfig(target_modules=["query", "valeu"]), r"target_modules='valeu'.*value"),
         (MPOConfig(exclude_modules=["poolr"]), r"exclude_modules='poolr'"),
+        (MPOConfig(exclude_modules=["all-linear"]), r"exclude_modules='all-linear' matches no module"),
+        (MPOConfig(exclude_modules=["bert"]), r"leaves no module of target_modules='all-linear'"),
+        (MPOConfig(target_modules=[]), r"target_modules=\[\] matches no module"),
     ):
         with pytest.raises(MPOError, match=said):
             compress(model, config)
