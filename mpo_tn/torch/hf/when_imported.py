@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from threading import local
 from types import ModuleType
 
 
@@ -23,27 +24,34 @@ def when_imported(name: str, then: Callable[[], None]) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module as everybody else does, once, and sees that something is done after it."""
+    """Finds one module as everybody else does, and sees that something is done once after it was imported.
+
+    Finding is not importing: many only look whether a package is there.
+    """
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self.name, self.then = name, then
+        self._thread = local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
     ) -> ModuleSpec | None:
-        if fullname != self.name or self not in sys.meta_path:
+        if fullname != self.name or getattr(self._thread, "finding", False):
             return None
-        place = sys.meta_path.index(self)
-        sys.meta_path.remove(self)  # or finding it would end here again
-        spec = importlib.util.find_spec(fullname)
+        self._thread.finding = True  # or finding it would end here again
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._thread.finding = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(place, self)
             return spec
         execute = spec.loader.exec_module
 
         def execute_then(module: ModuleType) -> None:
             execute(module)
-            self.then()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then()
 
         spec.loader.exec_module = execute_then
         return spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def test_now_later_and_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     when_imported("mpo_tn_test_failing", lambda: said.append("failing"))
     assert said == ["now"]
     importlib.import_module("mpo_tn_test_other")
+    assert said == ["now"]
+    for _ in range(2):  # transformers looks so whether PEFT is there
+        assert importlib.util.find_spec("mpo_tn_test_later") is not None
     assert said == ["now"]
     importlib.import_module("mpo_tn_test_later")
     assert sorted(said) == ["3", "now", "second"]
