@@ -151,6 +151,12 @@ def _check_adapter(tuner: Any, config: Any, model: nn.Module, layers: Mapping[st
         raise MPOError(
             f"{method} computes with the dense weight of what it is put on, and {what} held in cores: {_WORKS}"
         )
+    reached = next((name for name in found if not isinstance(layers[name], (MPOLinear, MPOEmbedding))), None)
+    if reached is not None:
+        raise MPOError(
+            f"{reached} holds a weight in cores that its owner reads by itself, and an adapter cannot be put on it: leave "
+            "it out with exclude_modules, or name modules that are called"
+        )
     variants = [
         field.name for field in dataclasses.fields(config)
         if field.metadata.get("is_lora_variant") and getattr(config, field.name)
