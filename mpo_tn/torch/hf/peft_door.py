@@ -154,8 +154,8 @@ def _check_adapter(tuner: Any, config: Any, model: nn.Module, layers: Mapping[st
     reached = next((name for name in found if not isinstance(layers[name], (MPOLinear, MPOEmbedding))), None)
     if reached is not None:
         raise MPOError(
-            f"{reached} holds a weight in cores that its owner reads by itself, and an adapter cannot be put on it: leave "
-            "it out with exclude_modules, or name modules that are called"
+            f"{reached} holds a weight in cores that its owner reads by itself, and an adapter cannot be put on it: "
+            "leave it out with exclude_modules, or name modules that are called"
         )
     variants = [
         field.name for field in dataclasses.fields(config)
