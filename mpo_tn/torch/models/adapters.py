@@ -35,6 +35,20 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
     return set(model.modules()) - own
 
 
+def adapted_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that adapters are added to by name (``target_parameters``), which have to stay parameters."""
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        name = getattr(module, "parameter_name", None)
+        if not is_of_peft(module) or not isinstance(name, str):
+            continue
+        base = module
+        while is_of_peft(base) and isinstance(inner := getattr(base, "base_layer", None), nn.Module):
+            base = inner
+        found.update(parameter for own, parameter in base.named_parameters(recurse=False) if own == name)
+    return found
+
+
 def asked_names(names: Iterable[str]) -> list[str]:
     """The names a module answers to: its own, and those it had before PEFT wrapped the model or the module.
 

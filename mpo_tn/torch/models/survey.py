@@ -16,7 +16,7 @@ from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, check_matched, ma
 from mpo_tn.planning.spec import PARAMETER, matrix_shape
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.parameter import held_name, place_of
-from mpo_tn.torch.models.adapters import adapter_modules, asked_names
+from mpo_tn.torch.models.adapters import adapted_parameters, adapter_modules, asked_names
 from mpo_tn.torch.models.coverage import dense_matrices
 from mpo_tn.torch.models.eligible import cannot_be_mpo, head_modules, kind_of
 from mpo_tn.torch.models.parameters import cannot_be_reached, is_linear_by_itself
@@ -266,7 +266,7 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
             for own, parameter in module.named_parameters(recurse=False):
                 users.setdefault(parameter, []).append((module, own))
         names.setdefault(module, []).append(name)
-    adapters = adapter_modules(model)
+    adapters, adapted = adapter_modules(model), adapted_parameters(model)
     why: dict[nn.Module, str] = {}
     matched: set[nn.Module] = set()
     chosen: dict[nn.Parameter, None] = {}
@@ -286,7 +286,9 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
         else:
             why[module] = reason
         for own, parameter in module.named_parameters(recurse=False):
-            if module in adapters or kind_of(module) is not None or cannot_be_reached(module, own):
+            if module in adapters or parameter in adapted or kind_of(module) is not None:
+                continue
+            if cannot_be_reached(module, own):
                 continue
             spelled = [f"{n}.{own}" for n in own_names] + _names(module, own, own_names)
             reason = unwanted(module, [*own_names, *spelled], own)

@@ -313,6 +313,19 @@ def test_adapters_are_left_alone_and_their_base_is_not() -> None:
 
 
 @pytest.mark.guarantee("adapters-told")
+def test_a_parameter_that_has_an_adapter_stays_one() -> None:
+    sizes = transformers.MixtralConfig(**SIZES, num_key_value_heads=4, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(sizes).eval()
+    lora = config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    tuned = peft.get_peft_model(model, lora)
+    report = compress(tuned, MPOConfig(target_modules=".*", keep=0.7))
+    left = [each.name for each in report.coverage.dense if "lora_" not in each.name]
+    assert left
+    assert all(name.endswith("gate_up_proj") for name in left)
+    tuned(input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.guarantee("adapters-told")
 def test_what_is_reached_without_an_adapter_belongs_to_the_model() -> None:
     tuned = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     adapters = adapter_modules(tuned)
