@@ -14,10 +14,22 @@ from mpo_tn.app.cli_dense import to_dense
 from mpo_tn.app.cli_eval import evaluate_models
 from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
-from mpo_tn.app.cli_plan import compress, plan
+from mpo_tn.app.cli_plan import Exclude, compress, plan
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.failures import failing_shortly
-from mpo_tn.app.terminal import Device, Json, Overwrite, is_wide, new_table, out, print_json, sites_of, working
+from mpo_tn.app.terminal import (
+    Device,
+    Json,
+    Overwrite,
+    is_wide,
+    new_table,
+    out,
+    print_json,
+    sites_of,
+    targets_of,
+    working,
+)
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import doing
 from mpo_tn.storage.places import claimed
 
@@ -82,24 +94,37 @@ def demo(
 def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, dense or compressed, or a name on the hub.")],
     sites: Annotated[str, typer.Option(help='For a dense model: the legs to look at, a number or "low-rank".')] = "5",
-    target: Annotated[str, typer.Option(help="For a dense model: regular expression on module names.")] = ".*",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Matrices to show: module name, dotted suffix, re:PATTERN, {ALL_LINEAR} or {ALL_MATRICES}; several "
+            "allowed. Default: all."
+        ),
+    ] = None,
+    exclude: Exclude = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
+    """Show every matrix: shape, legs, bonds, kept ratio, error, how flat its spectrum is; and what stays dense."""
     with working(as_json) as progress:
+        from mpo_tn.app.plan_tables import print_coverage
         from mpo_tn.torch.hf.folder import load_model
         from mpo_tn.torch.models.devices import usable_device
-        from mpo_tn.torch.models.summary import inspect_model
+        from mpo_tn.torch.models.summary import inspect_model, model_coverage
 
-        number, place = sites_of(sites), usable_device(device)
+        number, wanted, left = sites_of(sites), targets_of(target, ".*"), tuple(exclude or ())
+        place = usable_device(device)
         progress(0, 1, "reading the model")
         network = load_model(model).to(place)
-        rows = inspect_model(network, target=target, sites=number, progress=doing("inspecting", progress))
+        rows = inspect_model(
+            network, target=wanted, exclude=left, sites=number, progress=doing("inspecting", progress)
+        )  # fmt: skip
+        covers = model_coverage(network, wanted, left)
     if as_json:
-        print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
+        print_json({"model": model, "matrices": [row.to_dict() for row in rows], "coverage": covers.to_dict()})
         return
     _print_matrices(rows)
+    print_coverage(covers)
 
 
 def main() -> None:

@@ -34,9 +34,11 @@ class MPOConfig:
     Args:
         target_modules: PEFT's grammar. A list holds exact names or dotted suffixes; a string is a regular expression
             on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads,
-            ``"all-matrices"`` the embeddings too, which else have to be named. An entry that starts with ``re:`` is a
-            regular expression anywhere.
-        exclude_modules: the same grammar; what matches is left alone, and so is what shares its weight.
+            ``"all-matrices"`` the embeddings too, which else have to be named; in a list they stand beside others
+            (``["all-linear", "lm_head"]``). An entry that starts with ``re:`` is a regular expression anywhere.
+            Whatever matches nothing, here and in the patterns below, is an error once a model is there.
+        exclude_modules: the same grammar; what matches is left alone with all that is below it, and so is what shares
+            its weight.
         sites: the number of sites, ``"low-rank"`` for the two-site chain that is a plain low-rank factorisation, or
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.
         keep: parameters of the cores as a fraction of the dense weight, bias apart; the largest single cap on the bonds
@@ -60,8 +62,8 @@ class MPOConfig:
             ``"chains"`` (three to five sites). What the last two lose takes fits to find out, and planning with them
             takes several times as long.
         overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``, ``bits``, ``group``, and
-            the bounds of bits per weight; the first match wins. A replaced size drops the general one; ``{"keep":
-            None}`` makes the match exact.
+            the bounds of bits per weight; the first match wins, by any name of a matrix that several modules share. A
+            replaced size drops the general one; ``{"keep": None}`` makes the match exact.
 
     At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none, and no ``max_flops``,
     means exact. ``keep=1.0``
@@ -179,10 +181,10 @@ class MPOConfig:
         given = {name for override in self.overrides.values() for name in override} & {"sites", "bits", *_SIZES}
         return self.keep is not None and self.sites == _SITES and self.bits is None and not given
 
-    def for_module(self, name: str) -> MPOConfig:
-        """The configuration of one module, with the first matching override applied."""
+    def for_module(self, *names: str) -> MPOConfig:
+        """The configuration of one module, with the first override applied that matches any of its names."""
         for pattern, override in self.overrides.items():
-            if matches(name, (pattern,)):
+            if any(matches(name, (pattern,)) for name in names):
                 return self._overridden(override)
         return replace(self, overrides={})
 

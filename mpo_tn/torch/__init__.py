@@ -7,6 +7,7 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.coverage import Coverage, DenseMatrix
 from mpo_tn.planning.entries import LeftDense, UnitPlan
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.ranking import RankedCut, Ranking
@@ -44,7 +45,9 @@ __all__ = [
     "BlockStep",
     "Calibration",
     "CompressionReport",
+    "Coverage",
     "Cut",
+    "DenseMatrix",
     "FreezeReport",
     "HealResult",
     "LayerReport",

@@ -212,7 +212,9 @@ def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
     if method.bonds is None:
         return MPOConfig(target_modules=method.target, sites=sites, keep=method.keep)
     exactly = {name: f"re:{re.escape(name)}" for name in method.bonds}  # a bare name would mean every suffix, too
-    units = {unit.name: unit for unit in find_units(model, list(exactly.values()))[0]}
+    present = {name for name, _ in model.named_modules()}
+    there = [pattern for name, pattern in exactly.items() if name in present]
+    units = {unit.name: unit for unit in find_units(model, there)[0]} if there else {}
     unknown = sorted(set(method.bonds) - set(units))
     if unknown:
         raise MPOError(f"bonds are given for {unknown[0]}, which is no matrix of the model: is it another model's log?")

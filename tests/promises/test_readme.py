@@ -1,4 +1,4 @@
-"""Every line of Python in the README and in the pages on tuning and solving runs as it stands."""
+"""Every line of Python in the README and in the pages on tuning, adapters and solving runs as it stands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 
-PAGES = ("README.md", "docs/finetuning.md")
+PAGES = ("README.md", "docs/finetuning.md", "docs/adapters.md")
 
 
 def text_of(page: str) -> str:
@@ -88,7 +88,15 @@ def test_the_page_on_solving_is_right() -> None:
     assert np.linalg.norm(left - cold) <= 1e-9 * np.linalg.norm(cold)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")  # PEFT asks transformers so
+def test_the_page_on_adapters_runs() -> None:
+    pytest.importorskip("peft")
+    names = run_page("docs/adapters.md")
+    assert "covers" in str(names["report"])
+    assert any("lora_A" in name for name, _ in names["tuned"].named_parameters())
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
 def test_commands_and_their_options_exist(page: str) -> None:
     import typer
 

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.spec import PARAMETER, ModuleSpec
+from mpo_tn.torch.hf.decay import spare_cores
 from mpo_tn.torch.hf.names import (
     has_module,
     local_names,
@@ -32,6 +33,7 @@ from mpo_tn.torch.hf.names import (
     transformers_models,
     untie,
 )
+from mpo_tn.torch.hf.peft_door import open_door
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig, is_ours
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
@@ -199,6 +201,10 @@ def _sentinel_name(modules: dict[str, ModuleSpec]) -> str:
 def _sentinel(modules: dict[str, ModuleSpec]) -> torch.Tensor:
     """The empty tensor; for a parameter with all axes but the last, by which transformers may split it."""
     return torch.empty(*modules[_sentinel_name(modules)].shape[:-1], 0)
+
+
+open_door()
+spare_cores()
 
 
 def attach(model: Any, config: MPOConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
@@ -81,7 +81,8 @@ def squeeze(
 
     Raises:
         MPOError: a bad argument, a model without MPO modules or without a bond to cut, an optimiser that cannot follow,
-            a loss that is NaN or infinite, a ``folder`` of another run.
+            a loss that is NaN or infinite, a ``folder`` of another run; several processes, whose ranks would have to
+            cut the same bonds.
 
     >>> from mpo_tn.torch import MPOConfig, compress
     >>> model = nn.Sequential(nn.Linear(16, 16))
@@ -93,6 +94,7 @@ def squeeze(
     >>> result.stopped, result.value <= 0.3, result.bonds == {"0": model[0].spec.bonds}
     ('gap', True, True)
     """
+    refuse_several_processes()
     policy = Policy(
         delta=delta, higher_is_better=higher_is_better, max_steps=max_steps, cuts_per_round=cuts_per_round,
         tune_steps=tune_steps if train_step else 0, score=score, keep=keep, minimum_bond=minimum_bond,
@@ -110,6 +112,22 @@ def squeeze(
             }
             home = RunFolder(folder, settings, resume=resume)
         return _Run(squeezer, evaluate, train_step, home).go(progress, on_round)
+
+
+def refuse_several_processes() -> None:
+    """Refuse to squeeze where torch is spread over processes: each would decide on its own.
+
+    Guarantee (squeeze-alone): returning means that this process is the only one.
+
+    Raises:
+        MPOError: it is not.
+    """
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if ranks > 1:
+        raise MPOError(
+            f"this is one of {ranks} processes, and each would cut the bonds that its own evaluation says: squeeze in "
+            "one process, and spread only the tuning afterwards"
+        )
 
 
 class _Run:

@@ -30,6 +30,7 @@ from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.rows import table_rows
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.carry_out import fit_units
+from mpo_tn.torch.models.coverage import coverage, matrix_numbers
 from mpo_tn.torch.models.decide import plan, samples_of, units_of_plan
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.host import current_host
@@ -82,7 +83,8 @@ def compress(
             there are, and the name of the next (or last) one.
 
     Returns:
-        Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.
+        Per unit the legs, bonds and exact Frobenius error, the kept ratios of the matrices and of the model, and every
+        parameter like a matrix that stays dense, with the reason.
         Bias, dtype, device, ``requires_grad``, training mode and hooks of each module are kept.
 
     Guarantee (compress-all-or-nothing): if anything is wrong or raises, ``progress`` and whoever saves the model
@@ -119,7 +121,7 @@ def compress(
             "calibration=batches, the text that the plan was made with"
         )
     fits = {} if source is None else fit_units(model, in_metric, source, progress or silent, anchored=anchored)
-    before = count_parameters(model)
+    before, matrices = count_parameters(model), matrix_numbers(model)
     layers: list[LayerReport] = []
     modules: dict[str, nn.Module] = {}
     larger: dict[str, str] = {}
@@ -151,7 +153,10 @@ def compress(
             _swap(model, modules, decided.config)
         undo.pop_all()
     skipped = {**decided.skipped, **larger}
-    return CompressionReport(tuple(layers), skipped, before, count_parameters(model), refined)
+    covers = coverage(
+        model, matrices - matrix_numbers(model), {**{part.name: part.reason for part in decided.left}, **larger}
+    )
+    return CompressionReport(tuple(layers), skipped, before, count_parameters(model), refined, covers)
 
 
 def _text_of(source: Trial | Samples | Calibration | None) -> Samples | None:

@@ -21,7 +21,7 @@ from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.auto import plan_for_budget
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.samples import Samples
-from mpo_tn.torch.models.survey import DenseUnit, survey, survey_named
+from mpo_tn.torch.models.survey import DenseUnit, check_overrides, survey, survey_named
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 
@@ -91,9 +91,10 @@ def plan(
             raise MPOError("a budget is spent by what the model does on text: give calibration=batches")
         return plan_for_budget(model, config, source, progress, anchored=anchored)
     found = survey(model, config.target_modules, config.exclude_modules)
+    check_overrides(model, config.overrides, found)
     units: list[UnitPlan] = []
     for unit in found.units:
-        own = config.for_module(unit.name)
+        own = config.for_module(*unit.asked_names)
         out, in_ = (int(size) for size in unit.matrix().shape)
         try:
             spec = structure(unit.kinds[0], out, in_, own, unit.blocks)
