@@ -81,7 +81,7 @@ CASES: dict[str, Case] = {
     "norm, bond 64": verb("norm"),
     "inner, bond 64": verb("inner", "itself"),
     "distance, bond 64": verb("distance", "itself"),
-    "cast_error, bond 64": verb("cast_error", "bfloat16"),
+    "cast_error, bond 64": verb("cast_error", "float16"),
     "to_matrix, bond 64": verb("to_matrix"),
 }
 

@@ -44,9 +44,9 @@ class TracedSize:
         return TracedSize(xp.sqrt(self.mantissa * 2 ** (self.exponent % 2)), self.exponent // 2)
 
 
-def any_traced(*chains: Chain) -> bool:
-    """Whether JAX is tracing any core."""
-    return any(is_traced(core) for chain in chains for core in chain.cores)
+def any_traced(*chains: Any) -> bool:
+    """Whether JAX is tracing any core; what is no chain has none."""
+    return any(is_traced(core) for chain in chains if isinstance(chain, Chain) for core in chain.cores)
 
 
 def inner(a: Chain, b: Chain) -> TracedSize:

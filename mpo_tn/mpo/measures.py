@@ -220,7 +220,7 @@ def _norm(chain: Chain) -> Any:
 
 
 def _inner(a: Chain, b: Chain) -> Any:
-    return traced.inner(a, b) if isinstance(b, Chain) and traced.any_traced(a, b) else algebra.inner(a, b)
+    return traced.inner(a, b) if traced.any_traced(a, b) else algebra.inner(a, b)
 
 
 def _trace(chain: Chain) -> Any:
