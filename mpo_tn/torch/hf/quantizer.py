@@ -90,6 +90,10 @@ class MPOHfQuantizer(HfQuantizer):
         for tied in tied_layers(model, specs):
             for k in quantized_cores(tied.cores):  # put back once loaded: its name has nothing to read
                 del tied.cores._modules[k]
+        for place in map(place_of, specs):  # whose weight cannot be computed until then
+            if place is not None:
+                owner: Any = model.get_submodule(place[0])
+                owner._is_hf_initialized = not any(True for _ in owner.parameters(recurse=False))
         sentinel = sentinel_key(self.quantization_config.modules)
         # The key may carry the prefix of another head or none.
         ignored = {f"(^|\\.){key}$" for key in spellings(model, sentinel)}
