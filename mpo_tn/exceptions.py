@@ -70,3 +70,12 @@ def list_text(values: Sequence[Any]) -> str:
         return str(tuple(values))
     first, last = ", ".join(map(str, values[:6])), ", ".join(map(str, values[-2:]))
     return f"({first}, ..., {last}: {len(values)} in all)"
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """A text of a file in an error message: its beginning, if it is long.
+
+    >>> clipped("a" * 300, 10)
+    'aaaaaaaaaa... (300 characters)'
+    """
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -1,0 +1,167 @@
+"""What makes a saved folder fail loudly where this package is not imported, and a record of what was saved.
+
+Without ``import mpo_tn.torch`` transformers skips the unknown quantizer with a warning, and would go on with random
+weights. Two entries stop it: a text in ``config.json`` where it reads the name of the weight file, and a tensor under a
+dense key, of a shape that no dense model can take. The tensor is the record: as text, the names of what was saved, and
+what of ``config.json`` the shapes of tensors do not show.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from mpo_tn.exceptions import MPOError, clipped
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
+
+_START = "this model is compressed by mpo-tn"
+GUARD = (
+    f"{_START}: `import mpo_tn.torch` before from_pretrained (pip install 'mpo-tn[torch]'), and load it whole; see its "
+    "README.md"
+)
+"""Where transformers looks for the name of the weight file: it refuses one with another ending, and says the name."""
+
+_KEY = "transformers_weights"
+_MAGIC = '{"mpo_tn":1,'
+# Numbers and names in a configuration by which a model computes, and which change no shape of a weight, or none that
+# is always there: heads, layers, sizes, epsilons, activations.
+_COUNTED = re.compile(
+    r"(^|_)(heads?|layers?|groups?|experts?)$|head_(dim|size)$|^(d_kv|d_model|hidden_size|intermediate_size)$"
+    r"|eps(ilon)?$|(^|_)act(ivation)?(_fn|_function)?$|^feed_forward_proj$|^position_embedding_type$"
+)
+
+
+def _is_ours(config: Any) -> bool:
+    found = vars(config).get("quantization_config")
+    return isinstance(found, MPOQuantizationConfig) or (isinstance(found, dict) and found.get("quant_method") == "mpo")
+
+
+def _is_guard(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(_START)
+
+
+class _WeightsName:
+    """``transformers_weights`` of every configuration: as it is, but the guard of a model of ours is no file name.
+
+    transformers keeps the entry among the attributes of a configuration, reads it when it looks for weights and takes
+    it out when it saves; this lets the guard be there, be written, and not be read.
+    """
+
+    def __get__(self, config: Any, owner: Any = None) -> Any:
+        if config is None:
+            return self
+        if _KEY not in vars(config):
+            raise AttributeError(f"{type(config).__name__} has no attribute {_KEY}")
+        value = vars(config)[_KEY]
+        if not _is_ours(config):
+            return value
+        # Of another type it is shown to transformers as a name that it refuses in one sentence.
+        return None if value is None or _is_guard(value) else value if isinstance(value, str) else clipped(repr(value))
+
+    def __set__(self, config: Any, value: Any) -> None:
+        vars(config)[_KEY] = value
+
+    def __delete__(self, config: Any) -> None:
+        if not (_is_ours(config) and _is_guard(vars(config).get(_KEY))):
+            vars(config).pop(_KEY, None)
+            for part in _parts(config):
+                if part is not config and _is_guard(vars(part).get(_KEY)) and not _is_ours(part):
+                    del vars(part)[_KEY]
+
+
+if not hasattr(PreTrainedConfig, _KEY):
+    setattr(PreTrainedConfig, _KEY, _WeightsName())
+
+
+def _parts(config: Any) -> Iterable[Any]:
+    """The configuration and those inside it: of an encoder, a decoder, a text or a vision tower."""
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def guard(config: Any) -> None:
+    """Let ``config.json`` be refused where this package is not imported, also by classes that read a part of it.
+
+    Guarantee (loud-without-us): without ``import mpo_tn.torch``, ``from_pretrained`` of every class raises, whatever
+    is passed to it (``ignore_mismatched_sizes``, ``trust_remote_code``, another head, ``variant``), and the message
+    names mpo_tn. Only who brings a ``config`` of their own is stopped by the sentinel alone, which
+    ``ignore_mismatched_sizes`` switches off.
+    """
+    for part in _parts(config):
+        setattr(part, _KEY, GUARD)
+
+
+def sentinel_key(modules: Mapping[str, ModuleSpec]) -> str:
+    """The dense key under which the sentinel is written: of the first module by name that owns its cores.
+
+    By name and not by position, because ``config.json`` sorts its keys.
+    """
+    return f"{min(name for name, spec in modules.items() if spec.tied_to not in modules)}.weight"
+
+
+def unseen(spec: ModuleSpec) -> dict[str, Any]:
+    """What of an entry may be told wrongly although all shapes and the dense model agree with it."""
+    told = {"tied_to": spec.tied_to, "padding_idx": spec.padding_idx}
+    return {key: value for key, value in told.items() if value is not None} | spec.bits_to_dict()
+
+
+def numbers_of(config: Any) -> dict[str, list[dict[str, Any]]]:
+    """By the kind of model, what a configuration and those inside it say that the shapes of weights do not show."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in _parts(config):
+        own = {
+            name: value
+            for name, value in sorted(vars(part).items())
+            if _COUNTED.search(name) and isinstance(value, (int, float, str))
+        }
+        if own and own not in found.setdefault(str(part.model_type), []):
+            found[str(part.model_type)].append(own)
+    return found
+
+
+def sentinel(modules: Mapping[str, ModuleSpec], config: Any, tensors: Iterable[str]) -> torch.Tensor:
+    """The tensor that no dense weight can take: the record of what is saved, as text in bytes.
+
+    Args:
+        modules: the entries of ``config.json``.
+        config: of the model.
+        tensors: the names of what is saved beside cores.
+    """
+    record = {
+        "mpo_tn": 1,
+        "modules": {name: unseen(modules[name]) for name in sorted(modules)},
+        "config": numbers_of(config),
+        "tensors": sorted(tensors),
+    }
+    text = json.dumps(record, separators=(",", ":"))
+    assert text.startswith(_MAGIC)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_record(data: bytes) -> dict[str, Any] | None:
+    """What :func:`sentinel` wrote; None for other bytes, such as the empty ones of earlier versions.
+
+    Raises:
+        MPOError: it begins as a record and is none.
+    """
+    if not data.startswith(_MAGIC.encode()):
+        return None
+    try:
+        record = json.loads(data)
+        lists = [record["modules"], record["config"], *record["modules"].values()]
+        if not all(isinstance(each, dict) for each in lists) or not isinstance(record["tensors"], list):
+            raise TypeError("its parts are of other types")
+        record["tensors"] = {str(name) for name in record["tensors"]}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise MPOError(
+            f"the record beside the weights is damaged ({type(error).__name__}): save the model again"
+        ) from error
+    return record
