@@ -181,6 +181,11 @@ def check_record(held: Held, modules: Mapping[str, ModuleSpec], config: Any) -> 
                     f"{clipped(name)} has {key}={clipped(str(now.get(key)))} in config.json and was saved with "
                     f"{clipped(str(then.get(key)))}: {_DAMAGED}"
                 )
+    if config.architectures != held.record["architectures"]:
+        raise MPOError(
+            f"config.json says architectures={clipped(repr(config.architectures))}, and the model was saved as "
+            f"{clipped(repr(held.record['architectures']))}: {_DAMAGED}"
+        )
     for kind, own in numbers_of(config).items():
         for numbers in own:
             _check_numbers(kind, numbers, held.record["config"].get(kind) or [numbers])
@@ -244,6 +249,9 @@ def check_read(model: Any, modules: Mapping[str, ModuleSpec], held: Held, readin
     for name, layer in model.named_modules():
         if isinstance(layer, MPOLayer):
             _check_layer(name, layer)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise MPOError(f"{name} is {parameter.dtype} in the files: {_DAMAGED}")
     left = {found["module"] for key in reading.unexpected if (found := CORE.match(key)) is not None}
     for name in sorted(left):
         here = spellings(model, name)
@@ -278,7 +286,7 @@ def _check_layer(name: str, layer: MPOLayer) -> None:
         elif tuple(core.shape) != shape or not core.is_floating_point():
             raise MPOError(f"{name}.cores.{k} is {core.dtype} {tuple(core.shape)} where {shape} is due: {_DAMAGED}")
     bias = getattr(layer, "bias", None)
-    if bias is not None and (tuple(bias.shape) != (layer.spec.out_features,) or not bias.is_floating_point()):
+    if bias is not None and tuple(bias.shape) != (layer.spec.out_features,):
         raise MPOError(f"{name}.bias is {bias.dtype} {tuple(bias.shape)}: {_DAMAGED}")
 
 

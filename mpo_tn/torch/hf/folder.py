@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, clipped
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.tensors import as_os_error
+from mpo_tn.torch.hf.config_file import WEIGHTS, check_length
 from mpo_tn.torch.models.units import count_parameters
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -120,27 +120,42 @@ def _readable(source: str | Path) -> Generator[None]:
         yield
     except MPOError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+    except Exception as error:  # what transformers makes of a damaged configuration has no one type
+        raise MPOError(f"{source} cannot be read as a model: {clipped(_first_line(error), 500)}") from error
 
 
 def _class_of(config: Any) -> Any:
-    """The class that a configuration names; without one, the bare model of its kind."""
-    known = [getattr(transformers, name) for name in config.architectures or [] if hasattr(transformers, name)]
-    return known[0] if known else transformers.AutoModel
+    """The class that a configuration names; without one, the bare model of its kind.
+
+    Raises:
+        MPOError: what it names is no model class of transformers.
+    """
+    named = config.architectures
+    if named is None or named == []:
+        return transformers.AutoModel
+    first = named[0] if isinstance(named, list | tuple) else named
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise MPOError(
+            f"config.json says architectures={clipped(repr(named))}, which names no model class of transformers "
+            f"{transformers.__version__}: it is damaged, or of a newer version"
+        )
+    return found
 
 
 def check_source(source: str | Path) -> None:
     """Refuse what is neither a model folder nor can be a name on the hub.
 
     Raises:
-        MPOError: no such folder, or one that holds no model.
+        MPOError: no such folder, one that holds no model, or one with a configuration of absurd length.
     """
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MPOError(f"{source} is not a model folder: it has no config.json")
     if not path.is_dir() and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
         raise MPOError(f"there is no model folder {source}: give a folder with config.json and weights, or a hub name")
+    if path.is_dir():
+        check_length(path / "config.json")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -208,7 +223,7 @@ def _copy_companions(source: Path, out: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or path.name.endswith(_WEIGHTS) or relative == Path("config.json"):
+        if hidden or not path.is_file() or path.name.endswith(WEIGHTS) or relative == Path("config.json"):
             continue
         target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)

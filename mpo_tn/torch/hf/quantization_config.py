@@ -18,6 +18,8 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.models.units import mpo_specs
 
 FORMAT_VERSION = 1
+ENTRIES = frozenset({"quant_method", "format_version", "config", "modules"})
+"""The entries of ``quantization_config``."""
 
 
 # What torch puts between the names of modules, and takes out of state dicts again, where it wraps them in place.
@@ -104,7 +106,7 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
         Raises:
             MPOError: an entry that this version does not know, or one of another type than it should have.
         """
-        unknown = sorted(set(config_dict) - {"quant_method", "format_version", "config", "modules"})
+        unknown = sorted(set(config_dict) - ENTRIES)
         if unknown:
             raise MPOError(
                 f"quantization_config has the unknown entry {clipped(unknown[0])}: it is damaged or from a newer "

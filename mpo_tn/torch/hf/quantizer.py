@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.torch.hf import config_file as config_file  # what is looked at before
 from mpo_tn.torch.hf.checks import (
     Reading,
     check_count,
@@ -147,7 +148,7 @@ class MPOHfQuantizer(HfQuantizer):
         guard(model.config)
         unsaved = set(model._keys_to_ignore_on_save or ())
         beside = [name for name in state if name not in unsaved and not CORE.match(name)]
-        state[sentinel_key(modules)] = sentinel(modules, model.config, beside)
+        state[sentinel_key(modules)] = sentinel(model, modules, beside)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
 

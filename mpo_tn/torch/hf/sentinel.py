@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_utils import unwrap_model
 
-from mpo_tn.exceptions import MPOError, clipped
+from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 
@@ -42,7 +43,8 @@ def _is_ours(config: Any) -> bool:
     return isinstance(found, MPOQuantizationConfig) or (isinstance(found, dict) and found.get("quant_method") == "mpo")
 
 
-def _is_guard(value: object) -> bool:
+def is_guard(value: object) -> bool:
+    """Whether it is :data:`GUARD`, of this version or another."""
     return isinstance(value, str) and value.startswith(_START)
 
 
@@ -59,19 +61,16 @@ class _WeightsName:
         if _KEY not in vars(config):
             raise AttributeError(f"{type(config).__name__} has no attribute {_KEY}")
         value = vars(config)[_KEY]
-        if not _is_ours(config):
-            return value
-        # Of another type it is shown to transformers as a name that it refuses in one sentence.
-        return None if value is None or _is_guard(value) else value if isinstance(value, str) else clipped(repr(value))
+        return None if _is_ours(config) and is_guard(value) else value
 
     def __set__(self, config: Any, value: Any) -> None:
         vars(config)[_KEY] = value
 
     def __delete__(self, config: Any) -> None:
-        if not (_is_ours(config) and _is_guard(vars(config).get(_KEY))):
+        if not (_is_ours(config) and is_guard(vars(config).get(_KEY))):
             vars(config).pop(_KEY, None)
             for part in _parts(config):
-                if part is not config and _is_guard(vars(part).get(_KEY)) and not _is_ours(part):
+                if part is not config and is_guard(vars(part).get(_KEY)) and not _is_ours(part):
                     del vars(part)[_KEY]
 
 
@@ -127,18 +126,19 @@ def numbers_of(config: Any) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def sentinel(modules: Mapping[str, ModuleSpec], config: Any, tensors: Iterable[str]) -> torch.Tensor:
+def sentinel(model: Any, modules: Mapping[str, ModuleSpec], tensors: Iterable[str]) -> torch.Tensor:
     """The tensor that no dense weight can take: the record of what is saved, as text in bytes.
 
     Args:
+        model: that is saved.
         modules: the entries of ``config.json``.
-        config: of the model.
         tensors: the names of what is saved beside cores.
     """
     record = {
         "mpo_tn": 1,
+        "architectures": [type(unwrap_model(model)).__name__.removeprefix("FSDP")],  # as transformers will write it
         "modules": {name: unseen(modules[name]) for name in sorted(modules)},
-        "config": numbers_of(config),
+        "config": numbers_of(model.config),
         "tensors": sorted(tensors),
     }
     text = json.dumps(record, separators=(",", ":"))
@@ -157,7 +157,9 @@ def read_record(data: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(data)
         lists = [record["modules"], record["config"], *record["modules"].values()]
-        if not all(isinstance(each, dict) for each in lists) or not isinstance(record["tensors"], list):
+        if not all(isinstance(each, dict) for each in lists) or not all(
+            isinstance(record[name], list) for name in ("tensors", "architectures")
+        ):
             raise TypeError("its parts are of other types")
         record["tensors"] = {str(name) for name in record["tensors"]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
