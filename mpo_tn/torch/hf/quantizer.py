@@ -21,7 +21,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.torch.hf import config_file as config_file  # what is looked at before
+from mpo_tn.torch.hf import card as card  # that is written when a model is saved
+from mpo_tn.torch.hf import config_file as config_file  # that is looked at before it is read
 from mpo_tn.torch.hf.checks import (
     Reading,
     check_count,
