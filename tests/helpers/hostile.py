@@ -7,7 +7,6 @@ import json
 import signal
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from helpers.hostile_bytes import flipped
 from helpers.tiny_models import outputs, tiny
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, compress
@@ -73,20 +73,31 @@ class Files:
 
 # Of every type, of every size.
 _VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 31, 33, 2**31, 2**63, 10**30, 10**400, 0.5, float("nan"), float("inf"), "", "a", "linear",
-    "conv1d", "embedding", "mpo", "x" * 5000, [], [1], [2, 3], [[1]], ["a"], [None], {}, {"a": 1}, {"out": [1], "in": [1]},
+    None, True, False, 0, 1, -1, 2, 3, 7, 31, 33, 2**31, 2**63, 10**30, 10**400, 0.5, float("nan"), float("inf"), "",
+    "a", "linear", "conv1d", "embedding", "mpo", "x" * 5000, [], [1], [2, 3], [[1]], ["a"], [None], {},
+    {"a": 1}, {"out": [1], "in": [1]},
     {"out": [10**9] * 40, "in": [10**9] * 40}, [10**18] * 3, ["AutoConfig"], ["__init__"], [5],
 ]  # fmt: skip
 _ARCHITECTURES: list[Any] = [
-    None, [], "BertForMaskedLM", ["AutoConfig"], ["pipeline"], ["__init__"], ["AutoModel"], ["PreTrainedModel"], ["BertModel"],
-    ["GPT2Model"], ["LlamaModel"], ["BertConfig"], ["Trainer"], ["NoSuchModel"], [3], [None], [["BertModel"]], {"a": "b"}, 5,
+    None, [], "BertForMaskedLM", ["AutoConfig"], ["pipeline"], ["__init__"], ["AutoModel"], ["PreTrainedModel"],
+    ["BertModel"],
+    ["GPT2Model"], ["LlamaModel"], ["BertConfig"], ["Trainer"], ["NoSuchModel"], [3], [None], [["BertModel"]],
+    {"a": "b"},
+    5,
     ["AutoConfig", "BertForMaskedLM"], ["BertForSequenceClassification"], ["logging"], ["models"], ["__version__"],
 ]  # fmt: skip
 _SIZES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "n_embd", "n_layer", "n_head",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "n_embd", "n_layer",
+    "n_head",
     "num_key_value_heads", "head_dim", "layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon", "hidden_act",
-    "activation_function", "n_inner", "type_vocab_size", "max_position_embeddings", "n_positions", "tie_word_embeddings",
+    "activation_function", "n_inner", "type_vocab_size", "max_position_embeddings", "n_positions",
+    "tie_word_embeddings",
 )  # fmt: skip
+
+
+def _one_of(draw: st.DrawFn, values: list[Any]) -> Any:
+    """A copy, for what is put into a configuration may be changed there."""
+    return copy.deepcopy(values[draw(st.integers(0, len(values) - 1))])
 
 
 def _places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -121,7 +132,7 @@ def _near(draw: st.DrawFn, value: Any) -> Any:
             kind = draw(st.sampled_from(["reversed", "short", "long", "rotated"]))
             return {"reversed": value[::-1], "short": value[:-1], "long": [*value, value[-1]], "rotated": value[1:] + value[:1]}[kind]  # fmt: skip  # noqa: E501
         case _:
-            return draw(st.sampled_from(_VALUES))
+            return _one_of(draw, _VALUES)
 
 
 @st.composite
@@ -140,7 +151,7 @@ def hostile(draw: st.DrawFn, given: Folder) -> Files:
             found: Any = config
             for key in place:
                 found = found[key]
-            _put(config, place, draw(st.sampled_from(_VALUES)) if how == "any" else _near(draw, found), delete=how == "delete")
+            _put(config, place, _one_of(draw, _VALUES) if how == "any" else _near(draw, found), delete=how == "delete")
     elif kind == "entries":
         for _ in range(draw(st.integers(1, 2))):
             _entries(draw, config)
@@ -148,11 +159,11 @@ def hostile(draw: st.DrawFn, given: Folder) -> Files:
         _field(draw, config)
     elif kind == "sizes":
         if draw(st.booleans()):
-            config["architectures"] = draw(st.sampled_from(_ARCHITECTURES))
+            config["architectures"] = _one_of(draw, _ARCHITECTURES)
         else:
             present = [name for name in _SIZES if name in config]
             name = draw(st.sampled_from(present))
-            config[name] = draw(st.sampled_from([_near(draw, config[name]), *_VALUES]))
+            config[name] = _one_of(draw, _VALUES) if draw(st.booleans()) else _near(draw, config[name])
     text = json.dumps(config).encode()
     if kind == "text":
         text = _broken(draw, text)
@@ -178,7 +189,11 @@ def _entries(draw: st.DrawFn, config: dict[str, Any]) -> None:
         return
     one, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
     how = draw(st.sampled_from(["drop", "rename", "swap", "copy", "invent", "again", "tie", "untie", "many", "all"]))
-    invented = draw(st.sampled_from(["bert.nowhere", "", ".", "a..b", "lm_head", "encoder", "cls", one + ".cores", one + "x", one[1:]]))
+    invented = draw(
+        st.sampled_from(
+            ["bert.nowhere", "", ".", "a..b", "lm_head", "encoder", "cls", one + ".cores", one + "x", one[1:]]
+        )
+    )
     match how:
         case "drop":
             del modules[one]
@@ -192,9 +207,9 @@ def _entries(draw: st.DrawFn, config: dict[str, Any]) -> None:
             modules[invented] = copy.deepcopy(modules[one])
         case "again":  # the same module in another spelling
             prefix, _, rest = one.partition(".")
-            modules[draw(st.sampled_from([rest, f"{prefix}.{one}", f"bert.{one}", f"model.{one}", f"transformer.{one}"]))] = (
-                copy.deepcopy(modules[one])
-            )
+            modules[
+                draw(st.sampled_from([rest, f"{prefix}.{one}", f"bert.{one}", f"model.{one}", f"transformer.{one}"]))
+            ] = copy.deepcopy(modules[one])
         case "tie":
             modules[one]["tied_to"] = draw(st.sampled_from([other, one, "nowhere", invented]))
         case "untie":
@@ -211,7 +226,11 @@ def _field(draw: st.DrawFn, config: dict[str, Any]) -> None:
     modules = config["quantization_config"]["modules"]
     entry = modules[draw(st.sampled_from(sorted(modules)))]
     out, in_, bonds = entry["sites"]["out"], entry["sites"]["in"], entry["bonds"]
-    how = draw(st.sampled_from(["legs", "in", "one more", "one less", "bonds", "bits", "group", "bias", "padding", "kind", "size"]))
+    how = draw(
+        st.sampled_from(
+            ["legs", "in", "one more", "one less", "bonds", "bits", "group", "bias", "padding", "kind", "size"]
+        )
+    )
     match how:
         case "legs":
             out.reverse()
@@ -257,7 +276,9 @@ def _broken(draw: st.DrawFn, text: bytes) -> bytes:
             depth = draw(st.sampled_from([100, 1000, 100_000]))
             return text.replace(b'"config": {', b'"config": ' + b"[" * depth + b"]" * depth + b', "x": {', 1)
         case "long":
-            return text.replace(b'"linear"', b'"' + b"x" * 10**6 + b'"').replace(b'"embedding"', b'"' + b"y" * 10**5 + b'"')
+            return text.replace(b'"linear"', b'"' + b"x" * 10**6 + b'"').replace(
+                b'"embedding"', b'"' + b"y" * 10**5 + b'"'
+            )
         case "list":
             return draw(st.sampled_from([b"[]", b"1", b"null", b'"a"', b"[" + text + b"]", b"{}"]))
         case "twice":
@@ -273,12 +294,18 @@ def _tensors(draw: st.DrawFn, given: Folder) -> bytes:
     # Of all of its own shape, or moving numbers around would be a model with other numbers.
     names = sorted(name for name, value in state.items() if value.dtype != torch.uint8)
     one, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
-    how = draw(st.sampled_from(["drop", "rename", "swap", "reshape", "longer", "wider", "integers", "extra", "core", "sentinel", "bool"]))
+    how = draw(
+        st.sampled_from(
+            ["drop", "rename", "swap", "reshape", "longer", "wider", "integers", "extra", "core", "sentinel", "bool"]
+        )
+    )
     match how:
         case "drop":
             del state[one]
         case "rename":
-            state[draw(st.sampled_from([one + "x", "x." + one, one.replace("0", "7"), one.removeprefix("bert.")]))] = state.pop(one)
+            state[draw(st.sampled_from([one + "x", "x." + one, one.replace("0", "7"), one.removeprefix("bert.")]))] = (
+                state.pop(one)
+            )
         case "swap" if state[one].shape != state[other].shape:
             state[one], state[other] = state[other], state[one]
         case "reshape":
@@ -294,7 +321,9 @@ def _tensors(draw: st.DrawFn, given: Folder) -> bytes:
         case "extra":
             state["nothing.of.interest"] = torch.zeros(3)
         case "core":
-            name = draw(st.sampled_from(["nowhere.cores.0", one.partition(".cores.")[0] + ".cores.9", "lm_head.cores.0"]))
+            name = draw(
+                st.sampled_from(["nowhere.cores.0", one.partition(".cores.")[0] + ".cores.9", "lm_head.cores.0"])
+            )
             state.setdefault(name, torch.zeros(1, 2, 2, 1))
         case _:
             state = {name: value for name, value in state.items() if value.dtype != torch.uint8}
@@ -306,12 +335,13 @@ def _header(draw: st.DrawFn, weights: bytes) -> bytes:
     how = draw(st.sampled_from(["flip", "cut", "length", "empty", "tail", "zero"]))
     match how:
         case "flip":
-            at = draw(st.integers(0, length + 7))
-            return weights[:at] + bytes([weights[at] ^ (1 << draw(st.integers(0, 7)))]) + weights[at + 1 :]
+            return flipped(draw, weights, 0, length + 8)
         case "cut":
             return weights[: draw(st.integers(0, len(weights) - 1))]
         case "length":
-            return draw(st.sampled_from([0, 1, length - 1, length + 1, 2**40, 2**63])).to_bytes(8, "little") + weights[8:]
+            return (
+                draw(st.sampled_from([0, 1, length - 1, length + 1, 2**40, 2**63])).to_bytes(8, "little") + weights[8:]
+            )
         case "empty":
             return b""
         case "tail":
@@ -324,8 +354,7 @@ def _record(draw: st.DrawFn, weights: bytes) -> bytes:
     """The tensor that tells what was saved, with other bytes in it."""
     at = weights.index(b'{"mpo_tn":1,')
     end = weights.rindex(b"]}", at) + 2
-    at = draw(st.integers(at, end - 1))
-    return weights[:at] + bytes([weights[at] ^ draw(st.integers(1, 255))]) + weights[at + 1 :]
+    return flipped(draw, weights, at, end)
 
 
 def _files(draw: st.DrawFn, given: Folder) -> tuple[bytes | None, dict[str, bytes]]:
@@ -347,7 +376,11 @@ def _files(draw: st.DrawFn, given: Folder) -> tuple[bytes | None, dict[str, byte
         case "bin":
             return None, {"pytorch_model.bin": given.weights}
         case "types":
-            text = draw(st.sampled_from([b"[]", b"{}", b'{"weight_map": 5}', b'{"metadata": {}, "weight_map": {"a": "../../x"}}']))
+            text = draw(
+                st.sampled_from(
+                    [b"[]", b"{}", b'{"weight_map": 5}', b'{"metadata": {}, "weight_map": {"a": "../../x"}}']
+                )
+            )
             return None, {**others, "model.safetensors.index.json": text}
         case _:
             pass
@@ -396,16 +429,10 @@ def fate(given: Folder, files: Files, load_it: Callable[[Path], Any], *, own: bo
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)
             ours = any("mpo_tn/torch/hf/" in frame.filename and frame.name != "_dict_from_json_file" for frame in where)
-            theirs = isinstance(error, (OSError, ValueError, SafetensorError)) or "StrictDataclass" in type(error).__name__
+            theirs = (
+                isinstance(error, (OSError, ValueError, SafetensorError)) or "StrictDataclass" in type(error).__name__
+            )
             theirs = theirs or "ignore_mismatched_sizes" in str(error) or where[-1].name == "get_checkpoint_shard_files"
             last = "".join(traceback.format_exception(error)[-3:])[-800:]
             return ("refused" if theirs and not ours and not own else "crash"), f"{type(error).__name__}: {last}"
         return ("equal" if same else "different"), ""
-
-
-def counts_text(what: str, counts: Counter[str]) -> str:
-    refused = counts["refused"]
-    return (
-        f"{what}: {sum(counts.values())} inputs, {refused} refused, {counts['equal']} as they were, {counts['crash']} crashes, "
-        f"{counts['hang']} hangs, {counts['different']} silently different"
-    )

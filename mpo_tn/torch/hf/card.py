@@ -99,9 +99,9 @@ def _own_text(model: Any, config: MPOQuantizationConfig) -> str:
             f'model = {name}.from_pretrained("FOLDER OR NAME ON THE HUB")',
             "```",
             "",
-            f"{len(owners)} matrices are matrix product operators, chains of small tensors in place of a weight. They keep "
-            f"{100 * kept_ratio(owners.values()):.1f} % of their {numbers:,} numbers, in {bits:.2f} bits for each weight "
-            f"there was. The whole model has {count_parameters(model):,} parameters.",
+            f"{len(owners)} matrices are matrix product operators, chains of small tensors in place of a weight. They "
+            f"keep {100 * kept_ratio(owners.values()):.1f} % of their {numbers:,} numbers, in {bits:.2f} bits for each "
+            f"weight there was. The whole model has {count_parameters(model):,} parameters.",
             "",
             "The error is that of the matrix in the Frobenius norm, over the norm of the weight; what it does to the "
             f"outputs is another matter. They were compressed by `{told}`.",
@@ -130,7 +130,10 @@ def _table(modules: Mapping[str, ModuleSpec], itemsize: int) -> list[str]:
     for name, spec in modules.items():
         key = re.sub(r"(?<![^.])\d+(?![^.])", "\\*", name), spec.out_features, spec.in_features
         groups.setdefault(key, []).append(spec)
-    rows = ["| matrices | number | size | cores | largest bond | kept | bits per weight | error |", "|---|--:|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| matrices | number | size | cores | largest bond | kept | bits per weight | error |",
+        "|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
     for (name, out, in_), specs in [*groups.items()][:_MOST_ROWS]:
         bits = [spec.bits_per_weight(itemsize) for spec in specs]
         errors = [spec.rel_error for spec in specs if spec.rel_error is not None]
@@ -187,9 +190,9 @@ def _writing(original: Callable[..., Any]) -> Callable[..., Any]:
         config: Any = getattr(getattr(self, "hf_quantizer", None), "quantization_config", None)
         adapters = getattr(self, "_hf_peft_config_loaded", False)
         folder = Path(given.arguments["save_directory"])
-        if isinstance(config, MPOQuantizationConfig) and given.arguments["is_main_process"] and not adapters:
-            if folder.is_dir():
-                write_card(self, folder)
+        first = given.arguments["is_main_process"] and folder.is_dir()
+        if isinstance(config, MPOQuantizationConfig) and first and not adapters:
+            write_card(self, folder)
         return result
 
     vars(save_pretrained)["writes_card"] = True

@@ -188,11 +188,15 @@ def check_record(held: Held, modules: Mapping[str, ModuleSpec], config: Any) -> 
         )
     for kind, own in numbers_of(config).items():
         for numbers in own:
-            _check_numbers(kind, numbers, held.record["config"].get(kind) or [numbers])
+            check_numbers(kind, numbers, held.record["config"].get(kind) or [numbers])
 
 
-def _check_numbers(kind: str, numbers: Mapping[str, Any], saved: list[Mapping[str, Any]]) -> None:
-    """One of what was saved for a kind of model, of which there may be several, has to agree in all that both have."""
+def check_numbers(kind: str, numbers: Mapping[str, Any], saved: list[Mapping[str, Any]]) -> None:
+    """One of what was saved for a kind of model, of which there may be several, has to agree in all that both have.
+
+    Raises:
+        MPOError: none does.
+    """
     first: tuple[str, Any] | None = None
     for then in saved:
         wrong = [(name, then[name]) for name, value in numbers.items() if name in then and then[name] != value]

@@ -1,7 +1,7 @@
 """``config.json`` of a compressed model, looked at before transformers makes anything of it.
 
-transformers reads it, copies it and prints it before it asks for a quantizer: a million entries would take half a minute
-and half a gigabyte, and an entry of another type would end somewhere inside of it.
+transformers reads it, copies it and prints it before it asks for a quantizer: a million entries would take half a
+minute and half a gigabyte, and an entry of another type would end somewhere inside of it.
 """
 
 # The reading of a configuration is a method with a leading underscore.
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mpo_tn.exceptions import MPOError, clipped
+from mpo_tn.exceptions import MPOError, clipped, count_text
+from mpo_tn.torch.hf.checks import check_numbers
+from mpo_tn.torch.hf.held import held_by
 from mpo_tn.torch.hf.quantization_config import ENTRIES
 from mpo_tn.torch.hf.sentinel import is_guard
 
@@ -26,6 +28,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 
 _LONGEST = 2**18
 _OURS = re.compile(rb'"quant_method"\s*:\s*"mpo"')
+# What there may be of anything by its name: what is built one by one, what is listed, what are lengths of tensors.
+_MOST = (
+    (re.compile(r"(^|_)(layers?|blocks?|stages?|depth)$"), 2**10),
+    (re.compile(r"(^|_)(experts?|groups?)$"), 2**14),
+    (re.compile(r"num_labels$"), 2**18),
+    (re.compile(r"(size|dim|heads?|embd|inner|model|positions|position_embeddings|features|channels|ctx)$"), 2**28),
+)
 _DAMAGED = "it is damaged, save the model again"
 
 
@@ -74,6 +83,39 @@ def check_types(path: Path, values: Any) -> None:
         )
 
 
+def check_sizes(path: Path, values: Any) -> None:
+    """Refuse sizes that are not those of the weights beside the file, before a model is made of such a size.
+
+    Raises:
+        MPOError: there are some.
+    """
+    if not (isinstance(values, dict) and isinstance(found := values.get("quantization_config"), dict)):
+        return
+    if found.get("quant_method") != "mpo":
+        return
+    paths = [str(file) for file in sorted(path.parent.glob("*.safetensors"))]
+    try:
+        record = held_by(paths).record
+    except MPOError:  # which is said when weights are read
+        record = None
+    for part in _dictionaries(values):
+        kind = part.get("model_type")
+        if record is not None and isinstance(kind, str) and (saved := record["config"].get(kind)):
+            check_numbers(kind, part, saved)
+        for name, value in part.items():
+            if isinstance(value, int) and any(what.search(name) and abs(value) > most for what, most in _MOST):
+                raise MPOError(f"{name}={count_text(value)} in {path} is beyond any model: {_DAMAGED}")
+
+
+def _dictionaries(values: Any) -> Iterator[dict[str, Any]]:
+    """The configuration and those inside of it."""
+    if isinstance(values, dict):
+        yield values
+        for name, value in values.items():
+            if name != "quantization_config":
+                yield from _dictionaries(value)
+
+
 def _is_ours(path: Path) -> bool:
     """Whether the text of a configuration names our method; read in pieces, for it may be of any length."""
     tail = b""
@@ -96,6 +138,7 @@ def _looking(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         except RecursionError as error:
             raise MPOError(f"{path} is nested too deeply: {_DAMAGED}") from error
         check_types(path, values)
+        check_sizes(path, values)
         return values
 
     return _dict_from_json_file

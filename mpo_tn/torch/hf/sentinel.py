@@ -33,7 +33,8 @@ _MAGIC = '{"mpo_tn":1,'
 # Numbers and names in a configuration by which a model computes, and which change no shape of a weight, or none that
 # is always there: heads, layers, sizes, epsilons, activations.
 _COUNTED = re.compile(
-    r"(^|_)(heads?|layers?|groups?|experts?)$|head_(dim|size)$|^(d_kv|d_model|hidden_size|intermediate_size)$"
+    r"(^|_)(heads?|layers?|groups?|experts?)$|head_(dim|size)$|^(d_kv|d_model|n_embd|n_inner|hidden_size|intermediate_size)$"
+    r"|vocab_size$"
     r"|eps(ilon)?$|(^|_)act(ivation)?(_fn|_function)?$|^feed_forward_proj$|^position_embedding_type$"
 )
 

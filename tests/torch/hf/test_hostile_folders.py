@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from helpers.hostile import Folder, counts_text, fate, folders, hostile
+from helpers.hostile import Folder, fate, folders, hostile
+from helpers.hostile_bytes import counts_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
