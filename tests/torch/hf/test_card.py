@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -79,4 +78,4 @@ def test_only_where_something_was_compressed_and_by_one_process(tmp_path: Path) 
         tmp_path / "dense"
     )
     small().save_pretrained(tmp_path / "second", is_main_process=False)
-    assert NAME not in os.listdir(tmp_path / "dense") + os.listdir(tmp_path / "second")
+    assert not list(tmp_path.rglob(NAME))

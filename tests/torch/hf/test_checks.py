@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ Entries = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     small(bits={"central": 3}, group=16).save_pretrained(folder)
-    yield folder
+    return folder
 
 
 @pytest.fixture
@@ -140,11 +140,8 @@ def test_what_an_absurd_configuration_costs(folder: Path) -> None:
     good = path.read_text()
     before = '"modules": {'
     assert before in good
-    for more in (
-        "".join(f'"{k}":{{}},' for k in range(10**6)),
-        '"a":' + "[" * 10**5 + "]" * 10**5 + ",",
-        f'"{"x" * 10**7}":1,',
-    ):
+    many, deep = "".join(f'"{k}":{{}},' for k in range(10**6)), '"a":' + "[" * 10**5 + "]" * 10**5 + ","
+    for more in (many, deep, f'"{"x" * 10**7}":1,'):
         path.write_text(good.replace(before, before + more))
         for load in (load_model, transformers.AutoModel.from_pretrained):
             tracemalloc.start()
