@@ -21,7 +21,7 @@ from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.models.units import count_parameters
 
 NAME = "README.md"
-_MARK = "<!-- mpo-tn: below is the card of the model before it was compressed -->"
+_MARK = "<!-- mpo-tn: what follows was there before the model was compressed -->"
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST_ROWS = 30
@@ -48,7 +48,16 @@ def card_of(model: Any, config: MPOQuantizationConfig, original: str) -> str:
     if front is not None and data is None:  # nobody can read it: shown as it is
         body, data = f"```yaml\n{front}\n```\n{body}", _metadata(None, _hub_name(model))
     text = f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{_own_text(model, config)}"
-    return f"{text}\n{_MARK}\n\n{body.strip()}\n" if body.strip() else text
+    return f"{text}\n{_MARK}\n" + (f"\n{body.strip()}\n" if body.strip() else "")
+
+
+def without_ours(card: str) -> str:
+    """A card as it would be without our part: for a model that is made dense. Empty where nothing else was there."""
+    front, body = _parts(card)
+    if _MARK not in body:
+        return card
+    rest = body.partition(_MARK)[2].strip()
+    return f"---\n{front}\n---\n\n{rest}\n" if rest else ""
 
 
 def _parts(card: str) -> tuple[str | None, str]:

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from mpo_tn.exceptions import MPOError, clipped
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.tensors import as_os_error
+from mpo_tn.torch.hf import card
 from mpo_tn.torch.hf.config_file import WEIGHTS, check_length
 from mpo_tn.torch.models.units import count_parameters
 
@@ -227,6 +228,10 @@ def _copy_companions(source: Path, out: Path) -> None:
             continue
         target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
+        if relative == Path(card.NAME):  # saving a compressed model writes our part anew
+            if text := card.without_ours(path.read_text(encoding="utf-8", errors="replace")):
+                target.write_text(text, encoding="utf-8")
+            continue
         shutil.copyfile(path, target)
 
 

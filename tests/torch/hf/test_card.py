@@ -9,7 +9,7 @@ import transformers
 import yaml
 from helpers.adapter import small
 
-from mpo_tn.torch.hf.card import NAME
+from mpo_tn.torch.hf.card import NAME, without_ours
 
 ORIGINAL = """---
 license: mit
@@ -58,7 +58,11 @@ def test_without_an_original(tmp_path: Path) -> None:
     card = (tmp_path / NAME).read_text()
     assert front(card)["base_model"] == "some/model"
     assert front(card)["base_model_relation"] == "quantized"
-    assert "below is the card" not in card
+    assert without_ours(card) == ""
+    (tmp_path / NAME).write_text(ORIGINAL)
+    model.save_pretrained(tmp_path)
+    assert without_ours((tmp_path / NAME).read_text()).endswith("---\n\n# The model\n\nIts text.\n")
+    assert without_ours(ORIGINAL) == ORIGINAL
     assert "bits={'central': 4}" in card
 
 

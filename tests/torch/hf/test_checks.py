@@ -153,9 +153,10 @@ def test_what_an_absurd_configuration_costs(folder: Path) -> None:
                 tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "named", [["AutoConfig"], ["pipeline"], ["__init__"], ["NoSuchModel"], [5], 5, {"a": 1}, "BertConfig", [["BertModel"]]]
-)  # fmt: skip
+NAMED = [["AutoConfig"], ["pipeline"], ["__init__"], ["NoSuchModel"], [5], 5, {"a": 1}, "BertConfig", [["BertModel"]]]
+
+
+@pytest.mark.parametrize("named", NAMED)
 def test_architectures_name_model_classes(named: Any, tmp_path: Path) -> None:
     transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, hidden_size=12)).save_pretrained(tmp_path)
     edit(tmp_path, lambda config: config.update(architectures=named))
