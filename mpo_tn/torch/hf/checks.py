@@ -70,9 +70,11 @@ def check_entries(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> None:
     """Hold entries, by the names that the model has, against the dense modules that are still in their places.
 
     Raises:
-        MPOError: a module of another kind or size, with a bias or without, or with two entries.
+        MPOError: a module of another kind or size, without a bias that others share with it, or with two entries.
     """
     seen: dict[nn.Module, str] = {}
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    shared = {*tied, *tied.values()}
     for name, spec in specs.items():
         module = model.get_submodule(name)
         if module in seen:
@@ -87,12 +89,10 @@ def check_entries(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> None:
             )
         weight: Any = module.weight
         rows, columns = weight.shape[::-1] if kind == "conv1d" else weight.shape
-        bias = getattr(module, "bias", None) is not None
         for what, told, is_so in (
             ("kind", spec.kind, kind),
             ("out_features", spec.out_features, int(rows)),
             ("in_features", spec.in_features, int(columns)),
-            ("bias", spec.bias, bias),
         ):
             if told != is_so:
                 raise MPOError(
@@ -100,6 +100,10 @@ def check_entries(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> None:
                     f"that config.json describes has {is_so} there: change the configuration (num_labels, vocab_size, "
                     f"...) to what was saved; else {_DAMAGED}"
                 )
+
+        # One that is shared is in the files under another name, and nobody would miss it here.
+        if not spec.bias and f"{name}.bias" in shared:
+            raise MPOError(f"{clipped(name)} has bias=False in config.json, and shares the bias of another: {_DAMAGED}")
 
 
 def check_held(held: Held, modules: Mapping[str, ModuleSpec]) -> None:
@@ -109,18 +113,13 @@ def check_held(held: Held, modules: Mapping[str, ModuleSpec]) -> None:
     name has to find some of its shapes that no other entry is the name of.
 
     Raises:
-        MPOError: cores that are missing, of other shapes, or there for an entry that is on the cores of another.
+        MPOError: cores that are missing or of other shapes.
     """
     spare = Counter(_frozen(chain) for name, chain in held.chains.items() if name not in modules)
     for name, spec in modules.items():
         chain = held.chains.get(name)
-        if spec.tied_to in modules:
-            if chain is not None:
-                raise MPOError(
-                    f"the files hold {clipped(name)}.cores.0, and config.json lists it on the cores of another: "
-                    f"{_DAMAGED}"
-                )
-            continue
+        if spec.tied_to in modules and chain is None:
+            continue  # or they were written under both names, from a state that somebody gave
         due = _due(spec)
         if chain is None:
             if spare[_frozen(due)] < 1:
@@ -256,6 +255,10 @@ def check_read(model: Any, modules: Mapping[str, ModuleSpec], held: Held, readin
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise MPOError(f"{name} is {parameter.dtype} in the files: {_DAMAGED}")
+    for name in sorted(reading.unexpected):
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and has_module(model, owner) and isinstance(model.get_submodule(owner), MPOLayer):
+            raise MPOError(f"the files hold {name}, and config.json says bias=False: {_DAMAGED}")
     left = {found["module"] for key in reading.unexpected if (found := CORE.match(key)) is not None}
     for name in sorted(left):
         here = spellings(model, name)

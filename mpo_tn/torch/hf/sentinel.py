@@ -109,7 +109,7 @@ def sentinel_key(modules: Mapping[str, ModuleSpec]) -> str:
 
 def unseen(spec: ModuleSpec) -> dict[str, Any]:
     """What of an entry may be told wrongly although all shapes and the dense model agree with it."""
-    told = {"tied_to": spec.tied_to, "padding_idx": spec.padding_idx}
+    told = {"bias": spec.bias, "tied_to": spec.tied_to, "padding_idx": spec.padding_idx}
     return {key: value for key, value in told.items() if value is not None} | spec.bits_to_dict()
 
 
