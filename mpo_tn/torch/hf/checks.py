@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from mpo_tn.exceptions import MPOError, clipped
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.torch.hf.held import CORE, Held, Shapes
 from mpo_tn.torch.hf.names import has_module, spellings
 from mpo_tn.torch.hf.sentinel import numbers_of, unseen
@@ -76,6 +76,8 @@ def check_entries(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> None:
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     shared = {*tied, *tied.values()}
     for name, spec in specs.items():
+        if spec.kind == PARAMETER:  # which is looked for when it is put there
+            continue
         module = model.get_submodule(name)
         if module in seen:
             raise MPOError(

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mpo_tn.exceptions import MPOError, clipped
-from mpo_tn.torch.hf.sentinel import read_record
+from mpo_tn.torch.hf.sentinel import RECORD, read_record
 
 CORE = re.compile(r"^(?P<module>.*)\.cores\.(?P<k>\d+)(?:\.(?P<part>weight(?:_packed|_scale|_shape)?))?$")
 """The name of a core, or of a tensor that a core in bits is held by."""
@@ -49,7 +49,7 @@ def held_by(paths: Sequence[str]) -> Held:
                         if place in chain:
                             raise MPOError(f"{clipped(key)} is there twice: the files are damaged")
                         chain[place] = shape
-                    elif len(shape) == 1 and key.endswith(".weight") and part.get_dtype() == "U8":
+                    elif len(shape) == 1 and key.endswith((".weight", RECORD)) and part.get_dtype() == "U8":
                         record = read_record(file.get_tensor(key).numpy().tobytes()) or record
         except MPOError:
             raise

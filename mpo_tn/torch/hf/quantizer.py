@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.spec import PARAMETER
 from mpo_tn.torch.hf import card as card  # that is written when a model is saved
 from mpo_tn.torch.hf import config_file as config_file  # that is looked at before it is read
 from mpo_tn.torch.hf.checks import (
@@ -44,12 +45,13 @@ from mpo_tn.torch.hf.names import (
     tied_layers,
 )
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
-from mpo_tn.torch.hf.sentinel import guard, sentinel, sentinel_key
+from mpo_tn.torch.hf.sentinel import RECORD, guard, sentinel_key, sentinels
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.compress import build, compress
 from mpo_tn.torch.models.host import use_host
+from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.units import mpo_specs
 
 # The tensors of a core in bits.
@@ -98,6 +100,9 @@ class MPOHfQuantizer(HfQuantizer):
         for name, spec in specs.items():
             cores = list(built[spec.tied_to].cores) if spec.tied_to in built else None
             built[name] = build(spec, cores, device="meta", dtype=dtype)
+            if spec.kind == PARAMETER:
+                put(model, {name: built[name]})
+                continue
             old = owners[name]
             for alias in [alias for alias, module in owners.items() if module is old]:
                 model.set_submodule(alias, built[name])
@@ -108,6 +113,7 @@ class MPOHfQuantizer(HfQuantizer):
                 del tied.cores._modules[k]
         # The key may carry the prefix of another head or none.
         ignored = {f"(^|\\.){re.escape(key)}$" for key in spellings(model, sentinel_key(modules))}
+        ignored.add(f"^{re.escape(RECORD)}$")
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
         self._reading = listen(model)
 
@@ -149,7 +155,7 @@ class MPOHfQuantizer(HfQuantizer):
         guard(model.config)
         unsaved = set(model._keys_to_ignore_on_save or ())
         beside = [name for name in state if name not in unsaved and not CORE.match(name)]
-        state[sentinel_key(modules)] = sentinel(model, modules, beside)
+        state |= sentinels(model, modules, beside)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
 

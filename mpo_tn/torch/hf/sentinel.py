@@ -18,8 +18,9 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import unwrap_model
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
+from mpo_tn.torch.layers.parameter import place_of
 
 _START = "this model is compressed by mpo-tn"
 GUARD = (
@@ -29,6 +30,9 @@ GUARD = (
 """Where transformers looks for the name of the weight file: it refuses one with another ending, and says the name."""
 
 _KEY = "transformers_weights"
+RECORD = "mpo_tn.record"
+"""The key of the record where no dense key can hold it."""
+
 _MAGIC = '{"mpo_tn":1,'
 # Numbers and names in a configuration by which a model computes, and which change no shape of a weight, or none that
 # is always there: heads, layers, sizes, epsilons, activations.
@@ -104,7 +108,14 @@ def sentinel_key(modules: Mapping[str, ModuleSpec]) -> str:
 
     By name and not by position, because ``config.json`` sorts its keys.
     """
-    return f"{min(name for name, spec in modules.items() if spec.tied_to not in modules)}.weight"
+    name = _sentinel_name(modules)
+    return ".".join(place_of(name) or (name, "weight"))
+
+
+def _sentinel_name(modules: Mapping[str, ModuleSpec]) -> str:
+    own = {name: spec for name, spec in modules.items() if spec.tied_to not in modules}
+    # What it writes of experts transformers renames and splits, and what it writes of a layer it leaves as it is.
+    return min(own, key=lambda name: (own[name].kind == PARAMETER, name))
 
 
 def unseen(spec: ModuleSpec) -> dict[str, Any]:
@@ -127,8 +138,11 @@ def numbers_of(config: Any) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def sentinel(model: Any, modules: Mapping[str, ModuleSpec], tensors: Iterable[str]) -> torch.Tensor:
-    """The tensor that no dense weight can take: the record of what is saved, as text in bytes.
+def sentinels(model: Any, modules: Mapping[str, ModuleSpec], tensors: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensor that no dense weight can take, by its key: the record of what is saved, as text in bytes.
+
+    For a parameter it is an empty one with all axes but the last, by which transformers may split it, and the record
+    goes beside it.
 
     Args:
         model: that is saved.
@@ -144,7 +158,11 @@ def sentinel(model: Any, modules: Mapping[str, ModuleSpec], tensors: Iterable[st
     }
     text = json.dumps(record, separators=(",", ":"))
     assert text.startswith(_MAGIC)
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    written = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    spec = modules[_sentinel_name(modules)]
+    if spec.kind != PARAMETER:
+        return {sentinel_key(modules): written}
+    return {sentinel_key(modules): torch.empty(*spec.shape[:-1], 0), RECORD: written}
 
 
 def read_record(data: bytes) -> dict[str, Any] | None:
