@@ -95,3 +95,12 @@ def list_text(values: Sequence[Any]) -> str:
         return str(tuple(values))
     first, last = ", ".join(map(str, values[:6])), ", ".join(map(str, values[-2:]))
     return f"({first}, ..., {last}: {len(values)} in all)"
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """A text of a file as a part of an error message: not all of it, if it is long.
+
+    >>> clipped("a" * 300, 60)
+    'aaaaaaaaaaaaaaaa [... 280 bytes ...] aaaa'
+    """
+    return bounded_text(text, most)

@@ -12,8 +12,9 @@ from transformers.utils.hub import cached_file
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import checked_file
+from mpo_tn.torch.hf import card
+from mpo_tn.torch.hf.config_file import WEIGHTS
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _MOST_CONFIG, _MOST_BESIDE = 2**24, 2**29
 """Bytes of a configuration, and of anything else beside the weights: a thousand times what they have."""
 
@@ -38,7 +39,7 @@ def check_folder(folder: Path) -> None:
         if path.name == "config.json":
             checked_file(path, "the configuration of a model", _MOST_CONFIG)
         else:
-            checked_file(path, "a part of a model", None if path.name.endswith(_WEIGHTS) else _MOST_BESIDE)
+            checked_file(path, "a part of a model", None if path.name.endswith(WEIGHTS) else _MOST_BESIDE)
 
 
 def refuse_pickled(source: str | Path, error: Exception) -> None:
@@ -91,7 +92,7 @@ def copy_companions(source: Path, out: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.name.endswith(_WEIGHTS) or relative == Path("config.json") or not path.is_file():
+        if hidden or path.name.endswith(WEIGHTS) or relative == Path("config.json") or not path.is_file():
             continue
         is_outside = not any(path.resolve().is_relative_to(root) for root in inside)
         try:
@@ -100,7 +101,10 @@ def copy_companions(source: Path, out: Path) -> None:
                 continue
             target = out / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if relative != Path(card.NAME):
+                shutil.copyfile(path, target)
+            elif text := card.without_ours(path.read_text(encoding="utf-8", errors="replace")):
+                target.write_text(text, encoding="utf-8")  # saving a compressed model writes our part anew
         except FileNotFoundError as error:
             raise MPOError(f"{source} was changed while it was being read, {relative} is gone: start again") from error
     if left:

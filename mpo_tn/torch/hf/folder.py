@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
-from mpo_tn.exceptions import MPOError, bounded_text
+from mpo_tn.exceptions import MPOError, bounded_text, clipped
 from mpo_tn.storage.files import check_target, written_beside
 from mpo_tn.storage.places import recover
 from mpo_tn.storage.tensors import as_os_error
@@ -142,16 +142,29 @@ def _readable(source: str | Path) -> Generator[None]:
 
 
 def _class_of(config: Any) -> Any:
-    """The class that a configuration names; without one, the bare model of its kind."""
-    known = [getattr(transformers, name) for name in config.architectures or [] if hasattr(transformers, name)]
-    return known[0] if known else transformers.AutoModel
+    """The class that a configuration names; without one, the bare model of its kind.
+
+    Raises:
+        MPOError: what it names is no model class of transformers.
+    """
+    named = config.architectures
+    if named is None or named == []:
+        return transformers.AutoModel
+    first = named[0] if isinstance(named, list | tuple) else named
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise MPOError(
+            f"config.json says architectures={clipped(repr(named))}, which names no model class of transformers "
+            f"{transformers.__version__}: it is damaged, or of a newer version"
+        )
+    return found
 
 
 def check_source(source: str | Path) -> None:
     """Refuse what is neither a model folder nor can be a name on the hub.
 
     Raises:
-        MPOError: no such folder, or one that holds no model.
+        MPOError: no such folder, one that holds no model, or one with a configuration of absurd length.
     """
     path = Path(source)
     recover(path)

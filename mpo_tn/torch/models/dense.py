@@ -120,7 +120,9 @@ def _with_weight(layer: MPOLayer, weight: nn.Parameter) -> There:
             module = nn.Linear(spec.in_features, spec.out_features, bias=False)
     module.weight = weight
     if spec.kind != "embedding":
-        module.bias = layer.bias
+        bias = layer.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        module.bias = bias
     for table in HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
         module.__dict__[table] = layer.__dict__[table]
     return module.train(layer.training)
