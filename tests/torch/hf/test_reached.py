@@ -66,10 +66,9 @@ def test_cores_in_bits_come_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("reload-bits")
 def test_scaled_tables_on_one_chain_in_bits_come_back_with_their_scales(tmp_path: Path) -> None:
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "intermediate_size": 48, "vocab_size": 101, "head_dim": 8}  # fmt: skip
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 28,
-                  "patch_size": 14}  # fmt: skip
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**sizes, "num_key_value_heads": 2, "vocab_size": 101, "head_dim": 8}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
     encoder = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
     model = transformers.T5Gemma2ForConditionalGeneration(transformers.T5Gemma2Config(encoder=encoder, decoder=text))
     compress(model.eval(), MPOConfig(target_modules=[r"re:.*embed_tokens"], sites=1, bits=4))
