@@ -20,6 +20,9 @@ from mpo_tn.storage.tensors import as_os_error
 from mpo_tn.torch.models.units import count_parameters
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+RECORD = "mpo_record.json"
+"""What a streamed run writes of how a folder was made; it holds for that folder alone."""
+
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -191,7 +194,7 @@ def _write_model(
 ) -> None:
     with written_beside(out) as temporary:
         if Path(source).is_dir():
-            _copy_companions(Path(source), temporary)
+            copy_companions(Path(source), temporary)
         with as_os_error():
             model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
         for name, text in files.items():
@@ -203,12 +206,13 @@ def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> Non
     check_target(out, overwrite=overwrite, marker="config.json", keep=Path(source))
 
 
-def _copy_companions(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path) -> None:
     """Tokenizer, pooling and other small files; the weights in any format stay behind."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or path.name.endswith(_WEIGHTS) or relative == Path("config.json"):
+        ours = relative in (Path("config.json"), Path(RECORD))
+        if hidden or not path.is_file() or path.name.endswith(_WEIGHTS) or ours:
             continue
         target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)

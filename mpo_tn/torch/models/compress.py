@@ -122,9 +122,9 @@ def compress(
             progress(done, len(units), unit.name)
         try:
             if unit.name in fits:
-                layer, cores, shift = _fitted(planned, unit, fits[unit.name])
+                layer, cores, shift = fitted(planned, unit, fits[unit.name])
             else:
-                layer, cores, shift = *_factorise(planned, unit), None
+                layer, cores, shift = *factorise(planned, unit), None
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
         layers.append(layer)
@@ -181,7 +181,7 @@ def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, Modu
         for core in cores:
             if isinstance(core, nn.Parameter):
                 core.requires_grad_(unit.weight.requires_grad)
-        specs[unit.name] = _specs(unit, planned.spec)[0]
+        specs[unit.name] = specs_of(unit, planned.spec)[0]
         modules |= _modules(unit, planned.spec, cores)
     for name, module in modules.items():
         model.set_submodule(name, module)
@@ -201,7 +201,7 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig)
         raise
 
 
-def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Core]]:
+def factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Core]]:
     check_loaded(unit.weight, "its weight")
     sites, bonds = planned.spec.sites, planned.spec.bonds
     matrix = unit.padded(sites)
@@ -217,10 +217,10 @@ def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Co
     error, exact = _distance(matrix, cores, size) if planned.spec.bits else _cropped_error(mpo, report, *size)
     rel_error = error / report.norm if report.norm > 0 else 0.0
     spec = replace(planned.spec, bonds=mpo.bonds, rel_error=rel_error, exact=exact)
-    return LayerReport(unit.all_names, _specs(unit, spec)[0], error, report.norm, report, unit.storage), cores
+    return LayerReport(unit.all_names, specs_of(unit, spec)[0], error, report.norm, report, unit.storage), cores
 
 
-def _fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerReport, list[Core], torch.Tensor | None]:
+def fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerReport, list[Core], torch.Tensor | None]:
     """What a fit in the metric of the layer gave, as modules hold it."""
     cores: list[Core] = []
     for core, shape, bits in zip(found.cores, found.spec.core_shapes, found.spec.core_bits, strict=True):
@@ -233,7 +233,7 @@ def _fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerRep
     floor = float_floor(unit.storage, len(found.spec.sites), found.norm)
     report = Report(found.error, found.norm, (), None, None, floor)
     layer = LayerReport(
-        unit.all_names, _specs(unit, found.spec)[0], found.error, found.norm, report, unit.storage, found.metric,
+        unit.all_names, specs_of(unit, found.spec)[0], found.error, found.norm, report, unit.storage, found.metric,
         found.weighted,
     )  # fmt: skip
     return layer, cores, found.shift
@@ -249,7 +249,7 @@ def _distance(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]
     return frobenius_norm(difference), True
 
 
-def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
+def specs_of(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
     """The specification of every module of the unit, given what they share."""
     return [
         replace(
@@ -269,7 +269,7 @@ def _modules(
     """The MPO modules that replace those of the unit, under all their names; their biases moved by ``shift``."""
     named: dict[str, nn.Module] = {}
     moved: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a bias, too
-    for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
+    for own, module, names in zip(specs_of(unit, spec), unit.modules, unit.names, strict=True):
         bias = getattr(module, "bias", None)
         if bias is not None and shift is not None:
             there = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
