@@ -15,6 +15,7 @@ from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
 from mpo_tn.app.cli_plan import compress, plan
 from mpo_tn.app.cli_train import finetune, squeeze
+from mpo_tn.app.cli_verify import verify
 from mpo_tn.app.terminal import Json, Overwrite, err, is_wide, new_table, out, print_json, sites_of, working
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import doing
@@ -36,6 +37,7 @@ app.command()(finetune)
 app.command()(squeeze)
 app.command()(heal)
 app.command()(export)
+app.command()(verify)
 
 
 def _show_version(wanted: bool) -> None:

@@ -64,7 +64,7 @@ class StoredTensor:
             MPOError: the file is gone, shorter than it was, or was changed since it was first looked at.
         """
         buffer = np.empty(self.nbytes, np.uint8)
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         with self._open() as file:
             self._check(os.fstat(file.fileno()))
             while done < self.nbytes:

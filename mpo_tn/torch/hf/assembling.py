@@ -23,6 +23,7 @@ from mpo_tn.storage.checkpoint import (
     write_shard,
 )
 from mpo_tn.storage.files import written_beside
+from mpo_tn.storage.tensors import bytes_digest, file_digest
 from mpo_tn.torch.hf.folder import RECORD, copy_companions
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.hf.quantizer import sentinel_key
@@ -91,11 +92,11 @@ def write_result(
             digests |= {key: tensor.digest() for key, tensor in held.items()}
             write_shard(temporary / name, held)
         write_index(temporary, shards, sum(sizes.values()))
-        config = (temporary / "config.json").read_text(encoding="utf-8")
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT, "version": VERSION, **record, "tensors": dict(sorted(digests.items())),
-            "config": json.loads(config),
+            "files": file_digests(temporary),
         }  # fmt: skip
+        content["digest"] = _digest_of(content)
         (temporary / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -109,34 +110,56 @@ def _write_config(model: Any, folder: Path, modules: dict[str, ModuleSpec], deci
         model.generation_config.save_pretrained(folder)
 
 
+def file_digests(folder: Path) -> dict[str, str]:
+    """Digests of all files of a model folder but the weights and the record, by path inside of it."""
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: file_digest(path) for name, path in paths.items() if path.suffix != ".safetensors" and name != RECORD}
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return bytes_digest([json.dumps(content, sort_keys=True).encode()])
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What :func:`write_result` wrote of how the folder was made.
 
     Raises:
-        MPOError: there is none, or it is damaged.
+        MPOError: there is none, it is damaged, or was altered.
     """
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT or record["version"] > VERSION:
             raise ValueError(f"its format is {record['format']!r}, version {record['version']!r}")
-        return {key: record[key] for key in ("run", "plan", "units", "tensors", "config")}
+        if record["digest"] != _digest_of(record):
+            raise ValueError("it was altered")
+        return {key: record[key] for key in ("run", "plan", "units", "tensors", "files")}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise MPOError(f"{path} cannot be read ({error}): it tells how {folder} was made") from error
 
 
-def altered_tensors(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """What of the tensors of a folder is not what was written, a phrase each.
+def altered(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """What of a folder is not what was written, a phrase each. Cost: every byte is read, one tensor at a time.
 
     Raises:
-        MPOError: the files are damaged or missing.
+        MPOError: the weights are damaged or missing.
     """
+    found = _compared(record["files"], file_digests(folder))
     there, wanted = open_checkpoint(folder).tensors, record["tensors"]
+    return found + _compared(
+        wanted,
+        {key: digest_of(there[key]) for key in there if key in wanted}
+        | dict.fromkeys((key for key in there if key not in wanted), ""),
+    )
+
+
+def digest_of(stored: StoredTensor) -> str:
+    """Of a tensor where it lies."""
+    return RawTensor(stored.dtype, stored.shape, stored.read()).digest()
+
+
+def _compared(wanted: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
     found = [f"{key} is missing" for key in wanted if key not in there]
-    found += [f"{key} is new" for key in there if key not in wanted]
-    for key, digest in wanted.items():
-        if key in there:
-            stored = there[key]
-            if RawTensor(stored.dtype, stored.shape, stored.read()).digest() != digest:
-                found.append(f"{key} has other numbers")
-    return found
+    found += [f"{key} was not there when the folder was written" for key in there if key not in wanted]
+    return found + [f"{key} was altered" for key in wanted if key in there and there[key] != wanted[key]]

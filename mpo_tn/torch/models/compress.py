@@ -202,6 +202,7 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig)
 
 
 def factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Core]]:
+    """What a unit becomes in the Frobenius norm, as modules hold it."""
     check_loaded(unit.weight, "its weight")
     sites, bonds = planned.spec.sites, planned.spec.bonds
     matrix = unit.padded(sites)
@@ -214,7 +215,7 @@ def factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Cor
         else QuantizedCore.rounded(core, bits, planned.spec.group)
         for core, bits in zip(mpo.cores, planned.spec.core_bits, strict=True)
     ]
-    error, exact = _distance(matrix, cores, size) if planned.spec.bits else _cropped_error(mpo, report, *size)
+    error, exact = missed_norm(matrix, cores, size) if planned.spec.bits else _cropped_error(mpo, report, *size)
     rel_error = error / report.norm if report.norm > 0 else 0.0
     spec = replace(planned.spec, bonds=mpo.bonds, rel_error=rel_error, exact=exact)
     return LayerReport(unit.all_names, specs_of(unit, spec)[0], error, report.norm, report, unit.storage), cores
@@ -239,7 +240,7 @@ def fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerRepo
     return layer, cores, found.shift
 
 
-def _distance(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]) -> tuple[float, bool]:
+def missed_norm(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]) -> tuple[float, bool]:
     """The norm of what the cores, as they are held, miss of the matrix; in double precision, padding cropped."""
     wide = [core.dequantize(torch.float64) if isinstance(core, QuantizedCore) else widen(core) for core in cores]
     shapes = tuple(tuple(core.shape) for core in wide)

@@ -6,7 +6,15 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import AbstractContextManager, contextmanager
 from threading import Thread
 
@@ -57,7 +65,12 @@ class _Run:
     """Tasks handed to an executor until all are done; a pool that broke is replaced."""
 
     def __init__(
-        self, tasks: Sequence[UnitTask], made: Callable[[], AbstractContextManager[Executor]], attempts: int, progress: Progress, total: int
+        self,
+        tasks: Sequence[UnitTask],
+        made: Callable[[], AbstractContextManager[Executor]],
+        attempts: int,
+        progress: Progress,
+        total: int,
     ) -> None:
         self.left = dict(enumerate(tasks))
         self.made, self.attempts, self.progress, self.total = made, attempts, progress, total

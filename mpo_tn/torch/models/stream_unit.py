@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +119,11 @@ def versions() -> dict[str, str]:
     return {"mpo-tn": __version__, "torch": torch.__version__, "numpy": np.__version__}
 
 
+def seen_from_here(folders: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The versions of this process, and which of the folders it does not see."""
+    return versions(), [folder for folder in folders if not Path(folder).is_dir()]
+
+
 @contextmanager
 def one_thread() -> Generator[None]:
     """BLAS in one thread: sums come in one order, whatever the machine and whoever else works beside."""
@@ -173,10 +178,7 @@ def tensor_of(stored: StoredTensor, dtype: torch.dtype | None = None) -> torch.T
 def as_tensor(dtype: str, shape: tuple[int, ...], data: np.ndarray, cast: torch.dtype | None = None) -> torch.Tensor:
     """Bytes as a tensor on the same memory, cast if it is floating point and of another dtype."""
     own = getattr(torch, dtype)
-    if not data.size:
-        found = torch.empty(shape, dtype=own)
-    else:
-        found = torch.from_numpy(data).view(own).reshape(shape)
+    found = torch.from_numpy(data).view(own).reshape(shape) if data.size else torch.empty(shape, dtype=own)
     return found.to(cast) if cast is not None and found.is_floating_point() else found
 
 
