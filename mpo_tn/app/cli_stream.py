@@ -65,7 +65,8 @@ class Streaming:
         wanted = bool(self.stream) or asked
         if wanted and with_text:
             raise MPOError(
-                "text needs the whole model in memory, and streaming never loads it: leave --texts, --refine and --anchored "
+                "text needs the whole model in memory, and streaming never loads it: leave --texts, --refine and "
+                "--anchored "
                 "out, give moments that were saved (--calibration), or a --plan that was made with text elsewhere"
             )
         if self.stream is None and not asked:

@@ -56,12 +56,14 @@ def _check(client: Any, folders: Sequence[Path]) -> None:
     for worker, (theirs, missing) in answers.items():
         if theirs != versions():
             raise MPOError(
-                f"the worker at {worker} has {_listed(theirs)}, and here are {_listed(versions())}: their last digits may "
+                f"the worker at {worker} has {_listed(theirs)}, and here are {_listed(versions())}: their last "
+                f"digits may "
                 "differ; install the same versions everywhere"
             )
         if missing:
             raise MPOError(
-                f"the worker at {worker} does not see {missing[0]}: put source and result on a folder that all machines "
+                f"the worker at {worker} does not see {missing[0]}: put source and result on a folder that all "
+                f"machines "
                 "share, under the same path"
             )
 

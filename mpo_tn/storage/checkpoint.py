@@ -33,7 +33,7 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes ``start`` to ``stop`` of a file of ``size`` bytes that was changed last at ``changed``.
+    """Where a tensor lies: bytes ``start`` to ``stop`` of a file of ``size`` bytes, changed last at ``changed``.
 
     ``dtype`` is a name such as torch has, ``float32`` or ``bfloat16``.
     """
@@ -91,7 +91,7 @@ class StoredTensor:
             found = b"".join(os.pread(file.fileno(), width, start) for start in starts)
         if len(found) != len(starts) * width:
             raise self._other("it is too short")
-        return np.frombuffer(found, np.uint8).reshape(-1, width)
+        return np.frombuffer(bytearray(found), np.uint8).reshape(-1, width)
 
     def _open(self) -> Any:
         try:
@@ -149,15 +149,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, _headers([folder / WEIGHTS]))
     if not (folder / INDEX).is_file():
         raise MPOError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}: a checkpoint is read tensor by tensor from safetensors files; "
+            f"{folder} has neither {WEIGHTS} nor {INDEX}: a checkpoint is read tensor by tensor from safetensors "
+            f"files; "
             "write them with AutoModel.from_pretrained(...).save_pretrained(...)"
         )
     placed = _weight_map(folder / INDEX)
-    names = list(dict.fromkeys(placed.values()))
+    names = sorted({*placed.values()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise MPOError(
-            f"{folder / INDEX} names {', '.join(missing[:3])}, and there {'is' if len(missing) == 1 else 'are'} no such "
+            f"{folder / INDEX} names {', '.join(missing[:3])}, and there {'is' if len(missing) == 1 else 'are'} no "
+            f"such "
             f"file{'' if len(missing) == 1 else 's'}: fetch the checkpoint again"
         )
     tensors = _headers([folder / name for name in names])
@@ -223,6 +225,13 @@ def _header(path: Path) -> list[StoredTensor]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise MPOError(f"{path} is damaged ({error}): fetch the checkpoint again") from error
     return found
+
+
+def header_digest(path: Path) -> str:
+    """Of all that a safetensors file holds beside its tensors, so far as it is there."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return bytes_digest([length, file.read(min(int.from_bytes(length, "little"), path.stat().st_size))])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import (
     RawTensor,
     StoredTensor,
+    header_digest,
     open_checkpoint,
     shard_names,
     write_index,
@@ -97,7 +98,7 @@ def write_result(
             "files": file_digests(temporary),
         }  # fmt: skip
         content["digest"] = _digest_of(content)
-        (temporary / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (temporary / RECORD).write_text(_text_of(content), encoding="utf-8")
 
 
 def _write_config(model: Any, folder: Path, modules: dict[str, ModuleSpec], decided: Plan) -> None:
@@ -111,14 +112,24 @@ def _write_config(model: Any, folder: Path, modules: dict[str, ModuleSpec], deci
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Digests of all files of a model folder but the weights and the record, by path inside of it."""
+    """Digests of all files of a model folder but the record, by path inside of it; of weights of their headers "
+    "alone.
+    """
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: file_digest(path) for name, path in paths.items() if path.suffix != ".safetensors" and name != RECORD}
+    return {
+        name: header_digest(path) if path.suffix == ".safetensors" else file_digest(path)
+        for name, path in paths.items()
+        if name != RECORD
+    }
 
 
 def _digest_of(record: Mapping[str, Any]) -> str:
     content = {key: value for key, value in record.items() if key != "digest"}
     return bytes_digest([json.dumps(content, sort_keys=True).encode()])
+
+
+def _text_of(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -129,10 +140,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
         if record["format"] != FORMAT or record["version"] > VERSION:
             raise ValueError(f"its format is {record['format']!r}, version {record['version']!r}")
-        if record["digest"] != _digest_of(record):
+        if record["digest"] != _digest_of(record) or text != _text_of(record):
             raise ValueError("it was altered")
         return {key: record[key] for key in ("run", "plan", "units", "tensors", "files")}
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -74,7 +74,8 @@ def read_names(model: Any, checkpoint: Checkpoint) -> Names:
             kept[key] = tensor
         elif name in stored:
             raise MPOError(
-                f"{key} and {stored[name].key} of {checkpoint.folder} are both {name} of {type(model).__name__}: take one out"
+                f"{key} and {stored[name].key} of {checkpoint.folder} are both {name} of {type(model).__name__}: "
+                f"take one out"
             )
         else:
             if tuple(state[name].shape) != tensor.shape:
@@ -103,7 +104,8 @@ def core_prefix(model: Any, name: str, stored: StoredTensor) -> str:
         if _renamed(model, key, state, renamings, converters) == (f"{name}.cores.0", None):
             return prefix
     raise MPOError(
-        f"transformers renames {stored.key} while it reads the checkpoint, and would rename its cores to something else: "
+        f"transformers renames {stored.key} while it reads the checkpoint, and would rename its cores to something "
+        f"else: "
         "load the model and save it again, or compress it in memory"
     )
 
@@ -138,7 +140,8 @@ def _settle_ties(model: Any, stored: dict[str, StoredTensor]) -> None:
             del stored[target]
         else:
             raise MPOError(
-                f"{stored[target].key} and {stored[source].key} are tied by config.json, and the checkpoint has both with "
+                f"{stored[target].key} and {stored[source].key} are tied by config.json, and the checkpoint has "
+                f"both with "
                 "other numbers: set tie_word_embeddings to false there, or take one of them out"
             )
 
@@ -165,6 +168,7 @@ def _check_complete(
     ]
     if missing:
         raise MPOError(
-            f"{checkpoint.folder} is incomplete: {len(missing)} tensors of {type(model).__name__} are missing, for instance "
+            f"{checkpoint.folder} is incomplete: {len(missing)} tensors of {type(model).__name__} are missing, for "
+            f"instance "
             f"{missing[0]}; fetch or save the model again"
         )

@@ -39,7 +39,7 @@ def compress_folder(
     Args:
         source: a folder of safetensors files with ``config.json``, or a name on the hub.
         out: where the compressed model goes. Finished matrices wait in ``<out>.work`` beside it, until all are there.
-        config: as for :func:`mpo_tn.torch.compress`, but what needs text cannot be: a budget, batches. Make a plan first.
+        config: as for :func:`mpo_tn.torch.compress`, but not what needs text, a budget: make a plan of that first.
         calibration: of the dense model, for a plan that fits matrices in the metric of their layers.
         workers: processes, of one BLAS thread each.
         executor: any of ``concurrent.futures`` in place of them, Dask's and MPI's too; its workers must see the folders
@@ -51,17 +51,17 @@ def compress_folder(
     Returns:
         The report that ``compress`` gives.
 
-    Guarantee (stream-same-model): the cores, and all other tensors, are bit for bit those that :func:`mpo_tn.torch.compress`
-    in one thread gives of the loaded model, with the moments of the same calibration and ``anchored=False``.
-    Guarantee (stream-any-workers): every byte of the result is the same for any number of workers and threads, any executor,
-    and however often it was killed and run again, for the same versions and kind of machine.
-    Guarantee (stream-resumes): after a kill at any moment, or an error, the same call does only what is not done yet. Of
-    another plan, source, calibration or versions it is refused, with both fingerprints.
+    Guarantee (stream-same-model): all tensors are bit for bit those that :func:`mpo_tn.torch.compress` in one thread
+    gives of the loaded model, with the moments of the same calibration and ``anchored=False``.
+    Guarantee (stream-any-workers): every byte of the result is the same for any number of workers and threads, any
+    executor, and however often it was killed and run again, for the same versions and kind of machine.
+    Guarantee (stream-resumes): after a kill at any moment, or an error, the same call does only what is not done yet.
+    With another plan, source, calibration or other versions it is refused, with both fingerprints.
     Guarantee (stream-memory): a process holds one matrix at a time while matrices are done, and one file of the result
     while that is written.
 
     Raises:
-        MPOError: the folder is damaged, incomplete, changed meanwhile or no dense model; too little space; what needs text;
+        MPOError: the folder is damaged, incomplete, changed meanwhile or no dense model; too little space; a budget;
             a matrix that cannot be done, by name, and whatever is done by then is kept.
     """
     if whole_number(workers) is None or workers < 1:
@@ -76,9 +76,10 @@ def compress_folder(
         job.work.delete()
         return job.report(finished)
     check_model_target(Path(out), job.checkpoint.folder, overwrite=overwrite)
+    job.work.check()
+    job.check_space(job.records())
     with job.work.opened():
         records = job.records()
-        job.check_space(records)
         missing = [number for number in range(len(job.pairs)) if number not in records]
         tasks = [job.task(number) for number in sorted(missing, key=job.longest_first)]
         run_units(tasks, workers=workers, executor=executor, progress=doing("compressing", tell), total=len(job.pairs))

@@ -47,7 +47,8 @@ class Job:
         in_metric = [unit for planned, unit in self.pairs if planned.metric == ACTIVATION]
         if in_metric and calibration is None:
             raise MPOError(
-                f"the plan fits {in_metric[0].name} to what its layer is given, and nothing is known of that: give a saved "
+                f"the plan fits {in_metric[0].name} to what its layer is given, and nothing is known of that: give "
+                f"a saved "
                 "Calibration of the dense model (--calibration FILE); text itself needs the whole model in memory"
             )
         self.calibration = calibration if in_metric else None
@@ -60,7 +61,8 @@ class Job:
         for _, unit in self.pairs:
             if unit.weight not in self._places:
                 raise MPOError(
-                    f"{unit.name}.weight is not in the checkpoint {checkpoint.folder} as it is, transformers makes it of "
+                    f"{unit.name}.weight is not in the checkpoint {checkpoint.folder} as it is, transformers makes "
+                    f"it of "
                     "other tensors: load the model and save it again, or compress it in memory"
                 )
         self.source = checkpoint.fingerprint()
@@ -87,7 +89,8 @@ class Job:
             decided = config
         elif config.has_budget or (config.shares_keep and calibration is not None):
             raise MPOError(
-                "a budget is spent by what the model does on text, which needs the whole model in memory: make a plan with "
+                "a budget is spent by what the model does on text, which needs the whole model in memory: make a "
+                "plan with "
                 "mpo-tn plan --out FILE on a machine that holds it, and carry it out here with --plan FILE"
             )
         else:
@@ -116,7 +119,8 @@ class Job:
             moments = str(path.resolve())
             biases = {} if not is_biased(unit) else dict(self._biases(unit))
         return UnitTask(
-            planned, unit, self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments, versions(),
+            planned, unit, self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,
+            versions(),
             self.work.task,
         )  # fmt: skip
 
@@ -167,10 +171,12 @@ class Job:
         Raises:
             MPOError: it is so.
         """
-        needed, free = self.bytes_to_write(records), shutil.disk_usage(self.work.path).free
+        there = next(folder for folder in self.out.resolve().parents if folder.exists())
+        needed, free = self.bytes_to_write(records), shutil.disk_usage(there).free
         if needed > free:
             raise MPOError(
-                f"{self.out.parent} has {free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed for the matrices and the "
+                f"{self.out.parent} has {free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed for the "
+                f"matrices and the "
                 "result: free some space or name another folder"
             )
 

@@ -256,7 +256,8 @@ def _check_error(
     matrix = weight.T if spec.kind == "conv1d" else weight
     if tuple(matrix.shape) != (spec.out_features, spec.in_features):
         found.differences.append(
-            f"{name} is {spec.out_features} x {spec.in_features} by config.json, and {stored.key} is {list(weight.shape)}"
+            f"{name} is {spec.out_features} x {spec.in_features} by config.json, and {stored.key} is "
+            f"{list(weight.shape)}"
         )
         return
     layer = build(spec, device="meta", dtype=dtype)

@@ -41,8 +41,8 @@ def run_units(
         progress: told of every unit that is done, out of ``total``.
         total: units of the run; what is not in ``tasks`` was done before.
 
-    A unit whose worker dies is tried again; the third time it is named. One that fails by itself stops the run: what has
-    not begun is called off, what has begun is waited for, and what is done stays.
+    A unit whose worker dies is tried again; the third time it is named. One that fails by itself stops the run: what
+    has not begun is called off, what has begun is waited for, and what is done stays.
 
     Raises:
         MPOError: a unit failed, which the message names; the executor is broken or cannot be reached.
@@ -126,7 +126,8 @@ class _Run:
             return error
         if type(error).__name__ in ("KilledWorker", "NoValidWorkerError"):
             return MPOError(
-                f"{name}: workers died over it ({_said(error)}), most likely of too little memory: give each more, or use "
+                f"{name}: workers died over it ({_said(error)}), most likely of too little memory: give each more, "
+                f"or use "
                 "fewer on a machine; what is done is kept"
             )
         found = MPOError(f"{name}: {type(error).__name__}: {_said(error)}; what is done is kept")
@@ -140,12 +141,14 @@ class _Run:
         worst = max(suspects, key=lambda number: self.deaths[number])
         if self.attempts == 1:
             raise MPOError(
-                f"the executor broke ({_said(error)}) with {len(self.left)} units left, {self.left[worst].name} among them; "
+                f"the executor broke ({_said(error)}) with {len(self.left)} units left, {self.left[worst].name} "
+                f"among them; "
                 "what is done is kept: give a new executor and run it again"
             )
         if self.deaths[worst] >= self.attempts:
             raise MPOError(
-                f"{self.left[worst].name}: its worker died {self.attempts} times, most likely of too little memory: use "
+                f"{self.left[worst].name}: its worker died {self.attempts} times, most likely of too little memory: "
+                f"use "
                 "fewer workers; what is done is kept"
             )
 

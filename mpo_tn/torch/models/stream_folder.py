@@ -136,18 +136,15 @@ class WorkFolder:
         return self.path / "moments" / f"{number:06d}.safetensors"
 
     def finished(self, number: int, name: str) -> UnitRecord | None:
-        """The record of a unit if its file is there and whole, every byte of it; a file that is not is taken away."""
+        """The record of a unit if its file is there and whole, every byte of it."""
         path = self.file(number)
         if not path.exists():
             return None
         try:
             record, _ = read_unit(path, self.task)
-            if record.layer.name == name:
-                return record
         except MPOError:
-            pass
-        path.unlink(missing_ok=True)
-        return None
+            return None
+        return record if record.layer.name == name else None
 
     def delete(self) -> None:
         """Once the result is there."""

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ class UnitRecord:
     Attributes:
         layer: its report.
         specs: the structure of every module that uses it, by first name.
-        tensors: dtype, shape and size in bytes of what is in its file: ``cores.*``, and biases that moved by ``bias.`` and
-            their name.
+        tensors: dtype, shape and size in bytes of what is in its file: ``cores.*``, and biases that moved, by ``bias.``
+            and their name.
         source: digest of the bytes of the dense weight.
     """
 
@@ -114,9 +115,11 @@ class UnitRecord:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    from mpo_tn import __version__
-
-    return {"mpo-tn": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    try:
+        own = metadata.version("mpo-tn")
+    except metadata.PackageNotFoundError:  # used from a checkout
+        own = "unknown"
+    return {"mpo-tn": own, "torch": torch.__version__, "numpy": np.__version__}
 
 
 def seen_from_here(folders: Sequence[str]) -> tuple[dict[str, str], list[str]]:
