@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -16,6 +17,7 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -23,6 +25,9 @@ import torch
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress
 from mpo_tn.torch.models.stream_unit import UnitTask, do_unit
+
+_UNHEARD = 30.0
+"""Seconds after a unit was written in which an answer comes, if one comes."""
 
 ATTEMPTS = 3
 """So often a unit is tried whose worker dies."""
@@ -97,10 +102,12 @@ class _Run:
             ready, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             if not ready:
                 running = {number for future, number in waiting.items() if future.running()}
+                ready = self._unheard(waiting)
             for future in ready:
                 number = waiting.pop(future)
                 try:
-                    future.result()
+                    if future.done():
+                        future.result()
                 except BrokenExecutor as error:
                     broken = error
                 except CancelledError:
@@ -119,6 +126,18 @@ class _Run:
             raise failed
         if broken is not None:
             self._count_deaths(running, broken)
+
+    def _unheard(self, waiting: Mapping[Future[str], int]) -> set[Future[str]]:
+        """Units whose file has been there for some time: a worker that died took its answer with it."""
+        found: set[Future[str]] = set()
+        for future, number in waiting.items():
+            try:
+                age = time.time() - Path(self.left[number].file).stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if age > _UNHEARD and not future.done():
+                found.add(future)
+        return found
 
     def _odd(self, number: int, error: BaseException) -> BaseException:
         name = self.left[number].name
