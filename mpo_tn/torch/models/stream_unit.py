@@ -159,6 +159,8 @@ def do_unit(task: UnitTask) -> str:
             f"{task.name}: the worker on {socket.gethostname()} does not see {Path(task.file).parent}: every worker "
             "needs the folders of source and result under the same paths"
         )
+    if _is_done(task):  # by a worker that died before its answer was heard
+        return task.name
     try:
         with one_thread(), torch.no_grad():
             _do(task)
@@ -171,6 +173,13 @@ def do_unit(task: UnitTask) -> str:
             raise
         raise MPOError(f"{task.name}: no memory is left for it: use fewer workers ({error})") from error
     return task.name
+
+
+def _is_done(task: UnitTask) -> bool:
+    try:
+        return Path(task.file).exists() and read_unit(Path(task.file), task.task)[0].layer.name == task.name
+    except MPOError:
+        return False
 
 
 def tensor_of(stored: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
