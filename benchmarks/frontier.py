@@ -309,7 +309,7 @@ def repaired_lora(lab: Lab, rate: float, seed: int, steps: int) -> Made:
     get_peft_model(base, config)  # changes the linear layers in place
     before = float(distance(base, lab.wanted, lab.inputs))
     recipe = Recipe(objective="features", train="cores", also=(), steps=steps, minutes=None, lr=rate, tensor_lr=rate,
-                    warmup=0.05, clip=1.0, temperature=1.0, blocks=0.0, every=None, precision="float32",
+                    scale_lr=0.0, warmup=0.05, clip=1.0, temperature=1.0, blocks=0.0, every=None, precision="float32",
                     seed=seed)  # fmt: skip
     goal = objective_of("features", temperature=1.0, blocks=0.0)
     train = Feed(lab.batches(lab.text.healing, seed), seed, "batches")

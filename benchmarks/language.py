@@ -200,30 +200,38 @@ DRAWN = {"rounding": ("rounding",), "gptq": ("GPTQ",), "low-rank-bits": UNIFORM[
 """The lines of the picture, by the names they have in every figure."""
 
 
+LEVEL = 1e-4
+"""Nats above the dense model that cannot be told from none, and have no place on a logarithmic axis."""
+
+
 def picture(results: Path, file: Path) -> None:
-    """For each model: the loss on text of the kind that was calibrated on, and on WikiText-2."""
+    """For each model what it loses on text of the kind that was calibrated on, above the dense model's loss."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(plot.style()):
-        figure = Figure(figsize=(8.6, 7.6))
-        panels = figure.subplots(2, 2)
+        figure = Figure(figsize=(8.6, 4.4))
+        panels = figure.subplots(1, 2)
         for attempt in range(2):  # texts look for their places again once the legend has taken its own
-            for name, line in zip(MODELS, panels, strict=True):
+            for name, ax in zip(MODELS, panels, strict=True):
                 rows = read(results, name.lower())
-                dense, floor = _row(rows, DENSE), _row(rows, FLOOR)
-                texts = list(dense["loss"])
-                for ax, text in zip(line, (texts[0], texts[-1]), strict=True):
-                    ax.clear()
-                    plot.frontier(
-                        points(rows, DRAWN, lambda row, text=text: row["loss"][text]),
-                        ylabel=f"{name}, {text}:\nnats a token, less is better",
-                        unit="bits per weight", dense=plot.Point("dense", 32.0, dense["loss"][text]),
-                        floor={FLOOR: floor["loss"][text]}, log="x", zero="", labels=False, ax=ax,
-                    )  # fmt: skip
+                dense = _row(rows, DENSE)
+                text = next(iter(dense["loss"]))
+
+                def above(row: Mapping[str, Any], zero: float = dense["loss"][text], text: str = text) -> float:
+                    return float(row["loss"][text] - zero)
+
+                ax.clear()
+                plot.frontier(
+                    [point for point in points(rows, DRAWN, above) if point.value >= LEVEL],
+                    ylabel=f"{name}, {text}:\nnats a token above dense, less is better",
+                    unit="bits per weight",
+                    floor={"word frequencies alone": dense["unigram"] - dense["loss"][text]},
+                    log="xy", zero="", labels=False, ax=ax,
+                )  # fmt: skip
             if attempt == 0:
-                figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        save(figure, file, "Loss of two language models against bits per weight of the matrices of their blocks")
+                figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        save(figure, file, "What two language models lose, against bits per weight of the matrices of their blocks")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""PEFT's grammar of module names, and the names of heads."""
+"""PEFT's grammar of module names, and the names of heads and biases."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
         _full_match(p.removeprefix("re:"), name) if p.startswith("re:") else name == p or name.endswith(f".{p}")
         for p in patterns
     )
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is a bias, going by its name; ``in_proj_bias`` of nn.MultiheadAttention is one, too."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
 
 
 def _full_match(pattern: str, name: str) -> bool:

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.quantize import GROUP, check_bits, packed_bytes
+
+PARAMETER = "parameter"
+"""The kind of a weight that is reached through its parameter, because its module computes with it in its own way."""
+
+
+def matrix_shapes(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The matrices that a tensor of this shape can be looked at as, its first axes being the rows.
+
+    >>> matrix_shapes((8, 3, 5))
+    [(8, 15), (24, 5)]
+    """
+    return [(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """That of these matrices which is nearest to a square one; of two that are as near, the one with more rows.
+
+    Experts (8, 14336, 4096) are rows of one matrix with 4096 columns, so that they share what is beside the rows.
+
+    >>> matrix_shape((8, 14336, 4096)), matrix_shape((1024, 16, 64)), matrix_shape((768, 3, 16, 16))
+    ((114688, 4096), (1024, 1024), (768, 768))
+    """
+    return max(matrix_shapes(shape), key=lambda sides: (min(sides), sides[0]))
 
 
 def sites_to_json(value: Any) -> Any:
@@ -40,9 +63,11 @@ def check_core_bits(bits: object, group: object) -> tuple[int, int]:
 class ModuleSpec:
     """The structure of one compressed module, enough to build it empty, and the error that was made.
 
-    ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"embedding"``. ``out_features`` and
-    ``in_features`` are the sizes the module had; the legs may multiply to more (zero padding, cropped again). For an
-    embedding they are the number of ids and the width. ``tied_to`` names the module whose cores are used.
+    ``kind`` is ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear), ``"embedding"``, or ``"parameter"``: a weight
+    that the module which owns it reads by itself, as fused experts are. ``out_features`` and ``in_features`` are the
+    sizes the module had; the legs may multiply to more (zero padding, cropped again). For an embedding they are the
+    number of ids and the width. A parameter has any ``shape``, whose first axes together are the rows and whose last
+    ones the columns. ``tied_to`` names the module whose cores are used.
 
     ``bits`` says for each core how it is held: 2 to 8, integers with a scale in float16 for every ``group`` columns of
     its matrix (left out, in right); 16, float16; None, the dtype of the weight. Empty stands for None throughout.
@@ -64,10 +89,11 @@ class ModuleSpec:
     exact: bool = True
     bits: tuple[int | None, ...] = ()
     group: int = GROUP
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "conv1d", "embedding"):
-            raise MPOError(f"kind={self.kind!r} is not linear, conv1d or embedding")
+        if self.kind not in ("linear", "conv1d", "embedding", PARAMETER):
+            raise MPOError(f"kind={self.kind!r} is not linear, conv1d, embedding or parameter")
         rows, columns = self.sites.shape
         for name in ("out_features", "in_features"):
             if whole_number(getattr(self, name)) is None:
@@ -78,6 +104,13 @@ class ModuleSpec:
             raise MPOError(f"legs multiply to {rows} x {columns}, less than {self.out_features} x {self.in_features}")
         if self.bits and len(self.bits) != len(self.sites):
             raise MPOError(f"bits={self.bits} are not one for each of {len(self.sites)} cores")
+        if self.shape and (
+            self.kind != PARAMETER or (self.out_features, self.in_features) not in matrix_shapes(self.shape)
+        ):
+            raise MPOError(
+                f"a {self.kind} of {self.out_features} x {self.in_features} has no shape {self.shape}: only a "
+                "parameter has one, whose first axes multiply to the rows and whose others to the columns"
+            )
         held = [None if bits is None else check_core_bits(bits, self.group)[0] for bits in self.bits]
         object.__setattr__(self, "bits", tuple(held) if any(held) else ())
         object.__setattr__(self, "group", check_core_bits(16, self.group)[1] if self.bits else GROUP)
@@ -142,8 +175,8 @@ class ModuleSpec:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; of bits it speaks where there are any."""
         plain = {**asdict(self), "sites": sites_to_json(self.sites), "bonds": list(self.bonds)}
-        del plain["bits"], plain["group"]
-        return plain | self.bits_to_dict()
+        del plain["bits"], plain["group"], plain["shape"]
+        return plain | self.bits_to_dict() | ({"shape": list(self.shape)} if self.shape else {})
 
     def bits_to_dict(self) -> dict[str, Any]:
         """``bits`` and ``group`` where there are any."""
@@ -165,7 +198,7 @@ class ModuleSpec:
             )
         plain = dict(values)
         plain["sites"] = sites_from_json(values["sites"])
-        for name in ("bonds", "bits"):
+        for name in ("bonds", "bits", "shape"):
             plain[name] = tuple(values.get(name, ()))
         return cls(**plain)
 

@@ -220,7 +220,9 @@ def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
         caps: int | tuple[int, ...] = tuple(bonds)
         if method.name == "low-rank":
             out, in_ = (int(size) for size in units[name].matrix().shape)
-            size = structure(units[name].kinds[0], out, in_, MPOConfig(sites=method.sites)).sites.num_parameters(caps)
+            size = structure(
+                units[name].kinds[0], out, in_, MPOConfig(sites=method.sites), units[name].blocks
+            ).sites.num_parameters(caps)
             caps = max(1, min(round(size / (out + in_)), out, in_))
         overrides[exactly[name]] = {"bond": caps}
     return MPOConfig(target_modules=list(exactly.values()), sites=sites, overrides=overrides)
@@ -267,7 +269,7 @@ def auxiliary_parameters(units: Sequence[Any], method: Method) -> int:
     count = 0
     for unit in units:
         out, in_ = (int(size) for size in unit.matrix().shape)
-        count += structure(unit.kinds[0], out, in_, config).auxiliary_parameters
+        count += structure(unit.kinds[0], out, in_, config, unit.blocks).auxiliary_parameters
     return count
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
@@ -27,7 +26,7 @@ from mpo_tn.storage.files import written_beside
 from mpo_tn.storage.tensors import bytes_digest, file_digest
 from mpo_tn.torch.hf.folder import RECORD, copy_companions
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
-from mpo_tn.torch.hf.quantizer import sentinel_key
+from mpo_tn.torch.hf.quantizer import sentinel, sentinel_key
 from mpo_tn.torch.models.stream_unit import UnitRecord, raw, read_unit, tensor_of
 
 FORMAT = "mpo_tn.record"
@@ -70,9 +69,8 @@ def write_result(
     Raises:
         MPOError: the disk is full, or what is read was changed meanwhile.
     """
-    sentinel = sentinel_key(modules)
-    empty = RawTensor("float32", (0,), np.empty(0, np.uint8))
-    everything = [*pieces, Piece({sentinel: 0}, lambda: {sentinel: empty})]
+    empty = {sentinel_key(modules): raw(sentinel(modules))}
+    everything = [*pieces, Piece(dict.fromkeys(empty, 0), lambda: empty)]
     sizes: dict[str, int] = {}
     for piece in everything:
         for key, size in piece.sizes.items():

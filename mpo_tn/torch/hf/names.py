@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.torch.hf.quantization_config import WRAPPED
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.layers.parameter import held_name, place_of
 from mpo_tn.torch.layers.quantized import QuantizedCore
 
 
@@ -32,7 +33,7 @@ def local_names(model: Any, modules: dict[str, ModuleSpec]) -> dict[str, ModuleS
     renamed: dict[str, str] = {}
     for name, spec in modules.items():
         for spelling in spellings(model, name):
-            if spelling in present:
+            if spelling in present or (spec.kind == PARAMETER and has_parameter(present, spelling, spec)):
                 found[spelling], renamed[name] = spec, spelling
                 break
     if not found:
@@ -83,6 +84,22 @@ def has_module(model: nn.Module, name: str) -> bool:
     return True
 
 
+def has_parameter(modules: Mapping[str, nn.Module], name: str, spec: ModuleSpec) -> bool:
+    """Whether there is a parameter of the shape that is to be reached under ``name``.
+
+    Raises:
+        MPOError: there is one of another shape.
+    """
+    owner, parameter = place_of(name) or ("", "")
+    weight = modules[owner]._parameters.get(parameter) if owner in modules else None
+    if weight is not None and tuple(weight.shape) != spec.shape:
+        raise MPOError(
+            f"config.json says that {name} is a parameter of shape {spec.shape}, and the model has one of shape "
+            f"{tuple(weight.shape)}: the configuration is damaged, or of another model"
+        )
+    return weight is not None
+
+
 def spellings(model: Any, name: str) -> list[str]:
     """What a module may be called by a class with a head or without: as it is, with the prefix of the base, without."""
     prefix = f"{model.base_model_prefix}."
@@ -100,7 +117,7 @@ def tied_cores(model: Any) -> dict[str, str]:
             for k, core in enumerate(mpo_source.cores):
                 if isinstance(core, QuantizedCore):  # transformers ties no buffers, and these modules share it
                     continue
-                tied[f"{target.removesuffix('.weight')}.cores.{k}"] = f"{source.removesuffix('.weight')}.cores.{k}"
+                tied[f"{holder_name(model, target)}.cores.{k}"] = f"{holder_name(model, source)}.cores.{k}"
     return tied
 
 
@@ -114,10 +131,17 @@ def retie(model: Any, tied: dict[str, str]) -> None:
 
 
 def mpo_parent(model: nn.Module, key: str) -> MPOLayer | None:
-    """The MPO module whose dense weight ``key`` used to name."""
-    parent, _, leaf = key.rpartition(".")
+    """The MPO module that holds the dense weight which ``key`` used to name."""
+    name = holder_name(model, key)
     # A head that was taken off is still in the map.
-    if leaf != "weight" or not has_module(model, parent):
+    if name is None or not has_module(model, name):
         return None
-    module = model.get_submodule(parent)
+    module = model.get_submodule(name)
     return module if isinstance(module, MPOLayer) else None
+
+
+def holder_name(model: nn.Module, key: str) -> str | None:
+    """The name of the module that holds the dense weight of this name: its own, or what it reads it from."""
+    owner, _, parameter = key.rpartition(".")
+    held = held_name(owner, parameter)
+    return held if has_module(model, held) else owner if parameter == "weight" else None

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.torch.hf.names import (
     has_module,
     local_names,
@@ -34,9 +34,11 @@ from mpo_tn.torch.hf.names import (
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
+from mpo_tn.torch.layers.parameter import place_of
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.compress import build, compress
 from mpo_tn.torch.models.host import use_host
+from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.units import mpo_specs
 
 # The tensors of a core in bits.
@@ -73,6 +75,9 @@ class MPOHfQuantizer(HfQuantizer):
         for name, spec in specs.items():
             cores = list(built[spec.tied_to].cores) if spec.tied_to in built else None
             built[name] = build(spec, cores, device="meta", dtype=dtype)
+            if spec.kind == PARAMETER:
+                put(model, {name: built[name]})
+                continue
             old = owners[name]
             for alias in [alias for alias, module in owners.items() if module is old]:
                 model.set_submodule(alias, built[name])
@@ -123,7 +128,7 @@ class MPOHfQuantizer(HfQuantizer):
         state = dict(model.state_dict())
         for name in second_names(model):
             del state[name]
-        state[sentinel_key(modules)] = torch.empty(0)
+        state[sentinel_key(modules)] = sentinel(modules)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
 
@@ -167,7 +172,18 @@ def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
 
     By name and not by position, because ``config.json`` sorts its keys.
     """
-    return f"{min(name for name, spec in modules.items() if spec.tied_to not in modules)}.weight"
+    return ".".join(place_of(_sentinel_name(modules)) or (_sentinel_name(modules), "weight"))
+
+
+def _sentinel_name(modules: dict[str, ModuleSpec]) -> str:
+    own = {name: spec for name, spec in modules.items() if spec.tied_to not in modules}
+    # What it writes of experts transformers renames and splits, and what it writes of a layer it leaves as it is.
+    return min(own, key=lambda name: (own[name].kind == PARAMETER, name))
+
+
+def sentinel(modules: dict[str, ModuleSpec]) -> torch.Tensor:
+    """The empty tensor; for a parameter with all axes but the last, by which transformers may split it."""
+    return torch.empty(*modules[_sentinel_name(modules)].shape[:-1], 0)
 
 
 class TransformersHost:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor
 from mpo_tn.torch.hf.folder import check_source
+from mpo_tn.torch.layers.parameter import held_name, place_of
 
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -98,8 +99,9 @@ def core_prefix(model: Any, name: str, stored: StoredTensor) -> str:
         MPOError: transformers would make another name of either.
     """
     renamings, converters = _conversions(model)
-    state = {f"{name}.cores.0": True, **dict.fromkeys(key for key in model.state_dict() if key != f"{name}.weight")}
-    for prefix in (stored.key.removesuffix(".weight"), name):
+    state = dict.fromkeys(key for key in model.state_dict() if key != dense_key(name)) | {f"{name}.cores.0": True}
+    owner, _, leaf = stored.key.rpartition(".")
+    for prefix in (held_name(owner, leaf) if place_of(name) else stored.key.removesuffix(".weight"), name):
         key = f"{prefix}.cores.0"
         if _renamed(model, key, state, renamings, converters) == (f"{name}.cores.0", None):
             return prefix
@@ -108,6 +110,11 @@ def core_prefix(model: Any, name: str, stored: StoredTensor) -> str:
         f"else: "
         "load the model and save it again, or compress it in memory"
     )
+
+
+def dense_key(name: str) -> str:
+    """The weight that cores of a module of this name take the place of."""
+    return ".".join(place_of(name) or (name, "weight"))
 
 
 def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Job:
             moments = str(path.resolve())
             biases = {} if not is_biased(unit) else dict(self._biases(unit))
         return UnitTask(
-            planned, unit, self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,
+            planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,
             versions(),
             self.work.task,
         )  # fmt: skip
@@ -255,6 +256,16 @@ class Job:
             dtype = str(parameter.dtype).removeprefix("torch.")
             found[name] = (dtype, tuple(parameter.shape), bytes_digest([entries_of(sample)]))
         return Fingerprint(type(self.model).__name__, found, "")
+
+
+def _light(unit: DenseUnit) -> DenseUnit:
+    """The same with modules that hold no more than a task asks of them, to be sent to other processes."""
+    modules: list[nn.Module] = []
+    for module in unit.modules:
+        light = nn.Module()
+        light.bias, light.padding_idx = getattr(module, "bias", None), getattr(module, "padding_idx", None)
+        modules.append(light)
+    return replace(unit, modules=tuple(modules))
 
 
 def _known(calibration: Calibration, unit: DenseUnit) -> Any:

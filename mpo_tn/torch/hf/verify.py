@@ -13,13 +13,13 @@ import torch
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import frobenius_norm
 from mpo_tn.planning.entries import ITEMSIZES
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec, matrix_shape
 from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.hf.assembling import RECORD, altered, read_record
 from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
-from mpo_tn.torch.hf.snapshot import Names, local_folder, read_names
+from mpo_tn.torch.hf.snapshot import Names, dense_key, local_folder, read_names
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.models.compress import build, missed_norm
 from mpo_tn.torch.models.stream_unit import UnitRecord, one_thread, tensor_of
@@ -231,14 +231,13 @@ def _check_against(
     units = {} if record is None else {u["name"]: UnitRecord.from_dict(u) for u in record["units"]}
     for done, (name, (prefix, spec)) in enumerate(layers.items()):
         tell(done, len(layers), f"rebuilding {name}")
-        stored = names.stored.get(f"{name}.weight")
-        tied = [other for other, own in modules.items() if own.tied_to == name]
-        stored = stored or next((names.stored[f"{o}.weight"] for o in tied if f"{o}.weight" in names.stored), None)
+        same = [name, *(other for other, own in modules.items() if own.tied_to == name)]
+        stored = next((names.stored[dense_key(own)] for own in same if dense_key(own) in names.stored), None)
         if stored is None:
             found.differences.append(f"{name} is no matrix of {folder}")
             continue
         try:
-            _check_error(there, name, prefix, spec, stored, names.dtypes[f"{name}.weight"], units.get(name), found)
+            _check_error(there, name, prefix, spec, stored, names.dtypes[dense_key(name)], units.get(name), found)
         except (MPOError, RuntimeError, ValueError) as error:
             found.differences.append(f"{name} cannot be rebuilt: {str(error).splitlines()[0]}")
     _check_dense(there, layers, modules, names, units, found)
@@ -254,6 +253,8 @@ def _check_error(
     del data
     weight = tensor_of(stored, dtype)
     matrix = weight.T if spec.kind == "conv1d" else weight
+    if spec.kind == PARAMETER:
+        matrix = weight.reshape(matrix_shape(weight.shape))
     if tuple(matrix.shape) != (spec.out_features, spec.in_features):
         found.differences.append(
             f"{name} is {spec.out_features} x {spec.in_features} by config.json, and {stored.key} is "
@@ -297,7 +298,7 @@ def _check_dense(
     units: Mapping[str, UnitRecord], found: Verification,
 ) -> None:  # fmt: skip
     """What stayed dense has the numbers of the model."""
-    compressed = {f"{name}.weight" for name in modules}
+    compressed = {dense_key(name) for name in modules}
     moved = {key.removeprefix("bias.") for unit in units.values() for key in unit.tensors if key.startswith("bias.")}
     for name, stored in names.stored.items():
         if name in compressed or name in moved:

@@ -1,16 +1,10 @@
-"""The dense weight that a module may keep beside its cores, and the error of asking for one that it has not."""
+"""The dense weight that a module may keep beside its cores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-
-from mpo_tn.exceptions import MPOError
-
-
-class NoDenseWeightError(MPOError, AttributeError):
-    """Something asked a module for the dense weight that it does not have."""
 
 
 class DenseWeight:

@@ -16,17 +16,19 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
 from mpo_tn.planning.cost import Route, checked_mode, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.layers.computed import read_weight
 from mpo_tn.torch.layers.cores import Core, Cores
-from mpo_tn.torch.layers.dense_weight import DenseWeight, NoDenseWeightError
+from mpo_tn.torch.layers.dense_weight import DenseWeight
 from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.packing import Held, apart
 from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
 from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.routes import routes_of
+from mpo_tn.torch.layers.rows import looked_up, slice_of_rows
 
 
 class MPOLayer(nn.Module):
-    """A module whose matrix (out, in) is a chain of cores. It has no ``weight``; see :meth:`dense_weight`.
+    """A module whose matrix (out, in) is a chain of cores, and which computes its :attr:`weight` when it is read.
 
     Args:
         spec: the structure; see :class:`~mpo_tn.planning.spec.ModuleSpec`.
@@ -69,6 +71,85 @@ class MPOLayer(nn.Module):
         cores = self.cores.forward()
         with no_autocast(cores[0].device):
             return dense_matrix(cores, self._rebuild.segments[0], self._size)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight as the module had it, for whoever reads it; computed where it is used, and never kept.
+
+        See :class:`~mpo_tn.torch.layers.computed.ComputedWeight`.
+        """
+        return read_weight(self)
+
+    @property
+    def matrix_size(self) -> tuple[int, int]:
+        """The shape of the matrix (out, in), without padding."""
+        return self._size
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape that the weight of the module had."""
+        return self._size[::-1] if self._spec.kind == "conv1d" else self._spec.shape or self._size
+
+    def stored_weight(self) -> torch.Tensor:
+        """:meth:`dense_weight` in the shape that the weight of the module had; the kept one in mode ``"cached"``."""
+        matrix = None
+        if self._mode == "cached":
+            cores = self.cores.forward(packed=True)
+            matrix = self._cached_weight(cores, cores[0].dtype)
+        if matrix is None:
+            matrix = self.dense_weight()
+        return matrix.T if self._spec.kind == "conv1d" else matrix.reshape(self.weight_shape)
+
+    def part(self, index: int) -> torch.Tensor | None:
+        """``stored_weight()[index]``, without computing the rest; None where the legs do not allow that.
+
+        They do if the out legs of the first sites, or a factor of the last of them, multiply to the first axis.
+        """
+        shape = self.weight_shape
+        rows, columns = self._size
+        if self._mode == "cached" or len(shape) < 3 or rows == shape[0] or self._spec.sites.shape[0] != rows:
+            return None
+        if not -shape[0] <= index < shape[0]:
+            raise IndexError(f"index {index} is out of bounds for dimension 0 with size {shape[0]}")
+        cores = slice_of_rows(self.cores.forward(packed=True), index % shape[0], shape[0])
+        if cores is None:
+            return None
+        with no_autocast(cores[0].device):
+            return dense_matrix(cores, self._rebuild.segments[0], (rows // shape[0], columns)).reshape(shape[1:])
+
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x W^T + b``, ``x`` (..., in), by the route of the mode.
+
+        Raises:
+            MPOError: ``x`` has another number of columns.
+        """
+        if x.shape[-1] != self._size[1]:
+            raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self._size[1]}")
+        cores = self.cores.forward(packed=True)
+        if self._mode == "cached":
+            weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
+            if weight is not None:
+                return functional.linear(x, weight, bias)
+        return mpo_linear(x, bias, self._route(x, cores), self._size, cores)
+
+    def looked_up(self, ids: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
+        """Rows of the matrix, ``ids`` (...) to (..., in); see :func:`~mpo_tn.torch.layers.rows.looked_up`."""
+        return looked_up(self.cores.forward(packed=True), ids, self._size, padding_idx)
+
+    def held(self) -> Sequence[Held]:
+        """The cores, those in few bits as they are held."""
+        return self.cores.forward(packed=True)
+
+    def scale(self, factor: float) -> None:
+        """Multiply the weight by a number, in place, by multiplying the smallest core that is not in bits.
+
+        Raises:
+            MPOError: all are in bits.
+        """
+        plain = [core for core in self.cores if isinstance(core, torch.Tensor)]
+        if not plain:
+            raise MPOError(f"{type(self).__name__} holds its weight in bits, which cannot be scaled in place")
+        min(plain, key=torch.Tensor.numel).mul_(factor)
 
     def mpo(self) -> MPO:
         """The cores as an :class:`~mpo_tn.MPO` that claims no canonical form; padding included, memory shared."""
@@ -161,6 +242,15 @@ class MPOLayer(nn.Module):
                 self._dense = DenseWeight(tensors, self.dense_weight().to(dtype).contiguous())
         return self._dense.weight
 
+    def _route(self, x: torch.Tensor, cores: Sequence[Held]) -> Route:
+        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
+        found = self._routes.of((x.device.type, cores[0].dtype.itemsize, training))
+        if len(found.starts) == 1:
+            return found.routes[0]
+        if torch.compiler.is_compiling() and not _has_fixed_shape(x):
+            return self._rebuild
+        return found.at(math.prod(x.shape[:-1]))
+
     def train(self, mode: bool = True) -> Self:
         """As in any module; drops the weight that mode ``"cached"`` keeps."""
         self._dense = None
@@ -176,14 +266,6 @@ class MPOLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_dense"}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise NoDenseWeightError(
-                f"{type(self).__name__} has no weight, only cores: read dense_weight(), and resize, prune or quantize "
-                "the dense model before compressing it"
-            )
-        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """The line that ``print(model)`` shows."""
@@ -231,23 +313,9 @@ class MPOLinear(MPOLayer):
         Raises:
             MPOError: ``x`` has another number of columns.
         """
-        if x.shape[-1] != self.in_features:
-            raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self.in_features}")
-        cores = self.cores.forward(packed=True)
-        if self._mode == "cached":
-            weight = self._cached_weight(cores, autocast_dtype(x.device) or cores[0].dtype)
-            if weight is not None:
-                return functional.linear(x, weight, self.bias)
-        return mpo_linear(x, self.bias, self._route(x, cores), self._size, cores)
-
-    def _route(self, x: torch.Tensor, cores: Sequence[Held]) -> Route:
-        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
-        found = self._routes.of((x.device.type, cores[0].dtype.itemsize, training))
-        if len(found.starts) == 1:
-            return found.routes[0]
-        if torch.compiler.is_compiling() and not _has_fixed_shape(x):
-            return self._rebuild
-        return found.at(math.prod(x.shape[:-1]))
+        bias = self.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return self.times(x, bias)
 
 
 def _has_fixed_shape(x: torch.Tensor) -> bool:

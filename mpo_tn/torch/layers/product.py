@@ -125,7 +125,9 @@ class _Product(torch.autograd.Function):
         x: torch.Tensor, bias: torch.Tensor | None, route: Route, size: tuple[int, int], dtype: torch.dtype | None,
         forms: tuple[Form | None, ...], *tensors: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        return product(x, bias, route, size, dtype, forms, tensors)
+        y = product(x, bias, route, size, dtype, forms, tensors)
+        # Torch lets nobody write into a view that was made in here, and residuals are added in place.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

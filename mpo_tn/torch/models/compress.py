@@ -18,19 +18,22 @@ from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import rebuild_route
 from mpo_tn.planning.entries import ACTIVATION, UnitPlan
 from mpo_tn.planning.plan import Plan
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.progress import Progress, silent
 from mpo_tn.sites import Sites
 from mpo_tn.torch.layers.cores import Core
-from mpo_tn.torch.layers.embedding import MPOEmbedding, table_rows
+from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.merging import dense_matrix
+from mpo_tn.torch.layers.parameter import MPOParameter
 from mpo_tn.torch.layers.quantized import QuantizedCore
+from mpo_tn.torch.layers.rows import table_rows
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.carry_out import fit_units
 from mpo_tn.torch.models.decide import plan, samples_of, units_of_plan
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.host import current_host
+from mpo_tn.torch.models.places import put, there
 from mpo_tn.torch.models.refine import check_refinable, refine_blocks
 from mpo_tn.torch.models.report import CompressionReport, LayerReport, RefinedBlock
 from mpo_tn.torch.models.samples import Samples
@@ -177,27 +180,24 @@ def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, Modu
                 f"{unit.name}: the bonds that meet tolerance={planned.tolerance} depend on the numbers: use keep or "
                 "bond"
             )
-        cores = list(build(planned.spec, device="meta", dtype=unit.weight.dtype).cores)
+        cores = list(build(specs_of(unit, planned.spec)[0], device="meta", dtype=unit.weight.dtype).cores)
         for core in cores:
             if isinstance(core, nn.Parameter):
                 core.requires_grad_(unit.weight.requires_grad)
         specs[unit.name] = specs_of(unit, planned.spec)[0]
         modules |= _modules(unit, planned.spec, cores)
-    for name, module in modules.items():
-        model.set_submodule(name, module)
+    put(model, modules)
     return specs
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig) -> None:
     """Put modules in the places of others and tell the host library; all of it or nothing."""
-    dense = {name: model.get_submodule(name) for name in modules}
+    dense = there(model, modules)
     try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
+        put(model, modules)
         current_host().attach(model, config)
     except BaseException:  # an interrupt, too
-        for name, module in dense.items():
-            model.set_submodule(name, module)
+        put(model, dense)
         raise
 
 
@@ -256,8 +256,9 @@ def specs_of(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
         replace(
             spec,
             kind=kind,
-            bias=getattr(module, "bias", None) is not None,
-            padding_idx=getattr(module, "padding_idx", None),
+            bias=kind != PARAMETER and getattr(module, "bias", None) is not None,
+            padding_idx=None if kind == PARAMETER else getattr(module, "padding_idx", None),
+            shape=tuple(unit.weight.shape) if kind == PARAMETER else (),
             tied_to=None if position == 0 else unit.name,
         )
         for position, (module, kind) in enumerate(zip(unit.modules, unit.kinds, strict=True))
@@ -271,6 +272,9 @@ def _modules(
     named: dict[str, nn.Module] = {}
     moved: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a bias, too
     for own, module, names in zip(specs_of(unit, spec), unit.modules, unit.names, strict=True):
+        if own.kind == PARAMETER:
+            named |= dict.fromkeys(names, build(own, cores))
+            continue
         bias = getattr(module, "bias", None)
         if bias is not None and shift is not None:
             there = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
@@ -306,6 +310,8 @@ def build(
     """The module that ``spec`` describes, on the given cores or on empty ones; where it has bits, on quantised ones."""
     if spec.kind == "embedding":
         return MPOEmbedding(spec, cores, device=device, dtype=dtype)
+    if spec.kind == PARAMETER:
+        return MPOParameter(spec, cores, device=device, dtype=dtype)
     return MPOLinear(spec, cores, bias, device=device, dtype=dtype)
 
 

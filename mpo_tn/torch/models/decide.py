@@ -79,17 +79,18 @@ def plan(
         if source is None:
             raise MPOError("a budget is spent by what the model does on text: give calibration=batches")
         return plan_for_budget(model, config, source, progress, anchored=anchored)
-    metric = FROBENIUS if source is None else ACTIVATION
     found = survey(model, config.target_modules, config.exclude_modules)
     units: list[UnitPlan] = []
     for unit in found.units:
         own = config.for_module(unit.name)
         out, in_ = (int(size) for size in unit.matrix().shape)
         try:
-            spec = structure(unit.kinds[0], out, in_, own)
+            spec = structure(unit.kinds[0], out, in_, own, unit.blocks)
             if spectra and own.tolerance is not None:
                 spec = _within(unit, spec, own.tolerance)
             beside = found.beside[unit.name]
+            # What reads a parameter is not called with what it multiplies.
+            metric = ACTIVATION if source is not None and unit.readers else FROBENIUS
             units.append(UnitPlan(unit.all_names, spec, unit.storage, own.tolerance, *beside, metric))
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from functools import cache
-
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -59,38 +55,6 @@ def _beside_weight_and_bias(module: nn.Module) -> list[str]:
     }
     computed = getattr(module, "bias", None) is not None and "bias" not in held
     return sorted(held - {"weight", "bias"}) + (["a bias that is computed"] if computed else [])
-
-
-def read_by_parent(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules whose weight their parent hands to a fused kernel or reads in its own code."""
-    found: dict[nn.Module, str] = {}
-    for parent in model.modules():
-        fused = isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
-        read = _weights_read_by(type(parent))
-        for name, child in parent.named_children():
-            if name in read or (fused and isinstance(child, nn.Linear)):
-                found[child] = f"{type(parent).__name__} reads its weight directly"
-    return found
-
-
-@cache
-def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
-    """The children of which a class reads ``self.child.weight`` outside of initialisation, going by its source.
-
-    The feed-forward layer of T5 does so to learn a dtype, the head of MobileBERT to concatenate two weights.
-    """
-    read: set[str] = set()
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for name, function in vars(base).items():
-            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-            if code is None or "init" in name or not {"self", "weight"} <= {*code.co_varnames, *code.co_names}:
-                continue
-            try:
-                source = inspect.getsource(code)
-            except OSError:  # typed at a prompt, or shipped without source
-                continue
-            read.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
-    return frozenset(read)
 
 
 def head_modules(model: nn.Module) -> set[nn.Module]:

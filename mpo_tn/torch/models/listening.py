@@ -14,6 +14,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
 from mpo_tn.torch.layers.embedding import MPOEmbedding
+from mpo_tn.torch.layers.parameter import place_of
 from mpo_tn.torch.models.eligible import kind_of
 from mpo_tn.torch.models.feeding import Call, counted_rows, is_encoder_decoder
 from mpo_tn.torch.models.survey import survey
@@ -54,14 +55,15 @@ def find_readers(model: nn.Module, target: str | Sequence[str], exclude: str | S
             else any(matches(name, target) for name in names)
         )
         if wanted and not (exclude and any(matches(name, exclude) for name in names)):
-            found.append(Reader(unit.modules, unit.names, (unit.spec.out_features, unit.spec.in_features)))
+            found.append(Reader(unit.readers, unit.names, (unit.spec.out_features, unit.spec.in_features)))
     # Of a model whose targets are MPOs already nothing dense need be left.
     with contextlib.suppress(MPOError) if found else contextlib.nullcontext():
         for unit in survey(model, target, exclude).units:
             out, in_ = unit.matrix().shape
-            found.append(Reader(unit.modules, unit.names, (int(out), int(in_))))
+            found.append(Reader(unit.readers, unit.names, (int(out), int(in_))))
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return {reader.name: reader for reader in sorted(found, key=lambda reader: order[reader.name])}
+    # Before it is reached, what will hold a parameter is no module yet.
+    return {reader.name: reader for reader in sorted(found, key=lambda r: order[(place_of(r.name) or (r.name,))[0]])}
 
 
 class Seen:

@@ -21,6 +21,7 @@ from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.models.block_walk import walk_blocks
 from mpo_tn.torch.models.blocks import BlockSample, find_blocks
 from mpo_tn.torch.models.feeding import only_looked_at
+from mpo_tn.torch.models.places import put, there
 from mpo_tn.torch.models.report import RefinedBlock
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import freeze, parameter_groups, scales_kept
@@ -70,12 +71,12 @@ def refine_blocks(
 
     Source: block-wise reconstruction as in BRECQ (Li et al., 2021), on the inputs of the compressed model.
     """
-    undo.callback(_put, model, {name: model.get_submodule(name) for name in modules})
+    undo.callback(put, model, there(model, modules))
     held, waiting, count = len(samples.held_back), dict(modules), len(find_blocks(model, samples.batches[0]))
     blocks: list[RefinedBlock] = []
     for passage in walk_blocks(model, [*samples.batches, *samples.held_back], target_modules=list(modules)):
         names = {name for reader in passage.readers.values() for group in reader.names for name in group}
-        _put(model, {name: waiting.pop(name) for name in names & waiting.keys()})
+        put(model, {name: waiting.pop(name) for name in names & waiting.keys()})
         if passage.block is None:
             continue
 
@@ -94,11 +95,6 @@ def refine_blocks(
     return tuple(blocks)
 
 
-def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        model.set_submodule(name, module)
-
-
 @contextmanager
 def _training(
     model: nn.Module, name: str, waiting: Mapping[str, nn.Module], undo: ExitStack
@@ -108,7 +104,8 @@ def _training(
     own = {id(module) for module in block.modules()}
     elsewhere = [module for path, module in model.named_modules(remove_duplicate=False) if not _within(path, name)]
     others = {id(p) for module in elsewhere for p in module.parameters(recurse=False)}
-    others |= {id(p) for path in waiting for p in model.get_submodule(path).parameters()}
+    for thing in there(model, waiting).values():
+        others |= {id(thing)} if isinstance(thing, nn.Parameter) else {id(p) for p in thing.parameters()}
     grads = [(parameter, parameter.grad) for parameter in block.parameters()]
     values = [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
     undo.callback(_write, values)

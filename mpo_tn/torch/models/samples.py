@@ -103,8 +103,7 @@ def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None =
     held = [bias if isinstance(bias := getattr(m, "bias", None), nn.Parameter) else None for m in unit.modules]
     biases = {bias: bias.data for bias in held if bias is not None}
     weight = unit.weight.data
-    found = matrix.to(weight)
-    found = (found.T if unit.kinds[0] == "conv1d" else found).contiguous()
+    found = unit.stored(matrix.to(weight))
     shifted = {bias: data if shift is None else (data + shift).to(data.dtype) for bias, data in biases.items()}
     # All is computed by now: from here on nothing raises.
     unit.weight.data = found
@@ -120,6 +119,8 @@ def replaced(unit: DenseUnit, matrix: torch.Tensor, shift: torch.Tensor | None =
 
 def is_biased(unit: DenseUnit) -> bool:
     """Whether every module of the unit has a bias, which nobody else uses: it can take up the mean of an error."""
-    return not unit.lends_bias and all(
-        isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules
+    return (
+        not unit.lends_bias
+        and unit.readers == unit.modules
+        and all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in unit.modules)
     )

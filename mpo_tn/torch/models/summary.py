@@ -14,6 +14,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import tails
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Prediction, predictions
+from mpo_tn.planning.spec import PARAMETER
 from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
 from mpo_tn.torch.layers.layer import MPOLayer
@@ -93,14 +94,15 @@ def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:
     return MatrixSummary(
         name, spec.kind, (spec.out_features, spec.in_features), spec.sites.out, spec.sites.in_, spec.bonds, True,
         spec.kept, spec.rel_error, *_spectrum_summary(module.mpo().spectra()),
-        () if spec.kind == "embedding" else predictions(spec.core_shapes, spec.out_features, spec.in_features),
+        () if spec.kind in ("embedding", PARAMETER)
+        else predictions(spec.core_shapes, spec.out_features, spec.in_features),
         spec.bits, spec.bytes(itemsize), spec.bits_per_weight(itemsize),
     )  # fmt: skip
 
 
 def _summarise_dense(unit: DenseUnit, sites: int | str) -> MatrixSummary:
     out, in_ = (int(size) for size in unit.matrix().shape)
-    spec = structure(unit.kinds[0], out, in_, MPOConfig(sites=sites))
+    spec = structure(unit.kinds[0], out, in_, MPOConfig(sites=sites), unit.blocks)
     try:
         spectra = unfolding_spectra(unit.padded(spec.sites), spec.sites)
     except MPOError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.patterns import HEADS, matches
+from mpo_tn.planning.patterns import HEADS, is_bias, matches
 from mpo_tn.torch.layers.cores import Cores
 from mpo_tn.torch.layers.quantized import SCALE_LOGS, QuantizedCore, quantized_cores
 from mpo_tn.torch.models.eligible import head_modules
@@ -241,12 +241,6 @@ def _belongs(item: Occurrence, group: str, outputs: set[nn.Module]) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises, going by the name of its class and of the bases: LayerNorm, RMSNorm, NoNorm, ..."""
     return any(cls.__name__.endswith("Norm") for cls in type(module).__mro__)
-
-
-def is_bias(name: str) -> bool:
-    """Whether a parameter is a bias, going by its name; ``in_proj_bias`` of nn.MultiheadAttention is one, too."""
-    own = name.rpartition(".")[2]
-    return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
 
 
 def is_scale(name: str) -> bool:

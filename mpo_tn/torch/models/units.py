@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import check_loaded
-from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.planning.spec import PARAMETER, ModuleSpec
 from mpo_tn.torch.layers.cores import Core, held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.quantized import QuantizedCore, quantized_cores, trained_scales
@@ -28,6 +28,11 @@ class MPOUnit:
     def name(self) -> str:
         """The name of the first occurrence."""
         return self.names[0][0]
+
+    @property
+    def readers(self) -> tuple[MPOLayer, ...]:
+        """The modules that are called with what the matrix multiplies, or with ids."""
+        return tuple(module for module in self.modules if module.spec.kind != PARAMETER)
 
     @property
     def spec(self) -> ModuleSpec:

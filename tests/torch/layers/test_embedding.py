@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpo_tn import MPOError
-from mpo_tn.torch.layers import embedding as embedding_module
+from mpo_tn.torch.layers import rows as rows_module
 
 SIZES = st.integers(1, 40)
 SHAPES = [(), (1,), (0,), (5,), (2, 3), (2, 0, 3), (1, 2, 2, 1)]
@@ -98,8 +98,8 @@ def test_rows_in_chunks_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
     whole = layer(ids)
     largest_slice = max(core[:, 0].numel() for core in layer.cores)
     for rows_at_once in (1, 7, 100):
-        monkeypatch.setattr(embedding_module, "_GATHERED_ENTRIES", rows_at_once * largest_slice)
+        monkeypatch.setattr(rows_module, "_GATHERED_ENTRIES", rows_at_once * largest_slice)
         close(layer(ids), whole)
         with Largest() as gathered:
-            embedding_module.table_rows(tuple(layer.cores), ids.flatten())
+            rows_module.table_rows(tuple(layer.cores), ids.flatten())
         assert gathered.entries <= max(rows_at_once * largest_slice, ids.numel() * layer.spec.sites.shape[1])

@@ -101,11 +101,10 @@ def test_gradcheck(sites: int | str) -> None:
     assert torch.autograd.gradcheck(*_functional(table))
 
 
-def test_there_is_no_weight_and_the_message_says_so() -> None:
+def test_the_weight_is_computed_when_it_is_read() -> None:
     for layer in (compressed(linear(4, 6))[0], compressed(embedding(6, 4))[0]):
-        assert not hasattr(layer, "weight")
-        with pytest.raises(MPOError, match=r"dense_weight\(\)"):
-            _ = layer.weight
+        close(layer.weight + 0, layer.dense_weight())
+        assert "weight" not in dict(layer.named_parameters())
         with pytest.raises(AttributeError, match="colour"):
             _ = layer.colour
 

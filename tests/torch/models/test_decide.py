@@ -192,8 +192,8 @@ def shared() -> nn.Module:
         (small()[:3], "this one has no 3"),
         (small().double(), "stores 0 as float32, and its weight is float64"),
         (
-            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Bilinear(8, 1, 8), nn.LayerNorm(8)),
-            "2, which cannot be one: a Bi",
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.LayerNorm(8)),
+            "2, which cannot be one: a LayerNorm",
         ),
     ],
 )
