@@ -20,7 +20,7 @@ from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.hf.assembling import RECORD, Piece, altered, read_record
 from mpo_tn.torch.hf.folder import empty_model
-from mpo_tn.torch.hf.snapshot import Names, core_prefix, local_folder, read_names
+from mpo_tn.torch.hf.snapshot import Names, core_prefix, dense_key, local_folder, read_names
 from mpo_tn.torch.models.calibration import SAMPLED, Calibration, Fingerprint
 from mpo_tn.torch.models.decide import plan, units_of_plan
 from mpo_tn.torch.models.feeding import entries_of
@@ -62,9 +62,8 @@ class Job:
         for _, unit in self.pairs:
             if unit.weight not in self._places:
                 raise MPOError(
-                    f"{unit.name}.weight is not in the checkpoint {checkpoint.folder} as it is, transformers makes "
-                    f"it of "
-                    "other tensors: load the model and save it again, or compress it in memory"
+                    f"{dense_key(unit.name)} is not in the checkpoint {checkpoint.folder} as it is, transformers makes "
+                    "it of other tensors: leave it out (--exclude), or compress the model in memory"
                 )
         self.source = checkpoint.fingerprint()
         known = None if self.calibration is None else _calibration_digest(self.calibration, in_metric)
@@ -263,7 +262,8 @@ def _light(unit: DenseUnit) -> DenseUnit:
     modules: list[nn.Module] = []
     for module in unit.modules:
         light = nn.Module()
-        light.bias, light.padding_idx = getattr(module, "bias", None), getattr(module, "padding_idx", None)
+        for name in ("bias", "padding_idx"):
+            setattr(light, name, getattr(module, name, None))
         modules.append(light)
     return replace(unit, modules=tuple(modules))
 
