@@ -212,7 +212,7 @@ def _header(path: Path) -> list[StoredTensor]:
                 raise ValueError(f"{key} does not take the room that its shape needs")
             found.append(
                 StoredTensor(
-                    key, str(path.resolve()), dtype, shape, base + start, base + stop, state.st_size, state.st_mtime_ns
+                    key, str(path.absolute()), dtype, shape, base + start, base + stop, state.st_size, state.st_mtime_ns
                 )
             )
         end = base

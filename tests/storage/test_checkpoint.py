@@ -52,6 +52,16 @@ def test_a_fingerprint_follows_numbers_and_not_files(tmp_path: Path) -> None:
     assert one == shards != other
 
 
+def test_shards_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    write(tmp_path)
+    wanted = open_checkpoint(tmp_path).fingerprint()
+    for k, path in enumerate(sorted(tmp_path.glob("*.safetensors"))):
+        path.rename(tmp_path / "blobs" / str(k))
+        path.symlink_to(tmp_path / "blobs" / str(k))
+    assert open_checkpoint(tmp_path).fingerprint() == wanted
+
+
 def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()

@@ -88,16 +88,25 @@ class _Run:
 
     def _round(self, executor: Executor) -> None:
         waiting: dict[Future[str], int] = {}
-        broken: BaseException | None = None
-        running: set[int] = set()
         try:
             for number, task in self.left.items():
                 waiting[executor.submit(do_unit, task)] = number
         except BrokenExecutor as error:
-            broken = error
+            self._collect(waiting, error)
+            return
         except (OSError, RuntimeError, pickle.PicklingError) as error:
             raise MPOError(f"the executor takes no work ({_said(error)}): is it closed, or out of reach?") from error
+        try:
+            self._collect(waiting)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _collect(self, waiting: dict[Future[str], int], broken: BaseException | None = None) -> None:
+        """Wait for all; of those that ended well the tasks are done with."""
         failed: BaseException | None = None
+        running: set[int] = set()
+        before = len(self.left)
         while waiting:
             ready, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             if not ready:
@@ -126,6 +135,10 @@ class _Run:
             raise failed
         if broken is not None:
             self._count_deaths(running, broken)
+        elif self.left and len(self.left) == before:
+            raise MPOError(
+                f"the executor called off {len(self.left)} units: is its scheduler still there? What is done is kept"
+            )
 
     def _unheard(self, waiting: Mapping[Future[str], int]) -> set[Future[str]]:
         """Units whose file has been there for some time: a worker that died took its answer with it."""

@@ -100,6 +100,8 @@ def test_moments_of_a_saved_calibration_fit_matrices_and_move_biases(tmp_path: P
     report = in_memory(source, tmp_path / "memory", decided, calibration=known, anchored=False)
     assert compress_folder(source, tmp_path / "out", decided, calibration=known).to_dict() == report
     same_tensors(tmp_path / "memory", tmp_path / "out")
+    found = verify_folder(tmp_path / "out", source)
+    assert found.is_good, found.differences
     with pytest.raises(MPOError, match="nothing is known of that: give a saved"):
         compress_folder(source, tmp_path / "other", decided)
     other = source_in(tmp_path / "else", "llama" if family == "bert" else "bert")
@@ -301,6 +303,21 @@ def test_a_worker_that_dies_is_replaced_and_a_unit_that_kills_all_is_named(
     assert dry_run(source, tmp_path / "other", CONFIG).done == 13
     with pytest.raises(MPOError, match=r"the executor broke .* 1 units left, .*up_proj among them"):
         compress_folder(source, tmp_path / "other", CONFIG, executor=Dying(name, 1))
+
+
+class CallingOff(Executor):
+    """Gives up all work, as a client does whose scheduler is gone."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+
+def test_an_executor_that_calls_work_off_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MPOError, match="the executor called off 14 units"):
+        compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=CallingOff())
 
 
 def test_a_closed_executor_is_said(tmp_path: Path) -> None:
