@@ -1,7 +1,7 @@
 # make demo   the embedded model, end to end (under 3 minutes on 2 cores once installed)
 # make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
-# make soak   the property tests with twenty times the examples
+# make soak   the property tests with twenty times the examples, 6,000 damaged files, 30 kills of every command
 # make bench  timings against other libraries, printed as ratios
 
 PYTHON ?= python3
@@ -42,12 +42,17 @@ notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(VENV)/.test
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
 
+soak: export PYTHONPATH = tests
 soak: $(VENV)/.test
 	HYPOTHESIS_PROFILE=soak $(PYTEST) tests
+	rm -rf build/soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.fuzz_load build/soak/load 6000
+	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.kill_commands build/soak/kills 30
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large
 	$(BIN)/python benchmarks/compress.py
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/bounds.py
 	$(BIN)/python benchmarks/layers.py

@@ -20,17 +20,18 @@ import torchtt
 from mpo_tn import MPO, Sites, Truncation
 
 SITES, BOND, KEPT = 6, 256, 64
+MANY = ((100, 60, 30), (100, 24, 12), (400, 2, 1), (400, 4, 2))
 
 
-def chain(leg: int, dtype: str, bond: int = BOND, n: int = SITES) -> MPO:
+def chain(leg: int, dtype: str, bond: int = BOND, n: int = SITES, *, decay: float = 0.5, seed: int = SEED) -> MPO:
     """Gaussian cores of unit scale, weighted so that the singular values of bonds decay."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     full = Sites((leg,) * n, (leg,) * n).full_bonds
     ends = [1, *(min(bond, value) for value in full), 1]
     cores: Cores = []
     for left, right in itertools.pairwise(ends):
         core = rng.standard_normal((left, leg, leg, right)) / math.sqrt(left * leg * leg)
-        cores.append((core / np.arange(1, right + 1) ** 0.5).astype(dtype))
+        cores.append((core / np.arange(1, right + 1) ** decay).astype(dtype))
     return MPO(tuple(cores))
 
 
@@ -71,11 +72,35 @@ def distance(first: Cores, second: Cores) -> float:
     return MPO(tuple(cores)).norm() / MPO(tuple(np.asarray(core, np.float64) for core in first)).norm()
 
 
+def many_sites(repeats: int) -> None:
+    """Chains of many small sites, where what is done beside the arithmetic counts."""
+    print()
+    print_head("sites", "bond", "to", "dtype", "mpo_tn s", "torchTT s", "ours over torchTT's", "relative errors")
+    for (n, bond, kept), dtype in itertools.product(MANY, ("float32", "float64")):
+        plain = MPO.random(Sites((2,) * n, (2,) * n), bond, seed=SEED)
+        mpo = MPO(tuple((core / 2).astype(dtype) for core in plain.cores))
+        train = torchtt_of(mpo)
+        runs = {
+            "mpo_tn": lambda m=mpo, r=kept: m.compress(Truncation(max_bond=r)),
+            "torchTT": lambda t=train, r=kept: t.round(1e-14, r),
+        }
+        medians, results = take_turns(runs, repeats)
+        ours, theirs = list(results["mpo_tn"][0].cores), [core.numpy() for core in results["torchTT"].cores]
+        errors = ", ".join(f"{distance(list(mpo.cores), cores):.4f}" for cores in (ours, theirs))
+        ratio = f"{medians['mpo_tn'] / medians['torchTT']:.2f}"
+        print_row(n, bond, kept, dtype, f"{medians['mpo_tn']:.4f}", f"{medians['torchTT']:.4f}", ratio, errors)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--many", action="store_true", help="only chains of many sites")
+    options = parser.parse_args()
+    repeats = options.repeats
     print(header(repeats))
+    if options.many:
+        many_sites(repeats)
+        return
     print_head("legs", "dtype", "cores", "library", "median s", "times ours", "relative error", "reported")
     for leg in (8, 4):
         for dtype in ("float32", "float64"):
@@ -99,6 +124,7 @@ def main() -> None:
                     told = f"{report.rel_error:.6f}" if name == "mpo_tn" else ""
                     ratio = f"{seconds / medians['mpo_tn']:.1f}"
                     print_row(f"{leg}x{leg}", dtype, form, name, f"{seconds:.3f}", ratio, f"{error:.6f}", told)
+    many_sites(repeats)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ _SHOWN = 16
 """The most entries of a list that are printed; of a longer one the first and the last few."""
 
 
+_LONGEST = 2000
+"""Bytes of a message: more says less."""
+
+
 class MPOError(ValueError):
     """A wrong argument, matrix, model or file.
 
@@ -23,7 +27,28 @@ class MPOError(ValueError):
     Traceback (most recent call last):
         ...
     mpo_tn.exceptions.MPOError: leg 1 of out=0 must be a positive integer
+
+    Guarantee (bounded-messages): a message has at most 2,000 bytes, whatever names and values it is made of: of a
+    longer one the middle is left out, so that what is wrong and what to do about it stay.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(bounded_text(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def bounded_text(text: str, most: int = _LONGEST) -> str:
+    """A text, or the begin and the end of one that has more bytes than that.
+
+    >>> bounded_text("no " + "x" * 5000 + ": name another", 110)
+    'no xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx [... 4,947 bytes ...] : name another'
+    """
+    raw = text.encode(errors="surrogatepass")
+    if len(raw) <= most:
+        return text
+    kept = most - 40
+    begin, end = raw[: kept * 4 // 5], raw[len(raw) - kept // 5 :]
+    left = f" [... {len(raw) - len(begin) - len(end):,} bytes ...] "
+    return left.join(part.decode(errors="ignore") for part in (begin, end))
 
 
 def whole_number(value: Any) -> int | None:
@@ -70,3 +95,12 @@ def list_text(values: Sequence[Any]) -> str:
         return str(tuple(values))
     first, last = ", ".join(map(str, values[:6])), ", ".join(map(str, values[-2:]))
     return f"({first}, ..., {last}: {len(values)} in all)"
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """A text of a file as a part of an error message: not all of it, if it is long.
+
+    >>> clipped("a" * 300, 60)
+    'aaaaaaaaaaaaaaaa [... 280 bytes ...] aaaa'
+    """
+    return bounded_text(text, most)

@@ -1,4 +1,6 @@
-"""The only module that factorises arrays. NumPy, torch and JAX, through the array API; results in double precision.
+"""Arrays of NumPy, torch and JAX, through the array API: what they are, and how they are factorised.
+
+Only here and, for NumPy alone, in :mod:`mpo_tn.lapack` anything is factorised, in double precision.
 
 Data of 32 bits or fewer is widened to 64 before anything is computed. A Gram matrix of such data, accumulated in
 double precision, resolves singular values down to ``1.5e-8 * s_max``, below the rounding of the data itself, so the
@@ -18,9 +20,9 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
-import scipy.linalg
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.lapack import small_eigh, small_qr, small_svd, small_triangle, sure_svd, takes
 
 _NUMPY = array_api_compat.array_namespace(np.empty(0))
 
@@ -129,6 +131,8 @@ def check_loaded(array: Array, what: str) -> None:
 
 def check_values(array: Array, what: str) -> None:
     """Refuse arrays without finite values, or whose values a gradient depends on."""
+    if type(array) is np.ndarray and np.isfinite(array).all():
+        return
     xp = namespace(array)
     if getattr(array, "requires_grad", False):
         raise MPOError(
@@ -137,8 +141,8 @@ def check_values(array: Array, what: str) -> None:
         )
     if is_traced(array):
         raise MPOError(
-            f"{what} is being traced by JAX (jit, grad or vmap) and has no values, and cores are defined only up to a "
-            "gauge: call this outside the traced function"
+            f"{what} is being traced by JAX (jit, grad or vmap) and has no values, which factorisations on the host "
+            "need: call this outside the traced function, or use mpo_tn.truncated, whose result is a matrix"
         )
     check_loaded(array, what)
     if library(array) == "jax":
@@ -177,6 +181,8 @@ def check_matrix(matrix: Array) -> Array:
 
 def widen(array: Array) -> Array:
     """The array in double precision, real or complex, on the same device; a JAX array as a NumPy array on the host."""
+    if type(array) is np.ndarray:
+        return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64, copy=False)
     if library(array) == "jax":
         array = to_numpy(array)
     xp = namespace(array)
@@ -190,6 +196,8 @@ def restored(array: Array, like: Array) -> Array:
     Raises:
         MPOError: see :func:`to_jax`.
     """
+    if all(type(part) is np.ndarray for part in (like, array)):
+        return array.astype(like.dtype, copy=False)
     if library(like) == "jax" and library(array) != "jax":
         # A sharded array has several; what is made of it goes to the first.
         device = min(like.devices(), key=lambda d: d.id)
@@ -247,18 +255,23 @@ def conjugate(array: Array) -> Array:
 
 def adjoint(matrix: Array) -> Array:
     """The conjugate transpose."""
+    if type(matrix) is np.ndarray:
+        return matrix.T.conj() if matrix.dtype.kind == "c" else matrix.T
     return conjugate(namespace(matrix).permute_dims(matrix, (1, 0)))
 
 
 def frobenius_norm(array: Array) -> float:
     """The 2-norm of all entries, accumulated in double precision; infinite only if it is beyond that range itself."""
-    if library(array) == "jax":
+    if type(array) is not np.ndarray and library(array) == "jax":
         array = to_numpy(array)
     if isinstance(array, np.ndarray):
         # The norm of NumPy warns where squares overflow; a wide copy in pieces stays in the cache.
         flat, wide_type = array.ravel("K"), np.complex128 if array.dtype.kind == "c" else np.float64
-        pieces = (flat[start : start + _PIECE].astype(wide_type, copy=False) for start in range(0, flat.size, _PIECE))
-        norm = math.sqrt(sum(np.vdot(piece, piece).real for piece in pieces))
+        square = 0.0
+        for start in range(0, flat.size, _PIECE):
+            piece = flat[start : start + _PIECE].astype(wide_type, copy=False)
+            square += np.vdot(piece, piece).real
+        norm = math.sqrt(square)
     else:
         norm = float(namespace(array).linalg.vector_norm(widen(array)))
     if _SQUARES_IN_RANGE[0] < norm < _SQUARES_IN_RANGE[1]:
@@ -284,8 +297,10 @@ def times_power_of_two(array: Array, exponent: int, *, in_place: bool = False) -
 
     ``in_place``: an array of NumPy or torch that may be written into, which spares the memory of the result.
     """
-    exponent = max(-2200, min(exponent, 2200))  # beyond that nothing is left, or all is infinite
-    most = 1000 if dtype_name(array) in DOUBLE else 14 if dtype_name(array) == "float16" else 120
+    name = dtype_name(array)
+    most = 1000 if name in DOUBLE else 14 if name == "float16" else 120
+    if abs(exponent) > most:
+        exponent = max(-2200, min(exponent, 2200))  # beyond that nothing is left, or all is infinite
     while abs(exponent) > most:
         step = math.copysign(most, exponent)
         array, exponent = array * 2.0**step, exponent - int(step)
@@ -301,7 +316,9 @@ def tails(values: np.ndarray) -> np.ndarray:
     array([5., 3., 0.])
     """
     # hypot, because squares of values beyond 1e154 or below 1e-162 are out of range.
-    return np.append(np.hypot.accumulate(values[::-1])[::-1], 0.0)
+    found = np.zeros(len(values) + 1)
+    np.hypot.accumulate(values[::-1], out=found[-2::-1])
+    return found
 
 
 @dataclass(frozen=True)
@@ -327,7 +344,7 @@ def left_factor(matrix: Array, *, gram: bool) -> LeftFactor:
         found = eigenvectors(matrix @ adjoint(matrix))
         return replace(found, values=np.sqrt(found.values))
     try:
-        u, values, _ = xp.linalg.svd(matrix, full_matrices=False)
+        u, values, _ = small_svd(matrix) if takes(matrix) else xp.linalg.svd(matrix, full_matrices=False)
     except (np.linalg.LinAlgError, RuntimeError):
         u, values = _svd_left(matrix)
         return LeftFactor(u, values, "the divide-and-conquer SVD did not converge; used LAPACK gesvd on the host")
@@ -337,22 +354,30 @@ def left_factor(matrix: Array, *, gram: bool) -> LeftFactor:
 def eigenvectors(gram: Array) -> LeftFactor:
     """The eigenvectors of a Hermitian matrix without negative eigenvalues (m, m), and these, largest first.
 
-    All are computed: SciPy finds a few in half the time, but its own pool of threads then spins on the cores that
-    NumPy's needs. Cost: ``9 m**3`` flops.
+    All are computed: SciPy finds a few in half the time, but with its own pool of threads. Cost: ``9 m**3`` flops.
     """
     try:
-        values, vectors = namespace(gram).linalg.eigh(gram)
+        values, vectors = small_eigh(gram) if takes(gram) else namespace(gram).linalg.eigh(gram)
     except (np.linalg.LinAlgError, RuntimeError):
         u, singular = _svd_left(gram)
         return LeftFactor(u, singular, "eigenvalues of the Gram matrix did not converge; used an SVD")
     return LeftFactor(namespace(gram).flip(vectors, axis=1), np.clip(to_numpy(values)[::-1], 0.0, None))
 
 
+def gram_factor(matrix: Array) -> Array:
+    """``L`` with ``L L^H = matrix matrix^H`` (m, m), to half the digits; by Cholesky, or eigenvectors if that fails."""
+    gram = matrix @ adjoint(matrix)
+    try:
+        return namespace(gram).linalg.cholesky(gram)
+    except (np.linalg.LinAlgError, RuntimeError):
+        found = left_factor(matrix, gram=True)
+        return found.u * namespace(gram).asarray(found.values, device=array_api_compat.device(gram))
+
+
 def _svd_left(matrix: Array) -> tuple[Array, np.ndarray]:
     """LAPACK's slow and sure driver, on the host."""
-    u, values, _ = scipy.linalg.svd(to_numpy(matrix), full_matrices=False, lapack_driver="gesvd")
-    xp = namespace(matrix)
-    return xp.asarray(u, device=array_api_compat.device(matrix)), values
+    u, values, _ = sure_svd(to_numpy(matrix))
+    return namespace(matrix).asarray(u, device=array_api_compat.device(matrix)), values
 
 
 def singular_values(matrix: Array, *, gram: bool) -> np.ndarray:
@@ -361,52 +386,29 @@ def singular_values(matrix: Array, *, gram: bool) -> np.ndarray:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else adjoint(matrix)
     try:
         if gram:
-            squares = to_numpy(xp.linalg.eigvalsh(wide @ adjoint(wide)))[::-1]
-            return np.sqrt(np.clip(squares, 0.0, None))
+            return np.sqrt(np.clip(to_numpy(xp.linalg.eigvalsh(wide @ adjoint(wide)))[::-1], 0.0, None))
         longer = 2 * wide.shape[1] > 3 * wide.shape[0]
         return to_numpy(xp.linalg.svdvals(triangle(adjoint(wide)) if longer else wide))
     except (np.linalg.LinAlgError, RuntimeError):
         return left_factor(wide, gram=gram).values
 
 
-def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``matrix == (u * values) @ vh`` on the host, values descending."""
-    try:
-        return scipy.linalg.svd(matrix, full_matrices=False)  # type: ignore[return-value]
-    except np.linalg.LinAlgError:
-        return scipy.linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")  # type: ignore[return-value]
-
-
-def pivoted_qr(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ``r`` of ``matrix[:, order] == q @ r`` on the host, its diagonal falling in size, and ``order``."""
-    result: tuple[Any, Any] = scipy.linalg.qr(matrix, mode="r", pivoting=True)  # type: ignore[assignment]
-    r, order = result
-    return r[: min(matrix.shape)], order
-
-
-def pivoted_cholesky(matrix: np.ndarray) -> np.ndarray:
-    """``L`` (n, rank) with ``matrix == L L^T`` on the host, but for pivots below ``n eps`` of the largest."""
-    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(matrix, lower=1)  # type: ignore[attr-defined]
-    return np.tril(factor)[np.argsort(order), :rank]
-
-
 def qr(matrix: Array) -> tuple[Array, Array]:
     """``matrix == q @ r`` with orthonormal columns in ``q`` (m, min(m, k))."""
+    if takes(matrix):
+        return small_qr(matrix)
     xp = namespace(matrix)
     q, r = xp.linalg.qr(matrix)
     if not bool(xp.all(xp.isfinite(q))):
         # The complex QR of torch divides by zero at columns near the smallest positive number.
-        device = array_api_compat.device(matrix)
-        q, r = (xp.asarray(part, device=device) for part in np.linalg.qr(to_numpy(matrix)))
+        q, r = (xp.asarray(part, device=matrix.device) for part in np.linalg.qr(to_numpy(matrix)))
     return q, r
 
 
 def triangle(matrix: Array) -> Array:
-    """The ``r`` of :func:`qr` alone, which is half the work.
-
-    Not by SciPy's recursive ``geqrt``: on one thread that takes a fifth less time, but on two its own pool of threads
-    and NumPy's get in each other's way, and a sweep takes more than twice as long.
-    """
+    """The ``r`` of :func:`qr` alone, which is half the work. Not by SciPy's ``geqrt``, for its pool of threads."""
+    if takes(matrix):
+        return small_triangle(matrix)
     if isinstance(matrix, np.ndarray):
         return np.linalg.qr(matrix, mode="r")
     r = namespace(matrix).linalg.qr(matrix, mode="r")[1]
@@ -415,6 +417,4 @@ def triangle(matrix: Array) -> Array:
 
 def to_numpy(array: Array) -> np.ndarray:
     """A host copy."""
-    if hasattr(array, "detach"):
-        return np.asarray(array.detach().cpu().numpy())
-    return np.asarray(array)
+    return np.asarray(array.detach().cpu().numpy() if hasattr(array, "detach") else array)

@@ -8,7 +8,7 @@ No test may rest on bits that a BLAS or LAPACK is free to change: docs/testing.m
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 # Matrices are tiny here: threads that wait for each other cost more than they bring, and there are other processes to
 # use the cores. Set before NumPy and torch are loaded, and inherited by every process that a test starts.
@@ -20,13 +20,8 @@ CI_EXAMPLES = 100
 # Without x64 JAX has no double precision; tests/promises/test_jax.py runs without it too.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 
-settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile(
-    "soak", deadline=None, max_examples=20 * CI_EXAMPLES, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile(
-    "few", derandomize=True, deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow]
-)
+# No health check is switched off: what is too slow or too picky here would be so for users of mpo_tn.testing.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=CI_EXAMPLES)
+settings.register_profile("soak", deadline=None, max_examples=20 * CI_EXAMPLES)
+settings.register_profile("few", derandomize=True, deadline=None, max_examples=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

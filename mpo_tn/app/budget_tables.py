@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mpo_tn.app.cells import module_name, numbers
-from mpo_tn.app.plan_tables import print_left
+from mpo_tn.app.plan_tables import print_coverage, print_left
 from mpo_tn.app.terminal import is_wide, new_table, out
 from mpo_tn.planning.options import BITS, LOW_RANK
-from mpo_tn.planning.plan import without_numbers
+from mpo_tn.planning.patterns import without_numbers
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.sites import Sites
 
@@ -68,6 +68,7 @@ def print_budget_plan(decided: Plan, report: CompressionReport | None = None) ->
             highlight=False,
         )
     print_left(decided)
+    print_coverage(decided.coverage)
     out.print(f"\n{decided}\n", highlight=False)
 
 

@@ -10,15 +10,29 @@ import typer
 
 from mpo_tn import __version__
 from mpo_tn.app.cells import cells, legs, module_name, numbers, size_cells, size_columns
+from mpo_tn.app.cli_dense import to_dense
 from mpo_tn.app.cli_eval import evaluate_models
 from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
-from mpo_tn.app.cli_plan import compress, plan
+from mpo_tn.app.cli_plan import Exclude, compress, plan
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.cli_verify import verify
-from mpo_tn.app.terminal import Json, Overwrite, err, is_wide, new_table, out, print_json, sites_of, working
-from mpo_tn.exceptions import MPOError
+from mpo_tn.app.failures import failing_shortly
+from mpo_tn.app.terminal import (
+    Device,
+    Json,
+    Overwrite,
+    is_wide,
+    new_table,
+    out,
+    print_json,
+    sites_of,
+    targets_of,
+    working,
+)
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import doing
+from mpo_tn.storage.places import claimed
 
 if TYPE_CHECKING:
     from mpo_tn.app.demo_page import DemoResult
@@ -38,6 +52,7 @@ app.command()(squeeze)
 app.command()(heal)
 app.command()(export)
 app.command()(verify)
+app.command()(to_dense)
 
 
 def _show_version(wanted: bool) -> None:
@@ -65,7 +80,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress a real sentence encoder (all-MiniLM-L6-v2), measure what is left, save it and read it back."""
-    with working(as_json) as progress:
+    with working(as_json) as progress, claimed(folder):
         from mpo_tn.app.demo import run_demo
 
         result = run_demo(
@@ -81,31 +96,43 @@ def demo(
 def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, dense or compressed, or a name on the hub.")],
     sites: Annotated[str, typer.Option(help='For a dense model: the legs to look at, a number or "low-rank".')] = "5",
-    target: Annotated[str, typer.Option(help="For a dense model: regular expression on module names.")] = ".*",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Matrices to show: module name, dotted suffix, re:PATTERN, {ALL_LINEAR} or {ALL_MATRICES}; several "
+            "allowed. Default: all."
+        ),
+    ] = None,
+    exclude: Exclude = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Show every matrix: shape, legs, bonds, kept ratio, error, and how flat its spectrum is."""
+    """Show every matrix: shape, legs, bonds, kept ratio, error, how flat its spectrum is; and what stays dense."""
     with working(as_json) as progress:
+        from mpo_tn.app.plan_tables import print_coverage
         from mpo_tn.torch.hf.folder import load_model
-        from mpo_tn.torch.models.summary import inspect_model
+        from mpo_tn.torch.models.devices import usable_device
+        from mpo_tn.torch.models.summary import inspect_model, model_coverage
 
-        number = sites_of(sites)
+        number, wanted, left = sites_of(sites), targets_of(target, ".*"), tuple(exclude or ())
+        place = usable_device(device)
         progress(0, 1, "reading the model")
-        network = load_model(model)
-        rows = inspect_model(network, target=target, sites=number, progress=doing("inspecting", progress))
+        network = load_model(model).to(place)
+        rows = inspect_model(
+            network, target=wanted, exclude=left, sites=number, progress=doing("inspecting", progress)
+        )  # fmt: skip
+        covers = model_coverage(network, wanted, left)
     if as_json:
-        print_json({"model": model, "matrices": [row.to_dict() for row in rows]})
+        print_json({"model": model, "matrices": [row.to_dict() for row in rows], "coverage": covers.to_dict()})
         return
     _print_matrices(rows)
+    print_coverage(covers)
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
-        app()
-    except (MPOError, OSError) as error:
-        err.print(f"mpo-tn: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    with failing_shortly():
+        sys.exit(app(standalone_mode=False) or 0)
 
 
 def _print_demo(result: DemoResult) -> None:
@@ -120,7 +147,7 @@ def _print_demo(result: DemoResult) -> None:
             table.add_row(*row.cells)
     out.print(result.headline(), highlight=False)
     out.print()
-    out.print(f"[bold]{result.model}[/bold]: {result.matrices} matrices, {result.sentences} sentences\n")
+    out.print(f"{result.model}: {result.matrices} matrices, {result.sentences} sentences\n")
     out.print(table)
     for sentence in result.findings():
         out.print(f"\n{sentence}", highlight=False)

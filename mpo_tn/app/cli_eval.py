@@ -9,26 +9,45 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_tn.app.terminal import Json, is_wide, new_table, out, print_json, working
+from mpo_tn.app.terminal import Device, Json, is_wide, new_table, out, print_json, working
 
 if TYPE_CHECKING:
     from mpo_tn.app.evaluate import EvalReport, Evaluation
+
+_TEXT = "What they are measured on"
 
 
 def evaluate_models(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders, or names on the hub.")],
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model to compare them with.")] = None,
-    task: Annotated[str | None, typer.Option(help="Score them on the dev set of a GLUE task, such as STS-B.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with its original files; else from the hub.")] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="Or your own text: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file.")
+    task: Annotated[
+        str | None, typer.Option(rich_help_panel=_TEXT, help="Score them on the dev set of a GLUE task, such as STS-B.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Of a table: the column of the text, or two: A,B.")] = None,
-    label: Annotated[str | None, typer.Option(help="Its column of labels, to score the models on them.")] = None,
-    sample: Annotated[int, typer.Option(help="How many of the texts they are compared with DENSE on.")] = 256,
-    batch_size: Annotated[int | None, typer.Option(help="Texts at a time (default: 32; 4 blocks).")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a text, or of a block of text.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or for instance cuda.")] = "cpu",
+    data_dir: Annotated[
+        Path | None, typer.Option(rich_help_panel=_TEXT, help="Folder with its original files; else from the hub.")
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_TEXT, help="Or your own text: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(rich_help_panel=_TEXT, help="Of a table: the column of the text, or two: A,B.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(rich_help_panel=_TEXT, help="Its column of labels, to score the models on them.")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(rich_help_panel=_TEXT, help="How many of the texts they are compared with DENSE on.")
+    ] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option(rich_help_panel=_TEXT, help="Texts at a time (default: 32; 4 blocks).")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(rich_help_panel=_TEXT, help="Tokens of a text, or of a block of text.")
+    ] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure models on one text: size, score, distance from the dense model, and speed, in one table.
@@ -37,7 +56,9 @@ def evaluate_models(
     """
     with working(as_json) as progress:
         from mpo_tn.app.evaluate import Source, evaluate
+        from mpo_tn.torch.models.devices import usable_device
 
+        usable_device(device)
         report = evaluate(
             models, Source(task, data_dir, texts, text, label), against=against, batch_size=batch_size,
             max_length=max_length, sample=sample, device=device, progress=progress,

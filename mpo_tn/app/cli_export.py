@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpo_tn.app.terminal import Json, Overwrite, new_table, out, print_json, working
+from mpo_tn.storage.places import claimed
 
 if TYPE_CHECKING:
     from mpo_tn.torch.hf.export import Export
@@ -26,6 +27,11 @@ def export(
 
     What it will take, and what becomes dense and why, is said before anything is written.
     """
+    with claimed(folder):
+        _export(model, folder, form, overwrite=overwrite, as_json=as_json)
+
+
+def _export(model: str, folder: Path, form: str, *, overwrite: bool, as_json: bool) -> None:
     with working(as_json) as progress:
         from mpo_tn.torch.hf.export import check_format, plan_export, write_export
         from mpo_tn.torch.hf.folder import check_compressed, check_model_target, load_model, weight_bytes

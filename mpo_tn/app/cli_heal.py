@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_tn.app.terminal import Json, err, new_table, out, print_json, working
+from mpo_tn.app.terminal import Device, Json, err, new_table, out, print_json, working
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.places import claimed, followed, name_beside
 
 if TYPE_CHECKING:
     from mpo_tn.torch import HealResult
 
+_TEXT, _LEARNING = "Text", "Learning"
 _OBJECTIVES = (
     "features (last hidden states), logits, or loss (the next token's); by default features for an encoder and logits "
     "for a language model."
@@ -25,34 +27,52 @@ def heal(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The compressed model folder.")],
     against: Annotated[str, typer.Option(help="The dense model: a folder, or a name on the hub.")],
     texts: Annotated[
-        Path, typer.Option(help="Text to heal on, no labels: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file.")
+        Path,
+        typer.Option(
+            rich_help_panel=_TEXT,
+            help="Text to heal on, no labels: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file.",
+        ),
     ],
     folder: Annotated[
         Path | None, typer.Option("--out", help="Where the healed model goes; without it, --overwrite replaces MODEL.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Of a table: the column of the text, or two: A,B.")] = None,
-    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
-    train: Annotated[str, typer.Option(help="Which cores train: cores (all of them) or auxiliary.")] = "cores",
-    steps: Annotated[int | None, typer.Option(help="How many steps (default: 500).")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="About how long, instead; another run may take another number of steps.")
+    text: Annotated[
+        str | None, typer.Option(rich_help_panel=_TEXT, help="Of a table: the column of the text, or two: A,B.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts a step.")] = 32,
+    objective: Annotated[str | None, typer.Option(rich_help_panel=_LEARNING, help=_OBJECTIVES)] = None,
+    train: Annotated[
+        str, typer.Option(rich_help_panel=_LEARNING, help="Which cores train: cores (all of them) or auxiliary.")
+    ] = "cores",
+    steps: Annotated[int | None, typer.Option(rich_help_panel=_LEARNING, help="How many steps (default: 500).")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_LEARNING, help="About how long, instead; another run may take another number of steps."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(rich_help_panel=_TEXT, help="Texts a step.")] = 32,
     max_length: Annotated[
-        int, typer.Option(help="Tokens at which a text is cut; of a language model, a block's.")
+        int, typer.Option(rich_help_panel=_TEXT, help="Tokens at which a text is cut; of a language model, a block's.")
     ] = 128,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of norms and biases.")] = None,
-    tensor_lr: Annotated[float | None, typer.Option(help="Learning rate of cores.")] = None,
-    scale_lr: Annotated[float | None, typer.Option(help="Learning rate of scales, relative to each.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(rich_help_panel=_LEARNING, help="Learning rate of norms and biases.")
+    ] = None,
+    tensor_lr: Annotated[float | None, typer.Option(rich_help_panel=_LEARNING, help="Learning rate of cores.")] = None,
+    scale_lr: Annotated[
+        float | None, typer.Option(rich_help_panel=_LEARNING, help="Learning rate of scales, relative to each.")
+    ] = None,
     also: Annotated[
         list[str] | None,
         typer.Option(
-            help="What trains beside cores, several times: norms, biases, scales (all three by default), heads."
+            rich_help_panel=_LEARNING,
+            help="What trains beside cores, several times: norms, biases, scales (all three by default), heads.",
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: the faster of the two here.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(rich_help_panel=_LEARNING, help="float32, bfloat16, or auto: the faster of the two here.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Of what is held back, and of the order of batches.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, or for instance cuda.")] = "cpu",
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there, or a run that was stopped.")
@@ -60,21 +80,26 @@ def heal(
     as_json: Json = False,
 ) -> None:
     """Train a compressed model towards the dense one on plain text; a tenth of the text says which state is kept."""
-    with working(as_json) as progress:
+    target = _target(model, folder, overwrite=overwrite)
+    with working(as_json) as progress, claimed(target):
         from mpo_tn.app.fidelity import reading_length
         from mpo_tn.app.texts import batches_of, hold_back, kind_of, read_distinct
         from mpo_tn.torch import heal as heal_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, load_tokenizer, replace_model, save_model
+        from mpo_tn.torch.models.devices import usable_device
         from mpo_tn.tuning import read_texts
 
-        target = _target(model, folder, overwrite=overwrite)
+        place = usable_device(device)
+        state = followed(target).with_name(name_beside(followed(target), ".healing"))
+        if resume and _is_written(target, state):
+            shutil.rmtree(state, ignore_errors=True)
+            raise MPOError(f"{target} holds the healed model of that run, there is nothing to resume")
         if target != model:
             check_model_target(target, model, overwrite=overwrite)
-        state = target.parent / f"{target.name}.healing"
         _check_state(state, resume=resume, overwrite=overwrite)
         read_texts(texts, text)  # before anything that takes long
         progress(0, 1, "reading the models")
-        student, teacher = load_model(model).to(device), load_model(against).to(device)
+        student, teacher = load_model(model).to(place), load_model(against).to(place)
         kind = kind_of(student)
         goal = objective or ("logits" if kind == "language model" else "features")
         if goal == "loss" and kind != "language model":
@@ -115,6 +140,16 @@ def _target(model: Path, folder: Path | None, *, overwrite: bool) -> Path:
     if not model.is_dir():
         raise MPOError(f"there is no model folder {model} that could be replaced: name another with --out")
     return model
+
+
+def _is_written(target: Path, state: Path) -> bool:
+    """Whether the run whose states these are came to its end and its model is there: it was stopped after that."""
+    try:
+        result = json.loads((state / "log.json").read_text(encoding="utf-8"))["result"]
+        written = json.loads((target / "healing.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return isinstance(result, dict) and all(written.get(key) == value for key, value in result.items())
 
 
 def _check_state(state: Path, *, resume: bool, overwrite: bool) -> None:

@@ -9,11 +9,12 @@ import typer
 
 from mpo_tn.app.cli_stream import Only, Scheduler, ShardSize, Stream, Streaming, Workers, print_dry_run
 from mpo_tn.app.sampling import TEXTS, TOKENS, Sampling
-from mpo_tn.app.terminal import Json, Overwrite, bits_of, out, print_json, sites_of, targets_of, working
+from mpo_tn.app.terminal import Device, Json, Overwrite, bits_of, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.options import FAMILIES, USUAL_FAMILIES
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import doing
+from mpo_tn.storage.places import claimed_if
 
 if TYPE_CHECKING:
     from mpo_tn.planning.config import MPOConfig
@@ -21,69 +22,99 @@ if TYPE_CHECKING:
 
 _SITES = "5"
 _GROUP = 128
+_BUDGET, _TEXT, _SIZES, _BITS, _MATRICES = (
+    "A budget, spent by what the model does on text", "Text", "Or the same for every matrix", "Bits", "Which matrices"
+)  # fmt: skip
 
 Size = Annotated[
     str | None,
     typer.Option(
+        rich_help_panel=_BUDGET,
         help="Budget for the whole model, for instance 25MB: structure and bits of every matrix are chosen by what the "
-        "model does on --texts."
+        "model does on --texts.",
     ),
 ]
 BitsPerWeight = Annotated[
-    float | None, typer.Option(help="The same for the matrices alone: all their bits over their dense weights.")
+    float | None,
+    typer.Option(
+        rich_help_panel=_BUDGET, help="The same for the matrices alone: all their bits over their dense weights."
+    ),
 ]
 MaxFlops = Annotated[
     float | None,
-    typer.Option(help="Flops through the matrices, of the dense ones: besides a budget, or as the only one."),
+    typer.Option(
+        rich_help_panel=_BUDGET,
+        help="Flops through the matrices, of the dense ones: besides a budget, or as the only one.",
+    ),
 ]
 Family = Annotated[
     list[str] | None,
     typer.Option(
+        rich_help_panel=_BUDGET,
         help=f"With a budget, what matrices may become: {', '.join(FAMILIES)}; several allowed. Default: "
-        f"{', '.join(USUAL_FAMILIES)}; with the others planning takes several times as long."
+        f"{', '.join(USUAL_FAMILIES)}; with the others planning takes several times as long.",
     ),
 ]
 Texts = Annotated[
     Path | None,
     typer.Option(
+        rich_help_panel=_TEXT,
         help="Text such as the model will read, to decide and to fit matrices on: a .txt (one a line), .csv, .tsv, "
-        ".jsonl or .parquet file; no labels. A fifth is held back to judge by."
+        ".jsonl or .parquet file; no labels. A fifth is held back to judge by.",
     ),
 ]
-TextColumn = Annotated[str | None, typer.Option("--text", help="Of a table: the column of the text, or two: A,B.")]
+TextColumn = Annotated[
+    str | None, typer.Option("--text", rich_help_panel=_TEXT, help="Of a table: the column of the text, or two: A,B.")
+]
 CalibrationFile = Annotated[
     Path | None,
-    typer.Option(help="In place of --texts: a file of Calibration.save. Plans are then compared by estimates alone."),
+    typer.Option(
+        rich_help_panel=_TEXT,
+        help="In place of --texts: a file of Calibration.save. Plans are then compared by estimates alone.",
+    ),
 ]
 Sample = Annotated[
     int | None,
     typer.Option(
-        help=f"The most texts, of a language model blocks, drawn by --seed (default: {TEXTS:,}; {TOKENS:,} tokens)."
+        rich_help_panel=_TEXT,
+        help=f"The most texts, of a language model blocks, drawn by --seed (default: {TEXTS:,}; {TOKENS:,} tokens).",
     ),
 ]
-MaxLength = Annotated[int, typer.Option(help="Tokens at which a text is cut; of a language model, a block's.")]
-Seed = Annotated[int, typer.Option(help="Of which texts are taken, and in which order.")]
+MaxLength = Annotated[
+    int, typer.Option(rich_help_panel=_TEXT, help="Tokens at which a text is cut; of a language model, a block's.")
+]
+Seed = Annotated[int, typer.Option(rich_help_panel=_TEXT, help="Of which texts are taken, and in which order.")]
 Keep = Annotated[
     float | None,
     typer.Option(
-        help="Parameters to keep of each matrix, for instance 0.6; with --texts and without --sites, of all together."
+        rich_help_panel=_SIZES,
+        help="Parameters to keep of each matrix, for instance 0.6; with --texts and without --sites, of all together.",
     ),
 ]
-Bond = Annotated[int | None, typer.Option(help="Largest bond.")]
-Tolerance = Annotated[float | None, typer.Option(help="Relative Frobenius error allowed per matrix.")]
-Bits = Annotated[int | None, typer.Option(help="Hold cores as integers of 2 to 8 bits, or 16 for float16.")]
-CentralBits = Annotated[int | None, typer.Option(help="The same for the central tensors only.")]
-Group = Annotated[int, typer.Option(help="Columns of a core that share a scale, with bits.")]
-Sites = Annotated[str, typer.Option(help='Number of sites, or "low-rank"; with a budget they are chosen.')]
+Bond = Annotated[int | None, typer.Option(rich_help_panel=_SIZES, help="Largest bond.")]
+Tolerance = Annotated[
+    float | None, typer.Option(rich_help_panel=_SIZES, help="Relative Frobenius error allowed per matrix.")
+]
+Bits = Annotated[
+    int | None, typer.Option(rich_help_panel=_BITS, help="Hold cores as integers of 2 to 8 bits, or 16 for float16.")
+]
+CentralBits = Annotated[int | None, typer.Option(rich_help_panel=_BITS, help="The same for the central tensors only.")]
+Group = Annotated[int, typer.Option(rich_help_panel=_BITS, help="Columns of a core that share a scale, with bits.")]
+Sites = Annotated[
+    str, typer.Option(rich_help_panel=_SIZES, help='Number of sites, or "low-rank"; with a budget they are chosen.')
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
+        rich_help_panel=_MATRICES,
         help=f"Module name, dotted suffix, re:PATTERN, {ALL_LINEAR} or {ALL_MATRICES} (word tables, too; heads never); "
         f"several allowed. Default: {ALL_LINEAR}, with a budget {ALL_MATRICES}.",
     ),
 ]
-Exclude = Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same grammar.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(rich_help_panel=_MATRICES, help="Modules to leave alone, same grammar.")
+]
 
 
 def plan(
@@ -108,6 +139,7 @@ def plan(
     family: Family = None,
     target: Targets = None,
     exclude: Exclude = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Show what compress would make of every matrix, and what stays dense and why; nothing is changed.
@@ -120,6 +152,7 @@ def plan(
         from mpo_tn.app.plan_tables import print_plan
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import empty_model, load_model
+        from mpo_tn.torch.models.devices import usable_device
 
         sampling = Sampling(texts, text, calibration, sample, max_length, seed)
         config = _config(
@@ -127,10 +160,11 @@ def plan(
             max_flops, family,
         )  # fmt: skip
         _check(config, sampling)
+        place = usable_device(device)
         progress(0, 1, "reading the model")
         # Only a tolerance and a budget depend on the numbers.
         by_numbers = tolerance is not None or config.has_budget or (config.shares_keep and sampling.is_given)
-        network = load_model(model) if by_numbers else empty_model(model)
+        network = load_model(model).to(place) if by_numbers else empty_model(model)
         known = sampling.of(network, model)
         progress(0, 1, "planning")
         decided = plan_model(network, config, spectra=True, calibration=known, progress=progress)
@@ -182,18 +216,25 @@ def compress(
         bool | None,
         typer.Option(
             "--anchored/--no-anchored",
+            rich_help_panel=_TEXT,
             help="Fit layer after layer, too, and keep what held-back text prefers. By default with --texts.",
             show_default=False,
         ),
     ] = None,
     refine: Annotated[
-        bool, typer.Option("--refine", help="Then train scales, norms and biases block after block. With --texts.")
+        bool,
+        typer.Option(
+            "--refine",
+            rich_help_panel=_TEXT,
+            help="Then train scales, norms and biases block after block. With --texts.",
+        ),
     ] = False,
     stream: Stream = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     shard_size: ShardSize = None,
     only: Only = False,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -203,11 +244,12 @@ def compress(
     matrices are fitted to what their layers are given there. With --stream a model of any size is compressed matrix by
     matrix, on as many workers as there are; run again after a crash it goes on where it was.
     """
-    with working(as_json) as progress:
+    with working(as_json) as progress, claimed_if(None if only else folder):
         from mpo_tn.torch import Calibration, CompressionReport, Plan
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
+        from mpo_tn.torch.models.devices import usable_device
 
         sampling = Sampling(texts, text, calibration, sample, max_length, seed)
         config = _config(
@@ -233,8 +275,9 @@ def compress(
             found = streaming.run(model, folder, decided or config, known, overwrite=overwrite, progress=progress)
         else:
             check_model_target(folder, model, overwrite=overwrite)
+            place = usable_device(device)
             progress(0, 1, "reading the model")
-            network = load_model(model)
+            network = load_model(model).to(place)
             known = sampling.of(network, model)
             if decided is None:
                 decided = plan_model(network, config, calibration=known, progress=progress)
@@ -277,7 +320,10 @@ def _print_result(
         print_notes(_notes(decided))
     else:
         print_compression(report)
-    out.print(f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})")
+    out.print(
+        f"Saved in {folder}. Load it with: import mpo_tn.torch; AutoModel.from_pretrained({str(folder)!r})",
+        soft_wrap=True,
+    )
 
 
 def _config(

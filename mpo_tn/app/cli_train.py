@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_tn.app.terminal import Json, Overwrite, err, new_table, out, print_json, sites_of, targets_of, working
+from mpo_tn.app.terminal import Device, Json, Overwrite, err, new_table, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress
+from mpo_tn.storage.places import claimed
 
 if TYPE_CHECKING:
     from mpo_tn.tuning import FinetuneResult, Method, Settings, Squeezing
@@ -22,48 +23,94 @@ _TASKS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, or text for a la
 _DATA = "Folder with the task's original TSV files, or with .txt files; without it, from the hub (datasets)."
 _METHODS = "full, lfa, last-layers, lora, low-rank, one-shot or squeeze."
 
+_EXAMPLES, _LEARNING, _CHAINS, _SQUEEZING, _RUN = "Examples", "Learning", "Chains", "Squeezing", "The run"
+
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
-TaskName = Annotated[str | None, typer.Option("--task", help=_TASKS)]
-DataDir = Annotated[Path | None, typer.Option(help=_DATA)]
+TaskName = Annotated[str | None, typer.Option("--task", rich_help_panel=_EXAMPLES, help=_TASKS)]
+DataDir = Annotated[Path | None, typer.Option(rich_help_panel=_EXAMPLES, help=_DATA)]
 TrainFile = Annotated[
-    Path | None, typer.Option(help="Your own examples, in place of --task: a .csv, .tsv, .jsonl or .parquet file.")
+    Path | None,
+    typer.Option(
+        rich_help_panel=_EXAMPLES, help="Your own examples, in place of --task: a .csv, .tsv, .jsonl or .parquet file."
+    ),
 ]
-DevFile = Annotated[Path | None, typer.Option(help="Those that are scored; by default a tenth of --train-file.")]
-TextColumns = Annotated[str | None, typer.Option("--text", help="Of a table: the column of the text, or two: A,B.")]
+DevFile = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=_EXAMPLES, help="Those that are scored; by default a tenth of --train-file."),
+]
+TextColumns = Annotated[
+    str | None,
+    typer.Option("--text", rich_help_panel=_EXAMPLES, help="Of a table: the column of the text, or two: A,B."),
+]
 LabelColumn = Annotated[
-    str | None, typer.Option("--label", help="The column of classes or scores; without it a language model is tuned.")
+    str | None,
+    typer.Option(
+        "--label",
+        rich_help_panel=_EXAMPLES,
+        help="The column of classes or scores; without it a language model is tuned.",
+    ),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Where the tuned model, result.json and report.html go.")]
-Limit = Annotated[int | None, typer.Option(help="Use so many training examples, always the same ones.")]
-BatchSize = Annotated[int, typer.Option(help="Examples a step.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens at which an example is cut; for text the length of a block.")]
+Out = Annotated[
+    Path, typer.Option("--out", rich_help_panel=_RUN, help="Where the tuned model, result.json and report.html go.")
+]
+Limit = Annotated[
+    int | None, typer.Option(rich_help_panel=_EXAMPLES, help="Use so many training examples, always the same ones.")
+]
+BatchSize = Annotated[int, typer.Option(rich_help_panel=_EXAMPLES, help="Examples a step.")]
+MaxLength = Annotated[
+    int,
+    typer.Option(rich_help_panel=_EXAMPLES, help="Tokens at which an example is cut; for text the length of a block."),
+]
 Lr = Annotated[
     float | None,
-    typer.Option(help="Learning rate of dense parameters (default: 5e-5 for full, last-layers, lora; else 2e-4)."),
+    typer.Option(
+        rich_help_panel=_LEARNING,
+        help="Learning rate of dense parameters (default: 5e-5 for full, last-layers, lora; else 2e-4).",
+    ),
 ]
 TensorLr = Annotated[
     float | None,
     typer.Option(
-        help="Learning rate of cores and of LoRA's matrices (default: 5e-4; low-rank 1e-4; with central tensors 5e-5)."
+        rich_help_panel=_LEARNING,
+        help="Learning rate of cores and of LoRA's matrices (default: 5e-4; low-rank 1e-4; with central tensors 5e-5).",
     ),
 ]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; parameters stay in float32.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
-Device = Annotated[str, typer.Option(help="cpu, or for instance cuda.")]
-Sites = Annotated[str, typer.Option(help="Number of sites of the chains.")]
+Bf16 = Annotated[
+    bool, typer.Option("--bf16", rich_help_panel=_LEARNING, help="Compute in bfloat16; parameters stay in float32.")
+]
+Seeds = Annotated[list[int], typer.Option(rich_help_panel=_RUN, help="May be given several times: one run each.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", rich_help_panel=_RUN, help="Go on from the last checkpoint in --out.")
+]
+Sites = Annotated[str, typer.Option(rich_help_panel=_CHAINS, help="Number of sites of the chains.")]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear)."),
+    typer.Option(
+        "--target",
+        rich_help_panel=_CHAINS,
+        help="Module name, dotted suffix or re:PATTERN; several allowed (default: all-linear).",
+    ),
 ]
-Policy = Annotated[str, typer.Option(help="Which cores train: auxiliary, central, cores (all of them) or none.")]
-Train = Annotated[list[str] | None, typer.Option(help="More that trains, same grammar; several allowed.")]
-Delta = Annotated[float, typer.Option(help="Squeezing: how many points of score may be lost.")]
-Cuts = Annotated[int, typer.Option(help="Squeezing: cuts by one before the model is tuned again.")]
-TuneSteps = Annotated[int, typer.Option(help="Squeezing: training steps after each round of cuts.")]
-TuneRate = Annotated[float, typer.Option(help="Squeezing: share of the learning rates in these steps.")]
-Score = Annotated[str, typer.Option(help="Squeezing: what is cut first, by error_per_parameter or error.")]
-FinalEpochs = Annotated[int, typer.Option(help="Squeezing: epochs of tuning after the last cut.")]
-GapOn = Annotated[str, typer.Option(help="Squeezing: measure the loss of score on dev, or on held-out examples.")]
+Policy = Annotated[
+    str,
+    typer.Option(rich_help_panel=_CHAINS, help="Which cores train: auxiliary, central, cores (all of them) or none."),
+]
+Train = Annotated[
+    list[str] | None, typer.Option(rich_help_panel=_CHAINS, help="More that trains, same grammar; several allowed.")
+]
+Delta = Annotated[float, typer.Option(rich_help_panel=_SQUEEZING, help="How many points of score may be lost.")]
+Cuts = Annotated[int, typer.Option(rich_help_panel=_SQUEEZING, help="Cuts by one before the model is tuned again.")]
+TuneSteps = Annotated[int, typer.Option(rich_help_panel=_SQUEEZING, help="Training steps after each round of cuts.")]
+TuneRate = Annotated[
+    float, typer.Option(rich_help_panel=_SQUEEZING, help="Share of the learning rates in these steps.")
+]
+Score = Annotated[
+    str, typer.Option(rich_help_panel=_SQUEEZING, help="What is cut first, by error_per_parameter or error.")
+]
+FinalEpochs = Annotated[int, typer.Option(rich_help_panel=_SQUEEZING, help="Epochs of tuning after the last cut.")]
+GapOn = Annotated[
+    str, typer.Option(rich_help_panel=_SQUEEZING, help="Measure the loss of score on dev, or on held-out examples.")
+]
 
 
 def finetune(
@@ -75,44 +122,53 @@ def finetune(
     dev_file: DevFile = None,
     text: TextColumns = None,
     label: LabelColumn = None,
-    method: Annotated[str, typer.Option(help=_METHODS)] = "lfa",
-    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 3,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps instead.")] = None,
-    seed: Annotated[list[int], typer.Option(help="May be given several times: one run each.")] = [0],  # noqa: B006
+    method: Annotated[str, typer.Option(rich_help_panel=_LEARNING, help=_METHODS)] = "lfa",
+    epochs: Annotated[int, typer.Option(rich_help_panel=_LEARNING, help="Passes over the training set.")] = 3,
+    max_steps: Annotated[
+        int | None, typer.Option(rich_help_panel=_LEARNING, help="Stop after so many steps instead.")
+    ] = None,
+    seed: Seeds = [0],  # noqa: B006
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     limit: Limit = None,
     lr: Lr = None,
     tensor_lr: TensorLr = None,
     bf16: Bf16 = False,
-    keep: Annotated[float | None, typer.Option(help="Parameters to keep of each matrix; none is exact.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(rich_help_panel=_CHAINS, help="Parameters to keep of each matrix; none is exact.")
+    ] = None,
     sites: Sites = "5",
     target: Targets = None,
     policy: Policy = "auxiliary",
     train: Train = None,
-    layers: Annotated[int, typer.Option(help="Of last-layers: how many blocks train.")] = 2,
-    rank: Annotated[int | None, typer.Option(help="Of lora; by default LFA's number of parameters.")] = None,
+    layers: Annotated[int, typer.Option(rich_help_panel=_LEARNING, help="Of last-layers: how many blocks train.")] = 2,
+    rank: Annotated[
+        int | None, typer.Option(rich_help_panel=_LEARNING, help="Of lora; by default LFA's number of parameters.")
+    ] = None,
     bonds_from: Annotated[
-        Path | None, typer.Option(help="For one-shot and low-rank: the --out folder of a squeezed run.")
+        Path | None,
+        typer.Option(rich_help_panel=_CHAINS, help="For one-shot and low-rank: the --out folder of a squeezed run."),
     ] = None,
     delta: Delta = 1.0,
     cuts_per_round: Cuts = 50,
     tune_steps: TuneSteps = 10,
     tune_rate: TuneRate = 0.1,
-    max_rounds: Annotated[int, typer.Option(help="Squeezing: the most rounds.")] = 100,
+    max_rounds: Annotated[int, typer.Option(rich_help_panel=_SQUEEZING, help="The most rounds.")] = 100,
     score: Score = "error_per_parameter",
     final_epochs: FinalEpochs = 0,
     gap_on: GapOn = "dev",
     device: Device = "cpu",
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    save_every: Annotated[int, typer.Option(rich_help_panel=_RUN, help="Steps between checkpoints.")] = 200,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Tune a model on a task and score it: fully, by its auxiliary tensors alone (lfa), or by one of the controls."""
-    with working(as_json) as progress:
+    with working(as_json) as progress, claimed(folder):
+        from mpo_tn.torch.models.devices import usable_device
         from mpo_tn.tuning import Method, Settings, Squeezing, bonds_of
 
+        usable_device(device)
         squeezing = None
         if method == "squeeze":
             squeezing = Squeezing(
@@ -152,12 +208,18 @@ def squeeze(
     cuts_per_round: Cuts = 50,
     tune_steps: TuneSteps = 10,
     tune_rate: TuneRate = 0.1,
-    keep: Annotated[float | None, typer.Option(help="Stop at this share of the matrices' parameters.")] = None,
-    max_rounds: Annotated[int, typer.Option(help="The most rounds of cutting and tuning.")] = 100,
+    keep: Annotated[
+        float | None, typer.Option(rich_help_panel=_CHAINS, help="Stop at this share of the matrices' parameters.")
+    ] = None,
+    max_rounds: Annotated[
+        int, typer.Option(rich_help_panel=_SQUEEZING, help="The most rounds of cutting and tuning.")
+    ] = 100,
     score: Score = "error_per_parameter",
     final_epochs: FinalEpochs = 0,
     gap_on: GapOn = "dev",
-    seed: Annotated[int, typer.Option(help="Of the order of examples, and of a head if the model has none.")] = 0,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=_RUN, help="Of the order of examples, and of a head if the model has none.")
+    ] = 0,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     limit: Limit = None,
@@ -251,13 +313,13 @@ class _Asked:
             note = f"mpo-tn: there is no checkpoint in {folder}: starting afresh"
             err.print(note, markup=False, highlight=False, soft_wrap=True)
         progress(0, 1, "reading the task")
-        data = self.where.load()
+        data, tokenizer = self.where.load(), load_tokenizer(self.model)  # while the source is there
         result, tuned = finetune(
             self.model, data, self.method, settings, squeezing=self.squeezing, folder=folder, resume=self.resume,
             progress=progress,
         )  # fmt: skip
         progress(0, 1, "writing the model")
-        save_finetuned(folder, result, tuned, load_tokenizer(self.model), finetune_page(result))
+        save_finetuned(folder, result, tuned, tokenizer, finetune_page(result))
         return result
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mpo_tn.app.cells import legs, module_name, numbers, size_cells, size_columns
 from mpo_tn.app.terminal import is_wide, new_table, out
+from mpo_tn.planning.coverage import ROWS
+from mpo_tn.planning.patterns import folded, without_numbers
 
 if TYPE_CHECKING:
+    from mpo_tn.planning.coverage import Coverage
     from mpo_tn.planning.plan import Plan
     from mpo_tn.torch import CompressionReport
 
@@ -26,10 +30,49 @@ def print_compression(report: CompressionReport) -> None:
             legs(spec.sites.out, spec.sites.in_), numbers(spec.bonds), f"{spec.kept:.3f}", f"{spec.rel_error:.3g}",
             *(size_cells(spec.bits, layer.bytes / 1e6, layer.bits_per_weight) if report.has_bits else ()),
         )  # fmt: skip
-    out.print(table)
-    for name, reason in report.skipped.items():
-        out.print(f"skipped {name}: {reason}", highlight=False, markup=False)
+    if report.layers:
+        out.print(table)
+    else:
+        out.print("Nothing was compressed: all matrices stay dense.")
+    print_skipped(report.skipped)
+    print_coverage(report.coverage)
     out.print(f"\n{report}\n", highlight=False)
+
+
+def print_skipped(skipped: Mapping[str, str]) -> None:
+    """What was asked for and cannot be, those that are alike together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, reason in skipped.items():
+        alike.setdefault((without_numbers(name), reason), []).append(name)
+    for (_, reason), names in list(alike.items())[:ROWS]:
+        count = f" ({len(names)} modules)" if len(names) > 1 else ""
+        out.print(f"skipped {folded(names) or 'the model itself'}{count}: {reason}", highlight=False, markup=False)
+    if len(alike) > ROWS:
+        more = sum(len(names) for names in list(alike.values())[ROWS:])
+        out.print(f"skipped {more} modules more, all of them with --json", highlight=False)
+
+
+def print_coverage(coverage: Coverage | None) -> None:
+    """How much of the matrices is in cores, and every other, those that are alike together, the largest first."""
+    if coverage is None:
+        return
+    out.print(f"\nC{str(coverage)[1:]}.", highlight=False)
+    rows = coverage.rows()
+    if not rows:
+        return
+    out.print("Dense stay, of the matrix parameters:", highlight=False)
+    for row in rows[:ROWS]:
+        first, count = row.matrices[0], len(row.matrices)
+        times = f" ({count} of them)" if count > 1 else ""
+        shape = "x".join(map(str, first.shape))
+        out.print(
+            f"- {coverage.percent(row.numbers)} %: {row.pattern}{times}, {shape}: {first.reason}",
+            highlight=False, markup=False,
+        )  # fmt: skip
+    if len(rows) > ROWS:
+        rest = sum(row.numbers for row in rows[ROWS:])
+        count = sum(len(row.matrices) for row in rows[ROWS:])
+        out.print(f"- {coverage.percent(rest)} %: {count} smaller ones, all of them with --json", highlight=False)
 
 
 def print_plan(decided: Plan) -> None:
@@ -51,7 +94,10 @@ def print_plan(decided: Plan) -> None:
             *(sizes if decided.has_bits else (f"{most}{size:.3g}",)),
         )  # fmt: skip
     out.print(table)
+    if any(unit.tolerance is not None for unit in decided.units):
+        out.print("\nA matrix whose cores would take as much room as it does, or more, will stay dense.")
     print_left(decided)
+    print_coverage(decided.coverage)
     out.print(f"\n{decided}\n", highlight=False)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,21 +20,31 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import Progress
 
-out = Console()
-err = Console(stderr=True)
+# Names of files and modules are printed as they are: no [markup], no :emoji:.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+EVERY = 30.0
+"""Seconds between two lines on long work where there is no terminal for a bar."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Device = Annotated[str, typer.Option(help="cpu, or for instance cuda.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
 
 
 @contextmanager
 def working(quiet: bool) -> Generator[Progress]:
-    """A progress bar on the error stream, one line a task; nothing but that reaches the terminal meanwhile."""
+    """A progress bar on the error stream, or without a terminal a line every half minute; nothing but that meanwhile.
+
+    ``quiet`` shows no bar; lines are written all the same.
+    """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=err, transient=True, disable=quiet) as bar:
+    hidden = quiet or not err.is_terminal
+    with _lines(err.is_terminal) as told, Bar(*columns, console=err, transient=True, disable=hidden) as bar:
         task = bar.add_task("starting", total=None)
 
         def progress(done: int, total: int, what: str) -> None:
+            told[:] = [done, total, what]
             width = max(20, err.width - 50)
             shown = what if len(what) <= width else f"{what[: width - 3]}..."
             bar.update(task, description=shown, completed=done, total=total)
@@ -45,6 +57,29 @@ def working(quiet: bool) -> Generator[Progress]:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         yield progress
+
+
+@contextmanager
+def _lines(is_terminal: bool) -> Generator[list[Any]]:
+    """Says every half minute what it was told last, from a thread of its own: one step may take longer than that."""
+    told: list[Any] = [0, 0, "starting"]
+    ended, began = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not ended.wait(EVERY):
+            done, total, what = told
+            count = f", {done} of {total}" if total > 1 else ""
+            err.print(f"mpo-tn: {what}{count}, after {time.monotonic() - began:.0f} s", soft_wrap=True)
+
+    speaker = threading.Thread(target=say, daemon=True)
+    if not is_terminal:
+        speaker.start()
+    try:
+        yield told
+    finally:
+        ended.set()
+        if speaker.ident is not None:
+            speaker.join()
 
 
 def sites_of(text: str) -> int | str:

@@ -16,9 +16,10 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.chains import contraction
+from mpo_tn.chains.balance import balanced
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain, same_kind
-from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, shared_out, size_of, unit, unit_cores
+from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, join, shared_out, size_of, unit, unit_cores
 from mpo_tn.exceptions import MPOError, count_text, shape_text, whole_number
 from mpo_tn.linalg import (
     Array,
@@ -153,16 +154,14 @@ def multiply(a: ChainT, b: Chain) -> ChainT:
 
 def pairwise(a: ChainT, b: Chain, join: Callable[[Array, Array], Array], what: str) -> ChainT:
     """The chain of ``join(a_k, b_k)``, linear in both, within the range of the dtype; ``what`` it is, for messages."""
-    cores: list[Array] = []
-    exponents: list[int] = []
-    for pair in zip(a.cores, b.cores, strict=True):
-        risky = all(map(has_values, pair)) and any(_is_risky(core, 0) for core in pair)
-        first, second = (unit(core) if risky else Scaled(core) for core in pair)
-        cores.append(join(first.array, second.array))
-        exponents.append(first.exponent + second.exponent)
-    if any(exponents):
-        cores = shared_out(cores, exponents, range(len(cores)), what)
-    return a.with_cores(cores, None)
+    both = (*a.cores, *b.cores)
+    if not all(map(has_values, both)) or not any(_is_risky(core, 0) for core in both):
+        return a.with_cores(map(join, a.cores, b.cores), None)
+    (first, exponent), (second, other) = balanced(a.cores), balanced(b.cores)
+    parts = [unit(join(*pair)) for pair in zip(first, second, strict=True)]
+    exponents = [part.exponent for part in parts]
+    exponents[0] += exponent + other
+    return a.with_cores(shared_out([part.array for part in parts], exponents, range(len(parts)), what), None)
 
 
 def _product(core: Array, other: Array) -> Array:
@@ -229,9 +228,7 @@ def conj(chain: ChainT) -> ChainT:
 def trace(chain: Chain) -> Size:
     """The trace, in double precision, as a product of matrices: one a site."""
     check_cores(chain)
-    for k, (out, in_) in enumerate(chain.sites):
-        if out != in_:
-            raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
+    check_square(chain)
     wide, exponent = unit_cores([widen(core) for core in chain.cores])
     xp = namespace(wide[0])
     carried = Scaled(one(wide[0]), exponent)
@@ -239,6 +236,17 @@ def trace(chain: Chain) -> Size:
         matrix = xp.linalg.trace(xp.permute_dims(core, (0, 3, 1, 2)))
         carried = unit(carried.array @ matrix, carried.exponent)
     return Size(carried.array[0, 0].item(), carried.exponent)
+
+
+def check_square(chain: Chain) -> None:
+    """Refuse chains that have no trace site by site.
+
+    Raises:
+        MPOError: names the first site whose legs differ.
+    """
+    for k, (out, in_) in enumerate(chain.sites):
+        if out != in_:
+            raise MPOError(f"the trace needs square sites, and site {k} has legs (out, in) = {(out, in_)}")
 
 
 def inner(a: Chain, b: Chain) -> Size:
@@ -251,7 +259,7 @@ def inner(a: Chain, b: Chain) -> Size:
     xp = namespace(wide_a[0])
     carried = Scaled(one(wide_a[0]), exponent_a + exponent_b)  # (bond of a, bond of b)
     for core, other in zip(wide_a, wide_b, strict=True):
-        passed = xp.tensordot(carried.array, other, axes=1)
+        passed = join(carried.array, other)
         carried = unit(xp.tensordot(conjugate(core), passed, axes=((0, 1, 2), (0, 1, 2))), carried.exponent)
     return Size(carried.array[0, 0].item(), carried.exponent)
 
@@ -276,11 +284,10 @@ def difference(a: tuple[list[Array], int], b: tuple[list[Array], int]) -> Size:
                                                                  either side keeps an exponent of its own
     """
     (cores_a, exponent_a), (cores_b, exponent_b) = a, b
-    xp = namespace(cores_a[0])
     left, right = Scaled(one(cores_a[0]), exponent_a), Scaled(one(cores_b[0]), exponent_b)
     for k, (core, other) in enumerate(zip(cores_a, cores_b, strict=True)):
-        left = unit(xp.tensordot(left.array, core, axes=1), left.exponent)
-        right = unit(xp.tensordot(right.array, other, axes=1), right.exponent)
+        left = unit(join(left.array, core), left.exponent)
+        right = unit(join(right.array, other), right.exponent)
         if k < len(cores_a) - 1:
             left, right = side_by_side(left, right)
     return left.plus(Scaled(-right.array, right.exponent)).size()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from mpo_tn.chains.chain import Chain
-from mpo_tn.chains.scaled import TOP, Size, lost, lowest, unit, unit_cores
+from mpo_tn.chains.scaled import TOP, Size, join, lost, lowest, unit, unit_cores
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import (
     EPS,
@@ -62,17 +62,16 @@ def moved(cores: list[Array], exponent: int, interval: tuple[int, int], center: 
     What is carried from site to site is brought to norm 1 to 2, so that a chain of any length stays in range.
     """
     low, high = interval
-    xp = namespace(cores[0])
     for k in range(low, center):
         cores[k], factor = split_right(cores[k])
         carried = unit(factor, exponent)
         exponent = carried.exponent
-        cores[k + 1] = xp.tensordot(carried.array, cores[k + 1], axes=1)
+        cores[k + 1] = join(carried.array, cores[k + 1])
     for k in range(high, center, -1):
         factor, cores[k] = split_left(cores[k])
         carried = unit(factor, exponent)
         exponent = carried.exponent
-        cores[k - 1] = xp.tensordot(cores[k - 1], carried.array, axes=1)
+        cores[k - 1] = join(cores[k - 1], carried.array)
     middle = unit(cores[center], exponent)
     cores[center] = middle.array
     return cores, middle.exponent
@@ -88,7 +87,7 @@ def norm_of(chain: Chain) -> Size:
     for core in cores[1:]:
         rows = carried.array
         factor = triangle(rows) if rows.shape[0] > rows.shape[1] else rows
-        carried = unit(xp.reshape(xp.tensordot(factor, core, axes=1), (-1, core.shape[3])), carried.exponent)
+        carried = unit(xp.reshape(join(factor, core), (-1, core.shape[3])), carried.exponent)
     return carried.size()
 
 
@@ -143,14 +142,22 @@ def stored(chain: ChainT, like: Array, exponent: int = 0) -> tuple[ChainT, float
     else:
         exponents[center] = middle.exponent
     with np.errstate(over="ignore", invalid="ignore"):
-        cores = tuple(
-            restored(times_power_of_two(core, e) if e else core, like) for core, e in zip(wide, exponents, strict=True)
-        )
+        cores = tuple(_scaled(core, e, like) for core, e in zip(wide, exponents, strict=True))
     if half and not all(bool(namespace(core).all(namespace(core).isfinite(core))) for core in cores):
         raise MPOError(f"the norm {size} is beyond the range of {like.dtype} in {len(cores)} cores: use a wider dtype")
-    small = [k for k, core in enumerate(wide) if (half or k == center) and _is_small(core, exponents[k], name)]
-    loss = sum(lost(wide[k], exponents[k], cores[k]) for k in small)
+    if half:
+        small = [k for k, core in enumerate(wide) if _is_small(core, exponents[k], name)]
+    else:
+        small = [center] if size.top < lowest(name, math.prod(wide[center].shape)) else []
+    loss = sum(lost(widen(wide[k]), exponents[k], cores[k]) for k in small)
     return chain.with_cores(cores, None if half else chain.canonical_interval), loss
+
+
+def _scaled(core: Array, exponent: int, like: Array) -> Array:
+    """``core * 2**exponent`` in the dtype and library of an array; the norm of what gets larger is in range before."""
+    if exponent > 0 and not is_half(like):
+        return times_power_of_two(restored(core, like), exponent, in_place=dtype_name(core) != dtype_name(like))
+    return restored(times_power_of_two(core, exponent) if exponent else core, like)
 
 
 def _is_small(core: Array, exponent: int, name: str) -> bool:
@@ -161,13 +168,13 @@ def _is_small(core: Array, exponent: int, name: str) -> bool:
 def shift_right(core: Array, following: Array) -> tuple[Array, Array]:
     """``--A--B--  ->  --Q--(R B)--`` with ``A = Q R``: the left core becomes left-isometric."""
     q, r = split_right(core)
-    return q, namespace(core).tensordot(r, following, axes=1)
+    return q, join(r, following)
 
 
 def shift_left(preceding: Array, core: Array) -> tuple[Array, Array]:
     """``--A--B--  ->  --(A L)--Q--`` with ``B = L Q``: the right core becomes right-isometric."""
     factor, q = split_left(core)
-    return namespace(core).tensordot(preceding, factor, axes=1), q
+    return join(preceding, factor), q
 
 
 def split_right(core: Array) -> tuple[Array, Array]:

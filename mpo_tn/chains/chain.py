@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+
 from mpo_tn.chains.pytree import register
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.linalg import Array, check_dtype, describe, dtype_name, is_traced, library, namespace
@@ -92,6 +94,8 @@ class Chain:
 
 def same_kind(a: Array, b: Array) -> bool:
     """Whether two arrays are of one library, dtype and device; what JAX traces is on whichever device is needed."""
+    if type(a) is np.ndarray and type(b) is np.ndarray:
+        return a.dtype == b.dtype
     if is_traced(a) or is_traced(b):
         return library(a) == library(b) and dtype_name(a) == dtype_name(b)
     return describe(a) == describe(b)

@@ -13,6 +13,7 @@ from typing import Any
 import array_api_compat
 import opt_einsum
 
+from mpo_tn.chains.balance import balanced
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import TOP, Scaled, has_values, placed, size_of, unit
 from mpo_tn.exceptions import MPOError, count_text, list_text, shape_text, whole_number
@@ -161,7 +162,11 @@ def _contracted(
         )
     if _stays_in_range(operands):
         return xp.reshape(plan.contract(operands, xp), shape)
-    return xp.reshape(placed(plan.contract_scaled(operands), what), shape)
+    chain = [array for array in arrays if array.ndim == 4]
+    tame, exponent = balanced(chain)
+    parts = map(xp.reshape, (*tame, *arrays[len(chain) :]), plan.shapes)
+    found = plan.contract_scaled(list(parts))
+    return xp.reshape(placed(Scaled(found.array, found.exponent + exponent), what), shape)
 
 
 def _stays_in_range(operands: Sequence[Array]) -> bool:

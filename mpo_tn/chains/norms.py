@@ -27,6 +27,9 @@ from mpo_tn.linalg import (
     widen,
 )
 
+_MOST_COLUMNS = 2**28
+"""Vectors of the operator norm of more entries are not made."""
+
 _UNIFORM_ROUNDING = math.sqrt(3 / (96 * math.log(2)))
 """The rms relative rounding error over eps, mantissas being log-uniform: ``sqrt(E[m**-2] / 12)``, about 0.21."""
 
@@ -60,8 +63,8 @@ def cast_error(chain: Chain, dtype: Any) -> float:
 
 def _times(carried: Scaled, core: Scaled) -> Scaled:
     """What is carried from the left, times the next core."""
-    joined = namespace(core.array).tensordot(carried.array, core.array, axes=1)
-    return unit(joined, carried.exponent + core.exponent)
+    product = carried.times(core)
+    return unit(product.array, product.exponent)
 
 
 def cast_error_estimate(dtype: Any, n: int, norm: float) -> float:
@@ -137,6 +140,11 @@ def operator_norm(
                 f"the MPO is {expected} of shape {shape_text(chain.shape)}, what to subtract is {like} of shape "
                 f"{shape_text(other.shape)}: use one shape, library, dtype and device"
             )
+    if chain.shape[1] > _MOST_COLUMNS:
+        raise MPOError(
+            f"vectors for a matrix of shape {shape_text(chain.shape)} are too large to be made: norm() bounds the "
+            "operator norm from above"
+        )
     forward = [wide_chain(term) for term in terms]
     backward = [conj(transpose(term)) for term in forward]
     first = forward[0].cores[0]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mpo_tn.chains.balance import balanced
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import (
     EPS,
@@ -28,6 +29,9 @@ from mpo_tn.linalg import (
 
 TOP = {"float16": 15, "bfloat16": 127, "float32": 127, "complex64": 127, "float64": 1023, "complex128": 1023}
 """The exponent of the largest power of two of a dtype; that of its smallest normal number is ``1 - TOP``."""
+
+_FAR = 200
+"""Beyond this exponent of the norm of a core it may hold values so different that their squares are out of range."""
 
 _STEP = 64
 """The power of two that is taken out of an array whose norm is beyond double precision, before it is measured again."""
@@ -45,6 +49,10 @@ class Scaled:
         top = max(part.exponent for part in (self, other) if part.exponent == self.exponent or _any(part.array))
         first, second = (times_power_of_two(part.array, part.exponent - top) for part in (self, other))
         return unit(first + second, top)
+
+    def times(self, other: Scaled) -> Scaled:
+        """The last index contracted with the first of another; not made :func:`unit`."""
+        return Scaled(join(self.array, other.array), self.exponent + other.exponent)
 
     def size(self) -> Size:
         """The 2-norm of all entries."""
@@ -117,6 +125,12 @@ class Size:
         return f"about {10**rest:.3f}e{int(whole)}"
 
 
+def join(left: Array, right: Array) -> Array:
+    """The last index of one array contracted with the first of another, by one product of matrices."""
+    bond = right.shape[0]
+    return (left.reshape((-1, bond)) @ right.reshape((bond, -1))).reshape((*left.shape[:-1], *right.shape[1:]))
+
+
 def has_values(array: Array) -> bool:
     """Whether the size of an array can be looked at: not while JAX or torch trace it, compile or map over it."""
     if is_traced(array) or "meta" in str(getattr(array, "device", "")):
@@ -170,11 +184,13 @@ def _wide(part: Scaled) -> tuple[Array, int]:
 
 def unit_cores(cores: Sequence[Array], low: int = 0, high: int | None = None) -> tuple[list[Array], int]:
     """Cores, those from ``low`` to ``high`` of norm from 1 to 2, or 0, and the sum of the exponents taken out."""
-    found, total = list(cores), 0
-    for k in range(low, len(found) if high is None else high + 1):
-        part = unit(found[k])
-        found[k], total = part.array, total + part.exponent
-    return found, total
+    found, inside = list(cores), slice(low, len(cores) if high is None else high + 1)
+    parts, total = [unit(core) for core in found[inside]], 0
+    if any(abs(part.exponent) > _FAR for part in parts):
+        tame, total = balanced(found[inside])
+        parts = [unit(core) for core in tame]
+    found[inside] = [part.array for part in parts]
+    return found, total + sum(part.exponent for part in parts)
 
 
 def shared_out(cores: Sequence[Array], exponents: Sequence[int], where: Sequence[int], what: str) -> list[Array]:

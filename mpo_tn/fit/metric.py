@@ -12,6 +12,7 @@ from mpo_tn.chains.canonical import wide_chain
 from mpo_tn.chains.chain import Chain
 from mpo_tn.chains.scaled import Scaled, unit, unit_cores
 from mpo_tn.exceptions import MPOError, is_real, shape_text
+from mpo_tn.lapack import pivoted_cholesky
 from mpo_tn.linalg import (
     Array,
     adjoint,
@@ -19,7 +20,6 @@ from mpo_tn.linalg import (
     dtype_name,
     frobenius_norm,
     namespace,
-    pivoted_cholesky,
     times_power_of_two,
     to_numpy,
     widen,

@@ -17,7 +17,7 @@ from mpo_tn.truncation import Report, Truncation, checked_truncation
 
 Way = Literal["direct", "zipup", "fit"]
 
-_SWEEPS, _GAIN = 10, 1e-3
+SWEEPS, GAIN = 10, 1e-3
 """The most sweeps of a fit, each there and back, and the gain of one, as a fraction of the error, that ends it."""
 
 
@@ -74,7 +74,7 @@ def matmul(a: ChainT, b: Chain, truncation: Truncation, method: Way = "direct") 
     cores, last, steps, losses = zip_up(product, a, truncation)
     if isinstance(product, ProductTarget) and any(loss.norm > 0 for loss in losses):
         start, _ = finished(product, cores, last, wide_chain(a))
-        fitted, _ = fit(product, start, sweeps=_SWEEPS, tol=_GAIN)
+        fitted, _ = fit(product, start, sweeps=SWEEPS, tol=GAIN)
         better = product.improved(fitted, losses)
         if better is not None:
             cores, last, losses = better

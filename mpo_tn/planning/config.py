@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, is_real, whole_number
+from mpo_tn.exceptions import MPOError, count_text, is_real, whole_number
 from mpo_tn.planning.options import DENSE, FAMILIES, USUAL_FAMILIES
 from mpo_tn.planning.patterns import matches
 from mpo_tn.planning.sizes import size_of
@@ -19,6 +19,8 @@ from mpo_tn.truncation import Truncation
 _SIZES = ("keep", "bond", "tolerance")
 _BUDGETS = ("size", "bits_per_weight")
 _SITES = 5
+_MOST_SITES = 64
+"""More than any number of entries has factors: beyond it all legs are 1, and a chain takes long for nothing."""
 _BOUNDS = ("min_bits_per_weight", "max_bits_per_weight")
 _OVERRIDABLE = ("sites", *_SIZES, "bits", "group", *_BOUNDS)
 _FRACTIONS = ("bits_per_weight", "max_flops", *_BOUNDS)
@@ -32,9 +34,11 @@ class MPOConfig:
     Args:
         target_modules: PEFT's grammar. A list holds exact names or dotted suffixes; a string is a regular expression
             on the full name; ``"all-linear"`` takes every linear layer but the language-model and classification heads,
-            ``"all-matrices"`` the embeddings too, which else have to be named. An entry that starts with ``re:`` is a
-            regular expression anywhere.
-        exclude_modules: the same grammar; what matches is left alone, and so is what shares its weight.
+            ``"all-matrices"`` the embeddings too, which else have to be named; in a list they stand beside others
+            (``["all-linear", "lm_head"]``). An entry that starts with ``re:`` is a regular expression anywhere.
+            Whatever matches nothing, here and in the patterns below, is an error once a model is there.
+        exclude_modules: the same grammar; what matches is left alone with all that is below it, and so is what shares
+            its weight.
         sites: the number of sites, ``"low-rank"`` for the two-site chain that is a plain low-rank factorisation, or
             :class:`~mpo_tn.Sites` for matrices of exactly that shape.
         keep: parameters of the cores as a fraction of the dense weight, bias apart; the largest single cap on the bonds
@@ -58,12 +62,12 @@ class MPOConfig:
             ``"chains"`` (three to five sites). What the last two lose takes fits to find out, and planning with them
             takes several times as long.
         overrides: pattern to replacements for ``sites``, ``keep``, ``bond``, ``tolerance``, ``bits``, ``group``, and
-            the bounds of bits per weight; the first match wins. A replaced size drops the general one; ``{"keep":
-            None}`` makes the match exact.
+            the bounds of bits per weight; the first match wins, by any name of a matrix that several modules share. A
+            replaced size drops the general one; ``{"keep": None}`` makes the match exact.
 
     At most one of ``keep``, ``bond``, ``tolerance``, ``size`` and ``bits_per_weight``; none, and no ``max_flops``,
     means exact. ``keep=1.0``
-    is not exact: full bonds hold a few per cent more numbers than the matrix.
+    is not exact: full bonds hold a few per cent more numbers than the matrix. Of more :func:`~mpo_tn.torch.plan` warns.
 
     Raises:
         MPOError: two sizes at once, a size or bits out of range, an unknown override; bits, or a size in an override,
@@ -177,10 +181,10 @@ class MPOConfig:
         given = {name for override in self.overrides.values() for name in override} & {"sites", "bits", *_SIZES}
         return self.keep is not None and self.sites == _SITES and self.bits is None and not given
 
-    def for_module(self, name: str) -> MPOConfig:
-        """The configuration of one module, with the first matching override applied."""
+    def for_module(self, *names: str) -> MPOConfig:
+        """The configuration of one module, with the first override applied that matches any of its names."""
         for pattern, override in self.overrides.items():
-            if matches(name, (pattern,)):
+            if any(matches(name, (pattern,)) for name in names):
                 return self._overridden(override)
         return replace(self, overrides={})
 
@@ -261,8 +265,10 @@ def _plain_bits(bits: object, group: object) -> int | dict[str, int | None] | No
 
 def _plain_sites(sites: object) -> int | str | Sites:
     number = whole_number(sites)
-    if number is not None and number >= 1:
+    if number is not None and 1 <= number <= _MOST_SITES:
         return number
+    if number is not None and number > _MOST_SITES:
+        raise MPOError(f"sites={count_text(number)}: no matrix has so many factors; use at most {_MOST_SITES}")
     if isinstance(sites, Sites) or sites == "low-rank":
         return sites  # type: ignore[return-value]
     raise MPOError(f'sites={sites!r} must be a positive number of sites, "low-rank" or Sites(...)')

@@ -178,7 +178,8 @@ class LeftDense:
     """A module whose own parameters stay as they are, and why.
 
     ``parameters`` counts those that no module before it holds; ``matched`` says that the configuration asked for it,
-    and ``reason`` then why it cannot be.
+    and ``reason`` then why it cannot be. ``matrices`` are the parameters among them that are like matrices, by name and
+    shape; None where that is not known.
     """
 
     name: str
@@ -186,6 +187,7 @@ class LeftDense:
     bytes: int
     reason: str
     matched: bool = False
+    matrices: tuple[tuple[str, tuple[int, ...]], ...] | None = None
 
     def __post_init__(self) -> None:
         for what, kind, call in (
@@ -209,6 +211,7 @@ class LeftDense:
             "bytes": self.bytes,
             "reason": self.reason,
             "matched": self.matched,
+            **({} if self.matrices is None else {"matrices": {own: list(shape) for own, shape in self.matrices}}),
         }
 
     @classmethod
@@ -221,8 +224,22 @@ class LeftDense:
         if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise MPOError(f"an entry of left is {values!r} and no object with name, parameters, bytes and reason")
         keys = {"name", "parameters", "bytes", "reason"}
-        check_keys(f"left {values.get('name', 'without a name')}", values, keys, keys | {"matched"})
+        check_keys(f"left {values.get('name', 'without a name')}", values, keys, keys | {"matched", "matrices"})
+        matrices = values.get("matrices")
+        if matrices is not None:
+            values = {**values, "matrices": _read_matrices(values["name"], matrices)}
         return cls(**values)
+
+
+def _read_matrices(name: object, matrices: object) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of parameters, as JSON holds them."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for own, shape in matrices.items() if isinstance(matrices, Mapping) else [(matrices, None)]:
+        sizes = [whole_number(size) for size in shape] if isinstance(shape, (list, tuple)) else [None]
+        if not isinstance(own, str) or any(size is None or size < 0 for size in sizes):
+            raise MPOError(f"left, {name!r}: matrices={matrices!r} must have a list of sizes for each parameter")
+        found.append((own, tuple(size for size in sizes if size is not None)))
+    return tuple(found)
 
 
 def check_keys(what: str, values: Mapping[str, Any], needed: Iterable[str], known: Iterable[str]) -> None:

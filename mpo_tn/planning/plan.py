@@ -16,11 +16,15 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.coverage import Coverage, DenseMatrix
 from mpo_tn.planning.entries import ACTIVATION, Alternative, LeftDense, UnitPlan, check_keys
-from mpo_tn.storage.files import write_whole
+from mpo_tn.planning.patterns import folded, without_numbers
+from mpo_tn.storage.files import checked_file, write_whole
 
 PLAN_VERSION = 1
 _FORMAT = "mpo_tn.plan"
+_LARGEST = 2**28
+"""Bytes of a file: a thousand times the largest plan."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,19 @@ class Plan:
         return all(unit.tolerance is None for unit in self.units)
 
     @property
+    def coverage(self) -> Coverage | None:
+        """What of the matrices will be in cores, and every other with the reason.
+
+        None for a plan of a release that did not write down which parameters stay.
+        """
+        dense: list[DenseMatrix] = []
+        for part in self.left:
+            if part.matrices is None:
+                return None
+            dense += (DenseMatrix(f"{part.name}.{own}".lstrip("."), shape, part.reason) for own, shape in part.matrices)
+        return Coverage(self.matrix_before, tuple(dense))
+
+    @property
     def _beside(self) -> int:
         return sum(unit.bias for unit in self.units) + sum(part.parameters for part in self.left)
 
@@ -199,7 +216,8 @@ class Plan:
             MPOError: no such file, no JSON, and as for :meth:`from_dict`; the message names the file.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+            file = checked_file(Path(path), "a plan", _LARGEST)
+            values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
             if not isinstance(values, dict):
                 raise MPOError("it is no JSON object, so it is no plan")
             return cls.from_dict(values)
@@ -216,7 +234,7 @@ class Plan:
         for unit in self.units:
             key = (without_numbers(unit.name), len(unit.names), unit.spec, unit.storage, unit.tolerance)
             found.setdefault(key, []).append(unit)
-        return [PlanRow(_pattern([unit.name for unit in units]), tuple(units)) for units in found.values()]
+        return [PlanRow(folded([unit.name for unit in units]), tuple(units)) for units in found.values()]
 
     def reasons(self) -> dict[str, list[LeftDense]]:
         """What stays as it is by the reason why."""
@@ -229,10 +247,11 @@ class Plan:
         most = "" if self.is_exact else "at most "
         bits = f", {most}{self.bits_per_weight:.2f} bits per weight" if self.has_bits else ""
         asked = f"; {len(self.skipped)} matched modules stay dense" if self.skipped else ""
+        covers = "" if self.coverage is None else f"; {self.coverage}"
         return (
             f"{len(self.units)} matrices of {self.model}: {most}{self.kept:.3f} of their parameters{bits}, "
             f"{self.kept_model:.3f} of the whole model ({self.parameters_before} -> {self.parameters_after}, "
-            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB){asked}"
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB){covers}{asked}"
         )
 
 
@@ -251,18 +270,3 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise MPOError(f'"{key}" stands twice in one object: leave one of the two')
         found[key] = value
     return found
-
-
-def without_numbers(name: str) -> str:
-    """A name with a star in place of every number.
-
-    >>> without_numbers("encoder.layer.11.fc2")
-    'encoder.layer.*.fc2'
-    """
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def _pattern(names: list[str]) -> str:
-    """The name of one, with a star in place of every number in which several differ."""
-    parts = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)

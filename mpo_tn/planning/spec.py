@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.exceptions import MPOError, is_real, list_text, whole_number
 from mpo_tn.sites import Sites
 from mpo_tn.truncate.quantize import GROUP, check_bits, packed_bytes
 
+_LARGEST = 2**63 - 1
 PARAMETER = "parameter"
 """The kind of a weight that is reached through its parameter, because its module computes with it in its own way."""
 
@@ -94,12 +95,10 @@ class ModuleSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "conv1d", "embedding", PARAMETER):
             raise MPOError(f"kind={self.kind!r} is not linear, conv1d, embedding or parameter")
+        self._check_types()
         rows, columns = self.sites.shape
-        for name in ("out_features", "in_features"):
-            if whole_number(getattr(self, name)) is None:
-                raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number")
-        if len(self.bonds) != len(self.sites) - 1 or min(self.bonds, default=1) < 1:
-            raise MPOError(f"bonds={self.bonds} do not fit {len(self.sites)} sites")
+        if len(self.bonds) != len(self.sites) - 1:
+            raise MPOError(f"bonds={list_text(self.bonds)} do not fit {len(self.sites)} sites")
         if self.out_features > rows or self.in_features > columns:
             raise MPOError(f"legs multiply to {rows} x {columns}, less than {self.out_features} x {self.in_features}")
         if self.bits and len(self.bits) != len(self.sites):
@@ -114,6 +113,29 @@ class ModuleSpec:
         held = [None if bits is None else check_core_bits(bits, self.group)[0] for bits in self.bits]
         object.__setattr__(self, "bits", tuple(held) if any(held) else ())
         object.__setattr__(self, "group", check_core_bits(16, self.group)[1] if self.bits else GROUP)
+
+    def _check_types(self) -> None:
+        for legs in (self.sites.out, self.sites.in_):
+            size = 1
+            for leg in legs:  # before they are multiplied as whole numbers of any length
+                size *= leg
+                if size > _LARGEST:
+                    raise MPOError(f"{self.sites!r} multiply to more than a tensor can hold")
+        for name in ("out_features", "in_features"):
+            if (whole_number(getattr(self, name)) or 0) < 1:
+                raise MPOError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+        if not all((whole_number(bond) or 0) >= 1 for bond in self.bonds):
+            raise MPOError(f"bonds={list_text(self.bonds)} must be whole numbers of at least 1")
+        for name in ("bias", "exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise MPOError(f"{name}={getattr(self, name)!r} is neither true nor false")
+        padding = None if self.padding_idx is None else whole_number(self.padding_idx)
+        if self.padding_idx is not None and (padding is None or not 0 <= padding < self.out_features):
+            raise MPOError(f"padding_idx={self.padding_idx!r} is none of the {self.out_features} ids")
+        if not isinstance(self.tied_to, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MPOError(f"tied_to={self.tied_to!r} is no name of a module")
+        if self.rel_error is not None and not (is_real(self.rel_error) and not self.rel_error < 0):
+            raise MPOError(f"rel_error={self.rel_error!r} is no error")
 
     @property
     def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:

@@ -51,6 +51,8 @@ def structure(kind: str, out: int, in_: int, config: MPOConfig, blocks: int = 1)
     >>> spec = structure("linear", 768, 3072, MPOConfig(keep=0.1))
     >>> spec.bonds, round(spec.kept, 3)
     ((12, 77, 77, 16), 0.099)
+    >>> structure("parameter", 60 * 48, 32, MPOConfig(sites=3), blocks=60).sites.out
+    (180, 4, 4)
     """
     legs, bonds = _legs_and_bonds(out, in_, config.sites, config.keep, config.bond, blocks)
     spec = ModuleSpec(kind, legs, bonds, out, in_)

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 from mpo_tn.chains.chain import Chain
 from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import Array, check_loaded, dtype_name, is_traced, library, to_jax
-from mpo_tn.storage.files import write_whole
+from mpo_tn.storage.files import checked_file, write_whole
 
 FORMAT = "mpo_tn.MPO"
 VERSION = 1
@@ -33,6 +33,7 @@ _STORED = {
     "complex64": ("F32", "float32", "<f4"),
     "complex128": ("F64", "float64", "<f8"),
 }
+_LONGEST_HEADER = 100_000_000  # of safetensors
 _FRAMEWORKS = ("numpy", "torch", "jax")
 
 
@@ -67,14 +68,17 @@ def load(path: str | os.PathLike[str], framework: str) -> tuple[tuple[Array, ...
         raise MPOError(f"framework={framework!r} is not known: it is one of {', '.join(_FRAMEWORKS)}")
     source = _checked_path(path)
     try:
-        data = source.read_bytes()
+        with checked_file(source, "what MPO.save wrote").open("rb") as file:
+            begin, header = _header(source, file)
+            data = begin + file.read()
+    except MPOError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise MPOError(f"{source} could not be read ({getattr(error, 'strerror', None) or error})") from error
     try:
         tensors = dict(deserialize(data))
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise MPOError(f"{source} is damaged or no safetensors file: {error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise _no_safetensors(source, error) from error
     record = _checked_record(source, (header.get("__metadata__") or {}).get(_KEY))
     dtype: str = record["dtype"]
     shapes = _shapes(record)
@@ -97,6 +101,29 @@ def load(path: str | os.PathLike[str], framework: str) -> tuple[tuple[Array, ...
     except MPOError as error:
         raise MPOError(f"{source} holds {dtype} cores: {error}") from error
     return cores, (low, high)
+
+
+def _header(source: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """The begin of a file, up to its tensors, and what it says of them, before anything large is read."""
+    size = os.fstat(file.fileno()).st_size
+    begin = file.read(8)
+    length = int.from_bytes(begin, "little")
+    if len(begin) < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise _no_safetensors(source, "its header does not fit into it")
+    begin += file.read(length)
+    try:
+        header = json.loads(begin[8:])
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if max(ends, default=0) != size - 8 - length:
+            raise _no_safetensors(source, f"it has {size:,} bytes, and its header speaks of another number")
+        text = (header.get("__metadata__") or {}).get(_KEY)
+    except MPOError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _no_safetensors(source, error) from error
+    if not isinstance(text, str | None):
+        raise _damaged(source, "its metadata is no text")
+    return begin, header
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
@@ -162,6 +189,10 @@ def _digest(record: dict[str, Any], contents: Sequence[bytes | bytearray]) -> st
 
 def _damaged(source: Path, reason: str) -> MPOError:
     return MPOError(f"{source} is damaged: {reason}")
+
+
+def _no_safetensors(source: Path, reason: object) -> MPOError:
+    return MPOError(f"{source} is damaged or no safetensors file: {reason}")
 
 
 def _checked_record(source: Path, text: str | None) -> dict[str, Any]:

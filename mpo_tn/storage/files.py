@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Generator
 from pathlib import Path
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.places import claimed, delete, flush, flush_names, new_beside, put_in_place
+
+_PATIENCE = 60.0
+"""Seconds to wait for another writer of a file, which is written at once; of a folder none."""
 
 
 def check_target(folder: Path, *, overwrite: bool, marker: str, keep: Path | None = None) -> None:
@@ -24,11 +26,15 @@ def check_target(folder: Path, *, overwrite: bool, marker: str, keep: Path | Non
     Raises:
         MPOError: it is a file, it is not empty and may not be replaced, or it holds what is being read.
     """
-    if folder.exists() and not folder.is_dir():
+    try:
+        there = folder.exists()
+    except OSError as error:
+        raise MPOError(f"{folder} cannot be looked at ({error.strerror}): name another folder") from error
+    if there and not folder.is_dir():
         raise MPOError(f"{folder} is a file: name a folder that does not exist yet")
     if keep is not None and keep.exists() and keep.resolve().is_relative_to(folder.resolve()):
         raise MPOError(f"{folder} holds the input {keep}: name another folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not there or not any(folder.iterdir()):
         return
     if not overwrite:
         raise MPOError(f"{folder} exists and is not empty: name another folder, or pass --overwrite to replace it")
@@ -41,41 +47,51 @@ def check_target(folder: Path, *, overwrite: bool, marker: str, keep: Path | Non
 
 @contextlib.contextmanager
 def written_beside(folder: Path) -> Generator[Path]:
-    """A temporary folder beside ``folder``, renamed to it when the block ends well and deleted when it does not.
+    """A temporary folder beside ``folder``, put in its place when the block ends well and deleted when it does not.
 
-    Guarantee (old-or-new): ``folder`` is the earlier one, untouched, or the new one, complete, and never half of it. If
-    the block raises, or the disk is full, it is the earlier one, and nothing is left beside it (folders above it that
-    had to be made stay).
-    The swap of two folders takes two renames. Between them there is nothing under the name, and the earlier folder lies
-    whole in ``.<name>.old.*/old`` beside it: there it stays if the process is killed at that moment, or if the second
-    rename fails. A process killed elsewhere may leave a hidden folder, too.
+    Guarantee (old-or-new): ``folder`` is the earlier one, untouched, or the new one, complete, and never half of it,
+    also if the process is killed or the machine stops: files are on the disk before they get the name. If the block
+    raises, or the disk is full, it is the earlier one, and nothing is left beside it. What a killed process leaves is
+    deleted by the next one that writes there (:func:`~mpo_tn.storage.places.claimed`, which refuses a second writer).
+    The earlier folder is exchanged for the new one in one step where the system can (Linux, on most file systems); else
+    it takes two, and a process killed between them leaves nothing under the name until the folder is next read or
+    written by this package, which brings the earlier one back.
+
+    Guarantee (umask-untouched): the umask of the process, which its threads share, is not looked at by changing it.
+    A link is followed: what it points to is replaced. Permissions are those of the earlier folder; without one, and for
+    what is in it, those that the process gives new files.
 
     Raises:
-        MPOError: the disk is full or may not be written to.
+        MPOError: the disk is full or may not be written to; another process is writing it.
     """
-    temporary: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield temporary
-        for path in [temporary, *temporary.rglob("*")]:  # safetensors makes files that their owner alone can read
-            if not path.is_symlink():
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / "old")
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        with claimed(folder) as place:
+            temporary = new_beside(place)
+            temporary.mkdir()
+            try:
+                mode = temporary.stat().st_mode
+                yield temporary
+                _settle(temporary, mode)
+                if place.is_dir():
+                    temporary.chmod(stat.S_IMODE(place.stat().st_mode))
+                put_in_place(temporary, place)
+            finally:
+                delete(temporary)
     except OSError as error:
         raise MPOError(
             f"{folder} could not be written ({error.strerror or error}); nothing was changed: free some space or name "
             "another folder"
         ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(folder: Path, mode: int) -> None:
+    """Permissions as the process gives them to new files, and everything on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        # safetensors makes files for their owner alone.
+        path.chmod(stat.S_IMODE(mode) if path.is_dir() else mode & 0o666)
+        flush(path)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -92,22 +108,32 @@ def write_whole(path: Path, data: bytes) -> None:
 def file_beside(path: Path) -> Generator[Path]:
     """A temporary file beside ``path``, renamed to it when the block ends well. A link is followed.
 
-    Guarantee (file-old-or-new): at any moment, also if the process is killed, there is either the old file or the new
-    one, never half of it. If it raises, it is the old one, and nothing is left behind.
+    Guarantee (file-old-or-new): at any moment, also if the process is killed or the machine stops, there is either the
+    old file or the new one, never half of it. If it raises, it is the old one, and nothing is left behind; what a
+    killed process leaves is deleted by the next one that writes there. Of two writers the second waits, up to a minute.
+
+    Permissions are those of the earlier file; without one those that the process gives new files.
 
     Raises:
-        MPOError: the folder does not exist, the disk is full or may not be written to.
+        MPOError: the folder does not exist, the disk is full or may not be written to; something is there that is no
+            file, a device for instance.
     """
-    temporary: Path | None = None
     try:
-        target = path.resolve()
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        temporary = Path(name)
-        os.close(handle)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null character
+        with claimed(path, wait=_PATIENCE, parents=False) as place:
+            if place.exists() and not place.is_file():
+                raise MPOError(f"{path} could not be written: something is there that is no file; name another")
+            temporary = new_beside(place)
+            try:
+                temporary.touch(exist_ok=False)
+                mode = (place if place.exists() else temporary).stat().st_mode
+                yield temporary
+                temporary.chmod(stat.S_IMODE(mode))
+                flush(temporary)
+                temporary.replace(place)
+                flush_names(place.parent)
+            finally:
+                delete(temporary)
+    except (OSError, ValueError) as error:
         if isinstance(error, MPOError):
             raise
         reason = getattr(error, "strerror", None) or error
@@ -115,13 +141,29 @@ def file_beside(path: Path) -> Generator[Path]:
             f"{path} could not be written ({reason}); nothing was changed: name another file in a folder that exists "
             "and has space"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    """The permissions new files would lack; ``mkdtemp`` gives fewer than a user expects of an ordinary folder."""
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def checked_file(path: Path, what: str, most: int | None = None) -> Path:
+    """The same path, if a file is there that can be read to its end: no pipe or device, and not larger than it may be.
+
+    Args:
+        path: of the file; a link is followed.
+        what: it should hold, for the message.
+        most: bytes that it may have.
+
+    Raises:
+        MPOError: there is none, it is something else, or it is larger.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MPOError(f"{path} could not be read ({reason}): name a file that holds {what}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no file but a pipe, a socket or a device"
+        raise MPOError(f"{path} could not be read, it is {kind}: name a file that holds {what}")
+    if most is not None and found.st_size > most:
+        raise MPOError(
+            f"{path} has {found.st_size:,} bytes, and {what} is read whole, up to {most:,}: give less of it, or mend it"
+        )
+    return path

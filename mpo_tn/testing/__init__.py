@@ -1,7 +1,7 @@
 """Hypothesis strategies and assertions for tests of matrix product operators, yours and ours.
 
 Everything is checked on the host in double precision by plain NumPy, with none of the package's own algebra. Needs
-hypothesis (``pip install hypothesis``). docs/testing.md shows how to test a decomposition of your own.
+hypothesis (``pip install 'mpo-tn[testing]'``). docs/testing.md shows how to test a decomposition of your own.
 
 >>> from hypothesis import given, settings, strategies as st
 >>> from mpo_tn import MPO, Truncation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from mpo_tn.truncation import Report
 try:
     from hypothesis import strategies as st
 except ImportError as error:
-    raise ImportError("mpo_tn.testing needs hypothesis: pip install hypothesis") from error
+    raise ImportError("mpo_tn.testing needs hypothesis: pip install 'mpo-tn[testing]'") from error
 
 DTYPES = ("float32", "float64", "complex64", "complex128")
 HALF_DTYPES = ("float16", "bfloat16")
@@ -213,8 +214,32 @@ def sites_of(draw: st.DrawFn, rows: int, columns: int, *, min_sites: int = 1, ma
     return Sites(*sides)
 
 
-@st.composite
 def problems(
+    sites: st.SearchStrategy[Sites] | None = None,
+    *,
+    min_sites: int = 1,
+    kinds: Sequence[str] = KINDS,
+    dtypes: Sequence[str] = DTYPES,
+    scaled: bool = True,
+) -> st.SearchStrategy[Problem]:
+    """Matrices over backends, dtypes, legs and spectra.
+
+    Guarantee (draws-load-nothing): the backends that are installed are imported when a strategy is made, by this
+    function or its neighbours, and not when it is drawn from, so that the first draw is no slower than the others.
+
+    Args:
+        sites: a strategy for the legs; by default :func:`legs` with at least ``min_sites``.
+        min_sites: the fewest sites of the default.
+        kinds: some of :data:`KINDS`.
+        dtypes: some of :data:`DTYPES`.
+        scaled: sometimes near the ends of the range of the dtype, where squares overflow or vanish.
+    """
+    _load_backends()
+    return _problems(sites, min_sites=min_sites, kinds=kinds, dtypes=dtypes, scaled=scaled)
+
+
+@st.composite
+def _problems(
     draw: st.DrawFn,
     sites: st.SearchStrategy[Sites] | None = None,
     *,
@@ -223,16 +248,6 @@ def problems(
     dtypes: Sequence[str] = DTYPES,
     scaled: bool = True,
 ) -> Problem:
-    """Matrices over backends, dtypes, legs and spectra.
-
-    Args:
-        draw: given by Hypothesis.
-        sites: a strategy for the legs; by default :func:`legs` with at least ``min_sites``.
-        min_sites: the fewest sites of the default.
-        kinds: some of :data:`KINDS`.
-        dtypes: some of :data:`DTYPES`.
-        scaled: sometimes near the ends of the range of the dtype, where squares overflow or vanish.
-    """
     chosen = draw(legs(min_sites=min_sites) if sites is None else sites)
     backend, dtype = draw(_kinds_of_array(dtypes))
     huge = 1e250 if linalg.EPS[dtype] < 1e-10 else 1e25 if linalg.EPS[dtype] < 1e-4 else 1.0
@@ -241,14 +256,21 @@ def problems(
     return _problem(matrix * scale, chosen, backend, dtype)
 
 
-@st.composite
 def spectral_problems(
-    draw: st.DrawFn, sites: st.SearchStrategy[Sites] | None = None, *, dtypes: Sequence[str] = DTYPES
-) -> Problem:
+    sites: st.SearchStrategy[Sites] | None = None, *, dtypes: Sequence[str] = DTYPES
+) -> st.SearchStrategy[Problem]:
     """Matrices of which the spectrum of one bond, or of every bond, is known by construction (``problem.spectra``).
 
     See :func:`matrix_with_spectrum`. There are at least two sites.
     """
+    _load_backends()
+    return _spectral_problems(sites, dtypes=dtypes)
+
+
+@st.composite
+def _spectral_problems(
+    draw: st.DrawFn, sites: st.SearchStrategy[Sites] | None = None, *, dtypes: Sequence[str] = DTYPES
+) -> Problem:
     chosen = draw(legs(min_sites=2) if sites is None else sites)
     backend, dtype = draw(_kinds_of_array(dtypes))
     bond = draw(st.none() | st.integers(0, len(chosen) - 2))
@@ -261,19 +283,16 @@ def spectral_problems(
     return _problem(matrix, chosen, backend, dtype, padded)
 
 
-@st.composite
 def mpos(
-    draw: st.DrawFn,
     sites: st.SearchStrategy[Sites] | None = None,
     *,
     forms: Sequence[str] = FORMS,
     max_bond: int = 5,
     dtypes: Sequence[str] = DTYPES,
-) -> MPO:
+) -> st.SearchStrategy[MPO]:
     """Random MPOs in a given canonical form, made of Gaussian cores and of random isometries.
 
     Args:
-        draw: given by Hypothesis.
         sites: a strategy for the legs; by default :func:`legs` of matrices of at most 1500 entries.
         forms: some of :data:`FORMS`. ``"left"``: all but the last core left-isometric; ``"right"``: all but the first
             right-isometric; ``"mixed"``: a centre anywhere; ``"partial"``: an interval of any length; ``"none"``: no
@@ -281,6 +300,19 @@ def mpos(
         max_bond: the widest bond. Isometries narrow it where the legs do not allow it.
         dtypes: some of :data:`DTYPES`; of :data:`HALF_DTYPES` with the form ``"none"``.
     """
+    _load_backends()
+    return _mpos(sites, forms=forms, max_bond=max_bond, dtypes=dtypes)
+
+
+@st.composite
+def _mpos(
+    draw: st.DrawFn,
+    sites: st.SearchStrategy[Sites] | None = None,
+    *,
+    forms: Sequence[str] = FORMS,
+    max_bond: int = 5,
+    dtypes: Sequence[str] = DTYPES,
+) -> MPO:
     chosen = draw(legs(max_size=1500) if sites is None else sites)
     backend, dtype = draw(_kinds_of_array(dtypes))
     form, n = draw(st.sampled_from(forms)), len(chosen)
@@ -306,6 +338,13 @@ def mpos(
             core = np.linalg.qr(core.reshape(shape[0], -1).T)[0].T.reshape(shape)
         cores.append(core)
     return MPO(tuple(to_backend(core, backend, dtype) for core in cores), (low, high))
+
+
+@functools.cache
+def _load_backends() -> None:
+    """Import what arrays will be made of, and make one of each: in the first draw it would count as a slow strategy."""
+    for backend in installed_backends():
+        to_host(to_backend(np.ones((1, 1)), backend, "float32"))
 
 
 def _problem(

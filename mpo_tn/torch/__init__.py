@@ -7,6 +7,7 @@ Importing this package registers the ``"mpo"`` quantizer when transformers is in
 import importlib.util
 
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.coverage import Coverage, DenseMatrix
 from mpo_tn.planning.entries import LeftDense, UnitPlan
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.ranking import RankedCut, Ranking
@@ -14,6 +15,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 from mpo_tn.torch.layers.modes import set_mode
+from mpo_tn.torch.layers.parameter import MPOParameter
 from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.workspace import free_workspace
 from mpo_tn.torch.loops.heal import heal
@@ -27,6 +29,7 @@ from mpo_tn.torch.models.calibration import Calibration, Moments
 from mpo_tn.torch.models.compress import compress
 from mpo_tn.torch.models.cuts import bond_spectra, cut_model
 from mpo_tn.torch.models.decide import plan
+from mpo_tn.torch.models.dense import to_dense
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
 from mpo_tn.torch.models.trainable import FreezeReport, freeze, parameter_groups, print_trainable_parameters
 from mpo_tn.torch.state.saved_cores import load_cores, save_cores
@@ -34,7 +37,7 @@ from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.truncate.bond_cut import Cut, cut_bond
 
 if importlib.util.find_spec("transformers") is not None:
-    from mpo_tn.torch.hf import quantizer as quantizer
+    from mpo_tn.torch.hf import saving as saving
 
 
 __all__ = [
@@ -42,7 +45,9 @@ __all__ = [
     "BlockStep",
     "Calibration",
     "CompressionReport",
+    "Coverage",
     "Cut",
+    "DenseMatrix",
     "FreezeReport",
     "HealResult",
     "LayerReport",
@@ -51,6 +56,7 @@ __all__ = [
     "MPOEmbedding",
     "MPOLayer",
     "MPOLinear",
+    "MPOParameter",
     "ModuleSpec",
     "Moments",
     "Plan",
@@ -78,4 +84,5 @@ __all__ = [
     "save_state",
     "set_mode",
     "squeeze",
+    "to_dense",
 ]

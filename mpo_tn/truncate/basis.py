@@ -15,6 +15,7 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.lapack import is_small
 from mpo_tn.linalg import (
     Array,
     adjoint,
@@ -54,7 +55,7 @@ _SINGLE_RANGE, _DOUBLE_RANGE = (1e-12, 1e12), (1e-60, 1e60)
 """Norms whose cube, which a block of `krylov` may have, is in the range of single or double precision."""
 _CLEAN = 1e-4
 """A block that had less than this within the basis is orthonormal to its square once that is taken out."""
-_SMALL = 4
+_SMALL = 16
 """Of fewer values all are found in less time than it takes to look whether half the digits are enough."""
 _FIRST_GUESS = 16
 """Columns tried first when only a tolerance says how many are wanted."""
@@ -135,7 +136,7 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
         rough = _rough(matrix, wanted) if capped and not few and rank >= max(2 * wanted, _SMALL) else None
         if rough is not None:
             return rough
-        method = "krylov" if few else "gram" if single else "svd"
+        method = "krylov" if few else "gram" if single and not is_small(matrix) else "svd"
     dense = _gram if method == "gram" or (single and method != "svd") else _svd
     if method in ("krylov", "randomized"):
         finder = _krylov if method == "krylov" else _randomized
@@ -156,11 +157,12 @@ def _room(method: str, columns: int) -> int:
 def _svd(matrix: Array, *, single: bool) -> Factor:
     """All singular vectors, from the triangle of a QR of the longer side where that is cheaper."""
     m, k = matrix.shape
-    if m > k:
+    if m > k and not is_small(matrix):
         small = left_factor(adjoint(triangle(matrix)) if 2 * m > 3 * k else adjoint(matrix), gram=False)
         return Factor(_turned(matrix, small.u), tails(small.values), k, True, "svd", small.note)
-    small = left_factor(adjoint(triangle(adjoint(matrix))) if 2 * k > 3 * m else matrix, gram=False)
-    return Factor(lambda r: small.u[:, :r], tails(small.values), m, True, "svd", small.note)
+    flat = 2 * k > 3 * m and not is_small(matrix)
+    small = left_factor(adjoint(triangle(adjoint(matrix))) if flat else matrix, gram=False)
+    return Factor(lambda r: small.u[:, :r], tails(small.values), min(m, k), True, "svd", small.note)
 
 
 def _gram(matrix: Array, *, single: bool) -> Factor:

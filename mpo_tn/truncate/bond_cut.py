@@ -10,15 +10,14 @@ import numpy as np
 
 from mpo_tn.chains.scaled import Scaled, unit
 from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.lapack import pivoted_qr, svd
 from mpo_tn.linalg import (
     Array,
     adjoint,
     check_values,
     namespace,
-    pivoted_qr,
     restored,
     singular_values,
-    svd,
     times_power_of_two,
     to_numpy,
     triangle,

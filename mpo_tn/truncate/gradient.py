@@ -11,6 +11,7 @@ import numpy as np
 
 from mpo_tn.chains.unfolding import deinterleave, interleave
 from mpo_tn.exceptions import MPOError
+from mpo_tn.lapack import svd
 from mpo_tn.linalg import (
     EPS,
     Array,
@@ -20,7 +21,6 @@ from mpo_tn.linalg import (
     is_traced,
     library,
     restored,
-    svd,
     to_numpy,
     widen,
 )

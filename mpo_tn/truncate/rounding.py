@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import array_api_compat
-
 from mpo_tn.chains.canonical import ChainT, check_cores, moved, stored
-from mpo_tn.chains.scaled import Scaled, Size, unit, unit_cores
+from mpo_tn.chains.scaled import Scaled, Size, join, unit, unit_cores
+from mpo_tn.lapack import is_small
 from mpo_tn.linalg import (
     EPS,
     Array,
@@ -16,8 +15,8 @@ from mpo_tn.linalg import (
     dtype_name,
     eps,
     frobenius_norm,
+    gram_factor,
     is_single,
-    left_factor,
     namespace,
     narrow,
     storage_notes,
@@ -30,7 +29,7 @@ from mpo_tn.truncate.spectra import Spectra, spectra
 from mpo_tn.truncate.sweep import LIGHT_SITES, LIGHT_SIZE, BondCallback, Budget, Sweep
 from mpo_tn.truncation import Report, Truncation, checked_truncation
 
-_FLAT = 16
+_FLAT = 2
 """From so many times as wide as high on, a matrix has its Gram matrix in much less time than its triangle."""
 
 _ADDS_UP = 64
@@ -122,7 +121,7 @@ def _sweep(
         u, _ = sweep.take(found, k)
         rest = adjoint(xp.astype(u, here.array.dtype, copy=False)) @ _rows(here.array)
         cores[k] = xp.reshape(u, (left, out, in_, u.shape[1]))
-        here = unit(xp.tensordot(rest, cores[k + 1], axes=1), here.exponent)
+        here = unit(join(rest, cores[k + 1]), here.exponent)
     if known is not None:
         sweep.know(known)
     cut = math.hypot(*(step.discarded_norm / scale for step in sweep.steps))
@@ -151,12 +150,11 @@ def _right_factors(cores: list[Array], last: int, *, least: float, first: int = 
         product = _times(Scaled(cores[k]), factors[k])
         columns = xp.reshape(product.array, (cores[k].shape[0], -1))
         rows, width = columns.shape
-        if rows < width and width >= least * rows:
-            found, half = left_factor(widen(columns), gram=True), True
-            weighted = found.u * xp.asarray(found.values, device=array_api_compat.device(found.u))
-            columns = xp.astype(weighted, columns.dtype, copy=False)
-        elif rows < width:
-            columns = adjoint(triangle(adjoint(columns)))
+        if rows < width:
+            wide = widen(columns)
+            rough = width >= least * rows and not is_small(wide)
+            factor = gram_factor(wide) if rough else adjoint(triangle(adjoint(wide)))
+            columns, half = xp.astype(factor, columns.dtype, copy=False), half or rough
         factors[k - 1] = unit(columns, product.exponent)
     return factors, half
 
@@ -176,10 +174,7 @@ def _tells_enough(found: Factor, rows: int, cap: int | None) -> bool:
 
 
 def _times(core: Scaled, factor: Scaled | None) -> Scaled:
-    if factor is None:
-        return core
-    product = namespace(core.array).tensordot(core.array, factor.array, axes=1)
-    return Scaled(product, core.exponent + factor.exponent)
+    return core if factor is None else core.times(factor)
 
 
 def _rows(core: Array) -> Array:

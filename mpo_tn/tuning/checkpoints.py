@@ -11,6 +11,7 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import check_target
+from mpo_tn.storage.places import recover
 from mpo_tn.torch.state.training_state import save_state
 from mpo_tn.tuning.methods import Method
 from mpo_tn.tuning.past_defaults import FORMAT_VERSION, checked_version, completed
@@ -73,7 +74,7 @@ class Keeper:
         """
         if self.checkpoint is None:
             return
-        _bring_back(self.checkpoint)
+        recover(self.checkpoint)
         if not self.checkpoint.is_dir():
             return
         self.resumed = True
@@ -101,21 +102,6 @@ class Keeper:
             "other rates if you like",
             error.step,
         )
-
-
-def _bring_back(checkpoint: Path) -> None:
-    """Of a checkpoint that was set aside, and the next one not yet in its place: the earlier one takes it again."""
-    if checkpoint.exists():
-        return
-    whole = [
-        path / "old"
-        for path in checkpoint.parent.glob(f".{checkpoint.name}.old.*")
-        if all((path / "old" / name).is_file() for name in ("state.json", "tensors.safetensors"))
-    ]
-    if whole:
-        newest = max(whole, key=lambda path: (path / "state.json").stat().st_mtime_ns)
-        newest.rename(checkpoint)
-        shutil.rmtree(newest.parent)
 
 
 def _check_settings(checkpoint: Path, run: Run) -> None:
@@ -172,7 +158,7 @@ def check_folder(folder: Path, source: str | Path, *, resume: bool, overwrite: b
     if unfinished and not overwrite:
         raise MPOError(f"{folder} holds an unfinished run: pass --resume to go on, or --overwrite to start anew")
     if unfinished:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.resolve())
     elif resume and (folder / "result.json").exists():
         raise MPOError(f"{folder} holds a finished run, there is nothing to resume: read its result.json")
     check_target(folder, overwrite=overwrite, marker="result.json", keep=Path(source))

@@ -10,6 +10,7 @@ from typing import Any
 from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress
 from mpo_tn.storage.files import written_beside
+from mpo_tn.storage.places import claimed_if
 from mpo_tn.storage.tensors import as_os_error
 from mpo_tn.tuning.carry_out import carry_out
 from mpo_tn.tuning.checkpoints import Keeper
@@ -50,7 +51,8 @@ def finetune(
     Guarantee (resumed-same-bits): they do so if the run was killed at any point and resumed, too.
 
     Raises:
-        MPOError: bad input, see :func:`mpo_tn.tuning.run.start`; a checkpoint of another run.
+        MPOError: bad input, see :func:`mpo_tn.tuning.run.start`; a checkpoint of another run; a folder
+            that another process writes to.
         NotFiniteError: the loss is no number any more; the last checkpoint is kept.
 
     Source: lightweight fine-tuning and dimension squeezing of Liu, Gao et al., ACL 2021, sections 4.1 and 4.2.
@@ -64,14 +66,15 @@ def finetune(
     gap_data: TaskData | None = None
     if squeezing is not None and squeezing.gap_on == "held-out":
         data, gap_data = hold_out(data)
-    run = start(source, data, method, settings, phases, progress)
-    keeper = Keeper(folder, run, began)
-    if resume:
-        keeper.read()
-    try:
-        carry_out(run, keeper=keeper, gap_data=gap_data, progress=progress)
-    except NotFiniteError as error:
-        raise keeper.told(error) from error
+    with claimed_if(folder):
+        run = start(source, data, method, settings, phases, progress)
+        keeper = Keeper(folder, run, began)
+        if resume:
+            keeper.read()
+        try:
+            carry_out(run, keeper=keeper, gap_data=gap_data, progress=progress)
+        except NotFiniteError as error:
+            raise keeper.told(error) from error
     return result_of(run, keeper.elapsed()), run.prepared.finish(run.model)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
+from mpo_tn.storage.files import checked_file
 from mpo_tn.torch import MPOConfig, MPOLayer, compress
 from mpo_tn.torch.models.survey import find_units
 from mpo_tn.torch.models.trainable import GROUPS, check_policy, freeze, parameter_groups
@@ -131,7 +132,7 @@ def bonds_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     path = folder / "result.json" if folder.is_dir() else folder
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads((checked_file(path, "a result") if path.exists() else path).read_text(encoding="utf-8"))
         checked_version(result, path)
         bonds = result["squeezing"]["bonds"]
         return {str(name): tuple(int(bond) for bond in part) for name, part in bonds.items()}
@@ -211,7 +212,9 @@ def mpo_config(model: nn.Module, method: Method) -> MPOConfig:
     if method.bonds is None:
         return MPOConfig(target_modules=method.target, sites=sites, keep=method.keep)
     exactly = {name: f"re:{re.escape(name)}" for name in method.bonds}  # a bare name would mean every suffix, too
-    units = {unit.name: unit for unit in find_units(model, list(exactly.values()))[0]}
+    present = {name for name, _ in model.named_modules()}
+    there = [pattern for name, pattern in exactly.items() if name in present]
+    units = {unit.name: unit for unit in find_units(model, there)[0]} if there else {}
     unknown = sorted(set(method.bonds) - set(units))
     if unknown:
         raise MPOError(f"bonds are given for {unknown[0]}, which is no matrix of the model: is it another model's log?")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.files import checked_file
 from mpo_tn.tuning.methods import Method
 from mpo_tn.tuning.past_defaults import FORMAT_VERSION, checked_version, completed
 from mpo_tn.tuning.phases import squeezing_of
@@ -141,7 +142,7 @@ def read_result(folder: Path) -> FinetuneResult:
     """
     path = folder / "result.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads((checked_file(path, "a result") if path.exists() else path).read_text(encoding="utf-8"))
         version = checked_version(values, path)
         known = {field.name: field for field in fields(FinetuneResult)}
         kept = {name: values[name] for name in known}

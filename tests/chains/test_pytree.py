@@ -80,9 +80,41 @@ def test_gradient_steps(a):
 
 
 def test_what_needs_values_says_so(a):
-    for verb in (lambda m: m.norm(), lambda m: m.compress(Truncation())[0].cores, lambda m: m.trace()):
-        with pytest.raises(MPOError, match="core 0 is being traced by JAX"):
+    for verb in (lambda m: m.distance(a), lambda m: m.compress(Truncation())[0].cores, lambda m: m.spectra()):
+        with pytest.raises(MPOError, match=r"core 0 is being traced by JAX.*use mpo_tn.truncated"):
             jax.jit(verb)(a)
+
+
+@pytest.mark.guarantee("traced")
+@pytest.mark.parametrize(
+    ("dtype", "n", "scale"),
+    [("float32", 3, 1.0), ("complex128", 3, 1.0), ("complex64", 12, 1e9), ("float64", 12, 1e-60)],
+)
+def test_numbers_while_traced(dtype, n, scale):
+    plain, other = (MPO.random(Sites((2,) * n, (2,) * n), 3, seed=seed, dtype=dtype) for seed in (0, 1))
+    near = [(other.cores[k] * 0.1 + core) * scale for k, core in enumerate(plain.cores)]
+    first, second = (MPO([jnp.asarray(core.astype(dtype)) for core in cores]) for cores in (plain.cores, near))
+
+    def told(a, b):
+        return a.log_norm(), *a.log_inner(b), *b.log_trace()
+
+    off = 4 * n * 12 * (2.0**-23 if dtype in ("float32", "complex64") else 2.0**-52)
+    for found, expected in zip(jax.jit(told)(first, second), told(first, second), strict=True):
+        assert abs(found - expected) <= off * max(1.0, abs(expected))
+    if n == 3:
+        for verb in (lambda a: a.norm(), lambda a: a.inner(second), lambda a: second.trace() + a.trace()):
+            assert abs(jax.jit(verb)(first) - verb(first)) <= off * abs(verb(first))
+        slope = jax.grad(lambda a: a.norm())(first)
+        for step, core in zip(slope.cores, first.cores, strict=True):  # the norm is homogeneous of degree 1 in each
+            assert abs((step * core).sum() - first.norm()) <= off * first.norm()
+        both = jax.vmap(lambda c: MPO([c, *first.cores[1:]]).norm())(jnp.stack([first.cores[0], 2 * first.cores[0]]))
+        assert abs(both[1] / both[0] - 2) <= off
+
+
+def test_traced_zero_has_no_logarithm():
+    zero = MPO([jnp.zeros((1, 2, 2, 1))] * 3)
+    assert jax.jit(lambda a: a.norm())(zero) == 0
+    assert jax.jit(lambda a: a.log_norm())(zero) == -jnp.inf
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])

@@ -1,9 +1,12 @@
-"""JSON with one thing wrong in it."""
+"""JSON with one thing wrong in it, and folders as a kill leaves them."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from mpo_tn.storage import places
 
 MISSING = object()
 
@@ -19,3 +22,8 @@ def changed(values: Any, path: tuple[Any, ...], to: Any) -> Any:
     else:
         place[path[-1]] = to
     return copy
+
+
+def put_aside(folder: Path) -> None:
+    """As a process leaves a folder that is killed between the two renames of a replacement, where it takes two."""
+    folder.rename(places._old_beside(folder))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from helpers.fuse import KILLED, Fuse, in_a_child
-from mpo_tn.storage import files
+from mpo_tn.storage import files, places
 
 NAMES = ("a.txt", "inner/b.txt")
 
@@ -30,35 +29,45 @@ def holds(folder: Path, content: str) -> bool:
     return found == dict.fromkeys(NAMES, content)
 
 
-def wrapped(at: int | None) -> Fuse:
+def wrapped(at: int | None, *, exchanged: bool = True) -> None:
     fuse = Fuse(at)
+    if not exchanged:
+        places.exchange = lambda *_: False
     for owner, name in (
         (Path, "rename"), (Path, "replace"), (Path, "write_text"), (Path, "chmod"), (Path, "mkdir"), (Path, "unlink"),
-        (tempfile, "mkdtemp"), (tempfile, "mkstemp"), (shutil, "rmtree"), (os, "fdopen"), (os, "rmdir"),
+        (Path, "touch"), (places, "exchange"), (places, "flush"), (files, "flush"), (files, "delete"),
+        (places, "_is_at"), (shutil, "rmtree"), (os, "unlink"), (os, "rmdir"), (os, "close"),
     ):  # fmt: skip
         fuse.wrap(owner, name)
-    return fuse
 
 
-def a_folder(place: Path, at: int, *, earlier: bool) -> tuple[int, str]:
-    """The exit code of writing over an earlier folder or none, and what is wrong afterwards."""
+def a_folder(place: Path, at: int, *, earlier: bool, exchanged: bool) -> tuple[int, str]:
+    """The exit code of writing over an earlier folder or none, and what is wrong then or after the next time."""
     out = place / "out"
     place.mkdir()
     if earlier:
         fill(out, "old")
 
-    def write() -> None:
-        wrapped(at)
+    def write(content: str) -> None:
         with files.written_beside(out) as temporary:
-            fill(temporary, "new")
+            fill(temporary, content)
 
-    code = in_a_child(write)
+    def killed() -> None:
+        wrapped(at, exchanged=exchanged)
+        write("new")
+
+    code = in_a_child(killed)
+    if earlier and not exchanged and not out.exists():
+        places.recover(out)
     if out.exists():
         whole = holds(out, "new") or (code == KILLED and earlier and holds(out, "old"))
-        return code, "" if whole else f"neither old nor new: {[str(path) for path in out.rglob('*')]}"
-    aside = [path for path in place.glob(".out.old.*/old") if holds(path, "old")]
-    lost = code != KILLED or (earlier and not aside)
-    return code, f"lost: {[str(path) for path in place.rglob('*')]}" if lost else ""
+        if not whole:
+            return code, f"neither old nor new: {[str(path) for path in out.rglob('*')]}"
+    elif code != KILLED or earlier:
+        return code, f"lost: {[str(path) for path in place.rglob('*')]}"
+    write("newer")
+    left = sorted(path.name for path in place.iterdir())
+    return code, "" if left == ["out"] and holds(out, "newer") else f"left behind: {left}"
 
 
 def a_file(place: Path, at: int) -> tuple[int, str]:
@@ -72,14 +81,19 @@ def a_file(place: Path, at: int) -> tuple[int, str]:
 
     code = in_a_child(write)
     allowed = ("old", "new") if code == KILLED else ("new",)
-    return code, "" if path.read_text() in {word * 1000 for word in allowed} else path.read_text()[:20]
+    if path.read_text() not in {word * 1000 for word in allowed}:
+        return code, path.read_text()[:20]
+    files.write_whole(path, b"newer")
+    left = sorted(path.name for path in place.iterdir())
+    return code, "" if left == ["out"] and path.read_text() == "newer" else f"left behind: {left}"
 
 
 def main(home: Path) -> int:
     kills = 0
     for kind, attempt in (
-        ("over a folder", lambda place, at: a_folder(place, at, earlier=True)),
-        ("a folder", lambda place, at: a_folder(place, at, earlier=False)),
+        ("over a folder", lambda place, at: a_folder(place, at, earlier=True, exchanged=True)),
+        ("over a folder in two steps", lambda place, at: a_folder(place, at, earlier=True, exchanged=False)),
+        ("a folder", lambda place, at: a_folder(place, at, earlier=False, exchanged=True)),
         ("over a file", a_file),
     ):
         code, at = KILLED, 0

@@ -1,4 +1,4 @@
-"""Tunes a small model, killing the process at every event of its second checkpoint, and compares the resumed runs.
+"""Tunes a small model, killing the process at every event of two checkpoints, and compares the resumed runs.
 
 Run by tests/tuning/test_finetune.py in a process of its own: ``python -m helpers.kill_finetune FOLDER``. Prints what
 differs and exits with 1, or prints how many kills there were.
@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 from helpers.fuse import KILLED, Fuse, in_a_child
 from helpers.task_folders import write_encoder, write_mrpc
+from mpo_tn.storage import places
 from mpo_tn.torch.state import training_state
 from mpo_tn.tuning import Method, Settings, finetune, load_task
 from mpo_tn.tuning.run import Run
 
-# A checkpoint after step 2, with six events until then, and one that replaces it after step 3.
-FIRST = 6
+# A checkpoint after step 2, and one that replaces it after step 3.
 SETTINGS = Settings(epochs=1, max_steps=3, batch_size=12, max_length=24, save_every=2)
 
 
@@ -34,8 +33,8 @@ def attempt(home: Path, folder: Path | None, at: int | None, *, resume: bool) ->
         if at is not None:
             fuse = Fuse(at)
             for owner, name in (
-                (Run, "step"), (Path, "rename"), (Path, "write_text"), (tempfile, "mkdtemp"), (shutil, "rmtree"),
-                (training_state, "save_file"),
+                (Run, "step"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree"),
+                (training_state, "save_file"), (places, "exchange"),
             ):  # fmt: skip
                 fuse.wrap(owner, name)
         method = Method("lfa", sites=3, lr=1e-2, tensor_lr=1e-2)
@@ -61,14 +60,14 @@ def main(home: Path) -> int:
     kills = 0
     while True:
         folder = home / f"killed-{kills}"
-        code, _ = attempt(home, folder, FIRST + kills, resume=False)
+        code, _ = attempt(home, folder, kills, resume=False)
         if code == 0:
             break
         assert code == KILLED, code
         kills += 1
         code, found = attempt(home, folder, None, resume=True)
         if (code, found) != (0, expected):
-            print(f"killed at event {FIRST + kills - 1} and resumed: {code} {found}, not {expected}")
+            print(f"killed at event {kills - 1} and resumed: {code} {found}, not {expected}")
             return 1
     print(f"{kills} kills")
     return 0

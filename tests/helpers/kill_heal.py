@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from helpers.fuse import KILLED, Fuse
 from helpers.heal_task import Task, bits, without_seconds
+from mpo_tn.storage import places
 from mpo_tn.torch.state import training_state as state
 
 BITS = int(sys.argv[2]) if len(sys.argv) > 2 else None
@@ -41,11 +41,11 @@ def in_a_child(folder: Path, at: int | None) -> tuple[int, str]:
     child = os.fork()
     if child == 0:
         fuse = Fuse(at)
-        places: list[tuple[Any, str]] = [
-            (Path, "rename"), (Path, "replace"), (Path, "write_text"), (tempfile, "mkdtemp"), (tempfile, "mkstemp"),
+        events: list[tuple[Any, str]] = [
+            (Path, "rename"), (Path, "replace"), (Path, "write_text"), (places, "exchange"),
             (shutil, "rmtree"), (state, "save_file"),
         ]  # fmt: skip
-        for owner, name in places:
+        for owner, name in events:
             fuse.wrap(owner, name)
         text = run(folder, fuse)
         report.write_text(text) if at is None else None

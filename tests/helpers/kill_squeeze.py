@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from helpers.fuse import KILLED, Fuse
+from mpo_tn.storage import places
 from mpo_tn.torch import MPOConfig, SqueezeResult, compress, squeeze
 from mpo_tn.torch.loops import policy, squeezer
 from mpo_tn.torch.state import training_state as state
@@ -81,11 +81,11 @@ def in_a_child(folder: Path, at: int | None) -> tuple[int, str]:
     child = os.fork()
     if child == 0:
         fuse = Fuse(at)
-        places: list[tuple[Any, str]] = [
-            (Path, "rename"), (Path, "replace"), (Path, "write_text"), (tempfile, "mkdtemp"), (tempfile, "mkstemp"),
+        events: list[tuple[Any, str]] = [
+            (Path, "rename"), (Path, "replace"), (Path, "write_text"), (places, "exchange"),
             (shutil, "rmtree"), (state, "save_file"), (policy, "cut_unit"), (squeezer, "restore"),
         ]  # fmt: skip
-        for owner, name in places:
+        for owner, name in events:
             fuse.wrap(owner, name)
         text = summary(*run(folder, fuse))
         report.write_text(text) if at is None else None

@@ -54,8 +54,8 @@ def main(home: Path, every: int) -> int:
         if contents(out) != wanted:
             print(f"killed at event {at}, begun again: the result is another one")
             return 1
-        if (home / "out.work").exists():
-            print(f"killed at event {at}: the work folder is still there")
+        if left := {path.name for path in home.iterdir()} - {"out", "source"}:
+            print(f"killed at event {at}: {', '.join(sorted(left))} is still there")
             return 1
         if code == 0:
             break

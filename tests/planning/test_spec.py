@@ -127,3 +127,12 @@ def test_the_kept_ratio_of_several_weighs_them_by_their_size(sizes: list[tuple[i
     weighed = sum(spec.kept * (out * in_ / total) for spec, (out, in_, _) in zip(specs, sizes, strict=True))
     assert kept_ratio(iter(specs)) == pytest.approx(weighed)
     assert kept_ratio(specs[:1]) == specs[0].kept
+
+
+def test_a_shape_is_that_of_a_parameter_and_fits_the_matrix() -> None:
+    spec = ModuleSpec("parameter", Sites((4, 6), (2, 4)), (8,), 24, 8, shape=(3, 8, 8))
+    assert ModuleSpec.from_dict(spec.to_dict()) == spec
+    assert "shape" not in ModuleSpec("parameter", Sites((4, 6), (2, 4)), (8,), 24, 8).to_dict()
+    for kind, shape in (("linear", (3, 8, 8)), ("parameter", (3, 8, 9)), ("parameter", (8, 24)), ("parameter", (24,))):
+        with pytest.raises(MPOError, match="has no shape"):
+            ModuleSpec(kind, Sites((4, 6), (2, 4)), (8,), 24, 8, shape=shape)

@@ -1,8 +1,11 @@
-"""Every line of Python in the README and in the pages on tuning and solving runs as it stands."""
+"""Every line of Python in the README and in the pages on tuning, adapters and solving runs as it stands."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 
-PAGES = ("README.md", "docs/finetuning.md")
+PAGES = ("README.md", "docs/finetuning.md", "docs/adapters.md")
 
 
 def text_of(page: str) -> str:
@@ -36,6 +39,33 @@ def test_the_readme_has_an_example_for_each_user(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.guarantee("draws-load-nothing")
+def test_the_example_for_library_authors_passes_in_a_project_of_its_own(tmp_path: Path) -> None:
+    """With Hypothesis as it comes, health checks and all, by pytest and in a folder with nothing else."""
+    block = next(block for block in blocks_of("README.md") if "mpo_tn.testing" in block)
+    (tmp_path / "test_mine.py").write_text(block)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in ("HYPOTHESIS_PROFILE", "JAX_ENABLE_X64", "CI"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.guarantee("draws-load-nothing")
+def test_strategies_import_backends_before_anything_is_drawn() -> None:
+    script = (
+        "import sys, mpo_tn.testing as t\n"
+        "loaded = lambda: {name for name in ('torch', 'jax') if name in sys.modules}\n"
+        "assert not loaded(), loaded()\n"
+        "t.problems(), t.mpos(), t.spectral_problems()\n"
+        "assert loaded() == set(t.installed_backends()) - {'numpy'}, loaded()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_the_page_on_tuning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_page("docs/finetuning.md")
@@ -58,7 +88,15 @@ def test_the_page_on_solving_is_right() -> None:
     assert np.linalg.norm(left - cold) <= 1e-9 * np.linalg.norm(cold)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")  # PEFT asks transformers so
+def test_the_page_on_adapters_runs() -> None:
+    pytest.importorskip("peft")
+    names = run_page("docs/adapters.md")
+    assert "covers" in str(names["report"])
+    assert any("lora_A" in name for name, _ in names["tuned"].named_parameters())
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
 def test_commands_and_their_options_exist(page: str) -> None:
     import typer
 

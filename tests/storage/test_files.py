@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.paths import ROOT, TESTS
 
-from mpo_tn import MPOError
-from mpo_tn.storage.files import check_target, write_whole, written_beside
+from mpo_tn import MPO, MPOError
+from mpo_tn.storage import files
+from mpo_tn.storage.files import check_target, checked_file, write_whole, written_beside
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -45,7 +45,7 @@ def test_a_block_that_raises_changes_nothing(error: BaseException, there: bool, 
 
 
 @pytest.mark.guarantee("old-or-new")
-@pytest.mark.parametrize("call", [(Path, "mkdir"), (tempfile, "mkdtemp"), (Path, "chmod")])
+@pytest.mark.parametrize("call", [(Path, "mkdir"), (os, "open"), (Path, "chmod"), (files, "flush")])
 def test_what_fails_before_the_swap_changes_nothing(
     call: tuple[Any, str], earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +115,111 @@ def current_umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+@pytest.mark.guarantee("umask-untouched")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_new_files_and_the_umask_is_left_alone(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(umask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)  # another thread may be making files
+            with written_beside(tmp_path / "out") as temporary:
+                (temporary / "inner").mkdir()
+                (temporary / "inner" / "a").write_text("x")
+                (temporary / "inner" / "a").chmod(0o600)
+            write_whole(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "out", *(tmp_path / "out").rglob("*"), tmp_path / "file"]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
+
+
+def test_what_was_private_stays_private(earlier: Path, tmp_path: Path) -> None:
+    earlier.chmod(0o700)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o600)
+    with written_beside(earlier) as temporary:
+        (temporary / "a").write_text("new")
+    write_whole(tmp_path / "file", b"new")
+    assert earlier.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.guarantee("old-or-new", "file-old-or-new")
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    whole = files.flush
+
+    def flush(path: Path) -> None:
+        assert not (tmp_path / "out").exists()
+        flushed.append(path.name)
+        whole(path)
+
+    monkeypatch.setattr(files, "flush", flush)
+    with written_beside(tmp_path / "out") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "a").write_text("x")
+    assert {"inner", "a", temporary.name} == set(flushed)
+
+
+NAMES = ["x" * 255, "ä" * 127, "[bold]x", ":smile:", "a b\nc", "%s{0}", "-rf", ".hidden", "*"]
+
+
+@pytest.mark.guarantee("old-or-new", "file-old-or-new", "leftovers-cleared")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_that_a_folder_may_have_will_do(name: str, tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with written_beside(tmp_path / name) as temporary:
+            (temporary / "a").write_text(content)
+    assert contents(tmp_path) == {name: "/", f"{name}/a": "new"}
+    (tmp_path / "folder").mkdir()
+    for content in (b"old", b"new"):
+        write_whole(tmp_path / "folder" / name, content)
+    assert contents(tmp_path / "folder") == {name: "new"}
+
+
+@pytest.mark.guarantee("old-or-new")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_and_stays(there: bool, earlier: Path, tmp_path: Path) -> None:
+    target = earlier if there else tmp_path / "elsewhere" / "fresh"
+    (tmp_path / "link").symlink_to(target)
+    with written_beside(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(target) == {"a": "new"}
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path in (tmp_path / "circle", Path("/")):
+        with pytest.raises(MPOError, match="could not be written"), written_beside(path):
+            pass
+
+
+def test_devices_and_pipes_are_neither_read_nor_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/null"), tmp_path / "pipe"):
+        with pytest.raises(MPOError, match="something is there that is no file"):
+            write_whole(path, b"x")
+        with pytest.raises(MPOError, match="no file but a pipe, a socket or a device"):
+            checked_file(path, "a plan")
+        with pytest.raises(MPOError, match="no file but a pipe"):
+            MPO.load(path)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(MPOError, match="has 21,474,836,480 bytes, and a plan is read whole, up to 1,000"):
+        checked_file(tmp_path / "sparse", "a plan", 1000)
+    with pytest.raises(MPOError, match="damaged or no safetensors file"):
+        MPO.load(tmp_path / "sparse")
+
+
+@pytest.mark.guarantee("bounded-messages")
+def test_messages_are_bounded_whatever_they_are_made_of() -> None:
+    for text in ("x" * 10**6, "é" * 10**5, "\ud800" * 10**4, "line\n" * 10**5):
+        said = str(MPOError(f"{text} is wrong: name another"))
+        assert len(said.encode(errors="surrogatepass")) <= 2000
+        assert said.endswith("is wrong: name another")
+    assert str(MPOError("as it is")) == "as it is"
 
 
 def test_a_folder_that_may_not_be_replaced_is_refused(earlier: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.damage import put_aside
 from helpers.in_bits import bits_held
 from helpers.paths import ROOT, TESTS
 from helpers.task_folders import write_all
@@ -639,19 +640,15 @@ def test_a_checkpoint_that_was_being_replaced_counts(places: dict[str, Path], mr
     folder, source = tmp_path / "out", places["encoder"]
     quick = replace(QUICK, max_steps=2)
     expected, _ = finetune(source, mrpc, method("lfa"), quick, folder=folder)
-    for name in ("a", "b"):
-        (folder / f".checkpoint.old.{name}").mkdir()
-    (folder / "checkpoint").rename(folder / ".checkpoint.old.a" / "old")
-    (folder / ".checkpoint.old.b" / "old").mkdir()  # half deleted, and of no use
-    (folder / ".checkpoint.old.b" / "old" / "state.json").write_text("{}")
+    put_aside(folder / "checkpoint")
     with pytest.raises(MPOError, match="holds an unfinished run: pass --resume"):
         check_folder(folder, source, resume=False, overwrite=False)
     check_folder(folder, source, resume=True, overwrite=False)
     result, _ = finetune(source, mrpc, method("lfa"), quick, folder=folder, resume=True)
     assert result.notes["resumed at step"] == 2
     assert result.best == expected.best
-    assert not (folder / ".checkpoint.old.a").exists()
-    (folder / "checkpoint").rename(folder / ".checkpoint.x")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+    put_aside(folder / "checkpoint")
     check_folder(folder, source, resume=False, overwrite=True)
     assert not folder.exists()
     (folder / ".cache").mkdir(parents=True)

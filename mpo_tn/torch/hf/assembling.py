@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.plan import Plan
-from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import (
     RawTensor,
     StoredTensor,
@@ -24,9 +22,9 @@ from mpo_tn.storage.checkpoint import (
 )
 from mpo_tn.storage.files import written_beside
 from mpo_tn.storage.tensors import bytes_digest, file_digest
-from mpo_tn.torch.hf.folder import RECORD, copy_companions
-from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
-from mpo_tn.torch.hf.quantizer import sentinel, sentinel_key
+from mpo_tn.torch.hf.card import write_card
+from mpo_tn.torch.hf.companions import STREAM_RECORD, copy_companions
+from mpo_tn.torch.hf.sentinel import guard
 from mpo_tn.torch.models.stream_unit import UnitRecord, raw, read_unit, tensor_of
 
 FORMAT = "mpo_tn.record"
@@ -50,6 +48,12 @@ class Piece:
         return cls({stored.key: size}, lambda: {stored.key: raw(tensor_of(stored, dtype))})
 
     @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Piece:
+        """Tensors that are at hand."""
+        held = {key: raw(tensor) for key, tensor in tensors.items()}
+        return cls({key: tensor.data.nbytes for key, tensor in held.items()}, lambda: held)
+
+    @classmethod
     def of_unit(cls, path: Path, task: str, keys: Mapping[str, str], record: UnitRecord) -> Piece:
         """Tensors of a finished unit, under other keys."""
 
@@ -61,18 +65,23 @@ class Piece:
 
 
 def write_result(
-    model: Any, source: Path, out: Path, pieces: list[Piece], modules: dict[str, ModuleSpec], decided: Plan,
-    record: Mapping[str, Any], shard_bytes: int,
-) -> None:  # fmt: skip
-    """Write the folder whole or not at all: shards, index, configuration, record, and what else the source has.
+    model: Any, source: Path, out: Path, pieces: list[Piece], record: Mapping[str, Any], shard_bytes: int
+) -> None:
+    """Write the folder whole or not at all: shards, index, configuration, card, record, and what else the source has.
+
+    Args:
+        model: with empty MPO modules in their places, and what transformers saves it by.
+        source: the dense folder.
+        out: the compressed one.
+        pieces: all tensors of it.
+        record: of how it was made.
+        shard_bytes: of the files of the result.
 
     Raises:
         MPOError: the disk is full, or what is read was changed meanwhile.
     """
-    empty = {sentinel_key(modules): raw(sentinel(modules))}
-    everything = [*pieces, Piece(dict.fromkeys(empty, 0), lambda: empty)]
     sizes: dict[str, int] = {}
-    for piece in everything:
+    for piece in pieces:
         for key, size in piece.sizes.items():
             if key in sizes:
                 raise MPOError(f"{key} would be in the result twice: the checkpoint has a tensor of that name already")
@@ -81,10 +90,12 @@ def write_result(
     digests: dict[str, str] = {}
     with written_beside(out) as temporary:
         copy_companions(source, temporary)
-        _write_config(model, temporary, modules, decided)
+        _write_config(model, temporary)
+        if hasattr(model, "hf_quantizer"):  # not if every matrix stayed dense
+            write_card(model, temporary)
         for name, keys in shards.items():
             wanted, held = set(keys), dict[str, RawTensor]()
-            for piece in everything:
+            for piece in pieces:
                 if wanted.isdisjoint(piece.sizes):
                     continue
                 held |= {key: tensor for key, tensor in piece.load().items() if key in wanted}
@@ -96,12 +107,13 @@ def write_result(
             "files": file_digests(temporary),
         }  # fmt: skip
         content["digest"] = _digest_of(content)
-        (temporary / RECORD).write_text(_text_of(content), encoding="utf-8")
+        (temporary / STREAM_RECORD).write_text(_text_of(content), encoding="utf-8")
 
 
-def _write_config(model: Any, folder: Path, modules: dict[str, ModuleSpec], decided: Plan) -> None:
+def _write_config(model: Any, folder: Path) -> None:
     """``config.json`` as ``save_pretrained`` writes it."""
-    model.config.quantization_config = MPOQuantizationConfig(decided.config, modules)
+    if hasattr(model, "hf_quantizer"):
+        guard(model.config)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -117,7 +129,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {
         name: header_digest(path) if path.suffix == ".safetensors" else file_digest(path)
         for name, path in paths.items()
-        if name != RECORD
+        if name != STREAM_RECORD
     }
 
 
@@ -136,7 +148,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         MPOError: there is none, it is damaged, or was altered.
     """
-    path = folder / RECORD
+    path = folder / STREAM_RECORD
     try:
         text = path.read_text(encoding="utf-8")
         record = json.loads(text)

@@ -8,7 +8,6 @@ Matrices of one core in 2 to 8 bits keep their bits, in the layout of compressed
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -21,12 +20,13 @@ import transformers
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.cost import rebuild_route
-from mpo_tn.torch.hf.folder import save_model
+from mpo_tn.planning.spec import PARAMETER
+from mpo_tn.torch.hf.folder import dense_like, save_model
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.layers.merging import dense_matrix
 from mpo_tn.torch.layers.packing import Packed, pack, unpack
+from mpo_tn.torch.layers.parameter import dense_key
 from mpo_tn.torch.layers.quantized import buffer_kinds
+from mpo_tn.torch.models.dense import dense_weight
 from mpo_tn.torch.models.units import MPOUnit, mpo_units
 
 FORMATS = ("compressed-tensors",)
@@ -145,7 +145,7 @@ def plan_export(model: Any, form: str) -> Export:
     """
     check_format(form)
     units = mpo_units(model)
-    dense = _dense_like(model)
+    dense = dense_like(model)
     tied: Mapping[str, str] = dense.all_tied_weights_keys
     keys = {*tied.keys(), *tied.values()}
     planned = {name: _planned(unit, keys) for name, unit in units.items()}
@@ -176,7 +176,7 @@ def write_export(model: Any, planned: Export, source: str | Path, out: Path, *, 
     Raises:
         MPOError: ``out`` may not be written, or the disk is full; then nothing is left of it.
     """
-    dense, units = _dense_like(model), mpo_units(model)
+    dense, units = dense_like(model), mpo_units(model)
     tied: Mapping[str, str] = dense.all_tied_weights_keys
     state = _other_tensors(model)
     for matrix in planned.matrices:
@@ -185,7 +185,7 @@ def write_export(model: Any, planned: Export, source: str | Path, out: Path, *, 
             found = _packed_tensors(unit.modules[0], matrix.group, matrix.dtype)
             state |= {f"{matrix.name}.{own}": tensor for own, tensor in found.items()}
             continue
-        weight = _dense_weight(unit.modules[0], matrix.dtype)
+        weight = dense_weight(unit.modules[0], matrix.dtype)
         for k, keys in enumerate(_keys(matrix, tied)):
             # What it does not tie transformers refuses to write under two names.
             state |= dict.fromkeys(keys, weight.clone() if k else weight)
@@ -204,7 +204,9 @@ def _planned(unit: MPOUnit, tied: Collection[str]) -> ExportedMatrix:
         return _multiplied_out(unit, f"one core in {held}, not in integers")
     if spec.kind == "conv1d":
         return _multiplied_out(unit, "compressed-tensors knows no Conv1D")
-    if len(names) > 1 or f"{unit.name}.weight" in tied:
+    if spec.kind == PARAMETER:
+        return _multiplied_out(unit, "compressed-tensors knows no parameter that is not the weight of a layer")
+    if len(names) > 1 or dense_key(unit.name) in tied:
         return _multiplied_out(unit, "compressed-tensors shares no weight between modules")
     shape, own = _shape(unit), unit.cores[0].dtype
     dtype = torch.float16 if own.itemsize == 2 else torch.float32
@@ -234,7 +236,7 @@ def _names(unit: MPOUnit) -> tuple[str, ...]:
 def _keys(matrix: ExportedMatrix, tied: Mapping[str, str]) -> list[list[str]]:
     """The keys of its dense weight, those together that transformers ties: it writes such a weight once."""
     found: dict[str, list[str]] = {}
-    for key in (f"{name}.weight" for name in matrix.names):
+    for key in map(dense_key, matrix.names):
         found.setdefault(tied.get(key, key), []).append(key)
     return list(found.values())
 
@@ -264,18 +266,6 @@ def _packed_tensors(layer: MPOLayer, group: int, dtype: torch.dtype) -> dict[str
     }
 
 
-def _dense_weight(layer: MPOLayer, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as its module had it, computed in double precision and rounded once."""
-    wide = [
-        core.detach().double() if isinstance(core, torch.Tensor) else
-        replace(core.form, dtype=torch.float64).core(core.tensors)
-        for core in layer.cores.forward(packed=True)
-    ]  # fmt: skip
-    size = layer.spec.out_features, layer.spec.in_features
-    matrix = dense_matrix(wide, rebuild_route(layer.spec.core_shapes, *size).segments[0], size).to(dtype)
-    return (matrix.T if layer.spec.kind == "conv1d" else matrix).contiguous()
-
-
 def _other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of a model without its cores."""
     layers = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, MPOLayer)]
@@ -283,19 +273,6 @@ def _other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         key: tensor for key, tensor in model.state_dict().items() if key.split(".cores.")[0] + ".cores" not in inside
     }
-
-
-def _dense_like(model: Any) -> Any:
-    """The dense model of the same class and configuration, on the meta device."""
-    config = copy.deepcopy(model.config)
-    vars(config).pop("quantization_config", None)
-    with torch.device("meta"):
-        dense = type(model)._from_config(config, dtype=model.dtype)
-    if model.can_generate():
-        dense.generation_config = model.generation_config
-    if hasattr(model, "_weight_conversions"):  # by which the names in its files differ from those of its modules
-        dense._weight_conversions = model._weight_conversions
-    return dense
 
 
 def _read_when_initialised(dense: Any, names: Iterable[str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import re
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, bounded_text, clipped
 from mpo_tn.storage.files import check_target, written_beside
+from mpo_tn.storage.places import recover
 from mpo_tn.storage.tensors import as_os_error
+from mpo_tn.torch.hf.companions import check_folder, check_still_there, copy_companions, refuse_pickled
 from mpo_tn.torch.models.units import count_parameters
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-RECORD = "mpo_record.json"
-"""What a streamed run writes of how a folder was made; it holds for that folder alone."""
 
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -107,6 +105,19 @@ def _built_empty(config: Any, dtype: Any) -> Any:
         return build(config, dtype=dtype)
 
 
+def dense_like(model: Any) -> Any:
+    """The dense model of the same class and configuration, on the meta device."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        dense = type(model)._from_config(config, dtype=model.dtype)
+    if model.can_generate():
+        dense.generation_config = model.generation_config
+    if hasattr(model, "_weight_conversions"):  # by which the names in its files differ from those of its modules
+        dense._weight_conversions = model._weight_conversions
+    return dense
+
+
 def _stored_dtype(source: str | Path) -> torch.dtype:
     """The dtype in which a folder without one in its configuration is loaded: the first that can be computed in."""
     for path in sorted(Path(source).glob("*.safetensors")):
@@ -133,27 +144,46 @@ def _readable(source: str | Path) -> Generator[None]:
         yield
     except MPOError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise MPOError(f"{source} cannot be read as a model: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers makes of a damaged file has no one type
+        refuse_pickled(source, error)
+        raise MPOError(f"{source} cannot be read as a model: {bounded_text(_first_line(error), 500)}") from error
 
 
 def _class_of(config: Any) -> Any:
-    """The class that a configuration names; without one, the bare model of its kind."""
-    known = [getattr(transformers, name) for name in config.architectures or [] if hasattr(transformers, name)]
-    return known[0] if known else transformers.AutoModel
+    """The class that a configuration names; without one, the bare model of its kind.
+
+    Raises:
+        MPOError: what it names is no model class of transformers.
+    """
+    named = config.architectures
+    if named is None or named == []:
+        return transformers.AutoModel
+    first = named[0] if isinstance(named, list | tuple) else named
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise MPOError(
+            f"config.json says architectures={clipped(repr(named))}, which names no model class of transformers "
+            f"{transformers.__version__}: it is damaged, or of a newer version"
+        )
+    return found
 
 
 def check_source(source: str | Path) -> None:
     """Refuse what is neither a model folder nor can be a name on the hub.
 
     Raises:
-        MPOError: no such folder, or one that holds no model.
+        MPOError: no such folder, one that holds no model, or one with a configuration of absurd length.
     """
     path = Path(source)
+    recover(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MPOError(f"{source} is not a model folder: it has no config.json")
     if not path.is_dir() and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
         raise MPOError(f"there is no model folder {source}: give a folder with config.json and weights, or a hub name")
+    if path.is_dir():
+        check_folder(path)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -202,6 +232,8 @@ def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None =
 def _write_model(
     model: Any, source: str | Path, out: Path, files: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
+    if getattr(model, "name_or_path", None) == str(source):  # it was read from there
+        check_still_there(source)
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             copy_companions(Path(source), temporary)
@@ -214,19 +246,6 @@ def _write_model(
 def check_model_target(out: Path, source: str | Path, *, overwrite: bool) -> None:
     """Refuse an output folder early. See :func:`mpo_tn.storage.files.check_target`."""
     check_target(out, overwrite=overwrite, marker="config.json", keep=Path(source))
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Tokenizer, pooling and other small files; the weights in any format stay behind."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        ours = relative in (Path("config.json"), Path(RECORD))
-        if hidden or not path.is_file() or path.name.endswith(_WEIGHTS) or ours:
-            continue
-        target = out / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
 
 
 def weight_bytes(source: str | Path) -> int:

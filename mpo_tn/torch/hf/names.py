@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -61,18 +62,34 @@ def tied_layers(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[MPOLa
 
 
 def second_names(model: nn.Module) -> list[str]:
-    """What the tensors of shared quantised cores are called beside the name that is written: that of the owner."""
+    """What the tensors of shared quantised cores are called beside the name that is written: the first, the owner's."""
     names: dict[QuantizedCore, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedCore):
             names.setdefault(module, []).append(name)
-    found: list[str] = []
-    for core, own in names.items():
-        layers = [model.get_submodule(name.rpartition(".cores.")[0]) for name in own]
-        owns = [isinstance(layer, MPOLayer) and layer.spec.tied_to is None for layer in layers]
-        kept = own[owns.index(True)] if any(owns) else own[0]
-        found += [WRAPPED.sub("", part) for name in own if name != kept for part in held_tensors(core, name)]
-    return found
+    return [
+        WRAPPED.sub("", part) for core, own in names.items() for name in own[1:] for part in held_tensors(core, name)
+    ]
+
+
+def owned_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state as it is written: under the names that the class has, and shared cores once.
+
+    Raises:
+        MPOError: a state that was given holds two values for one core.
+    """
+    named = {WRAPPED.sub("", name): tensor for name, tensor in state.items()}
+    second = set(second_names(model))
+    for target, source in _tied_now(model).items():
+        if ".cores." in target and target in named and source in named:
+            a, b = named[target], named[source]
+            if not (a.is_meta or a.data_ptr() == b.data_ptr() or torch.equal(a, b)):
+                raise MPOError(
+                    f"the state holds other numbers for {target} than for {source}, and the modules share this core: "
+                    "give both the same, or leave one out"
+                )
+            second.add(target)
+    return {name: tensor for name, tensor in named.items() if name not in second}
 
 
 def has_module(model: nn.Module, name: str) -> bool:
@@ -106,14 +123,21 @@ def spellings(model: Any, name: str) -> list[str]:
     return [name, prefix + name, name.removeprefix(prefix)]
 
 
-def tied_cores(model: Any) -> dict[str, str]:
-    """The map of tied weights, with the names of cores in place of dense names."""
+def tied_weights(model: Any, declared: Mapping[str, str]) -> dict[str, str]:
+    """The map of the weights that a model ties, with the names of cores in place of dense names.
+
+    Args:
+        model: of transformers, with MPO modules or without.
+        declared: the map that its class has for the dense model.
+    """
     tied: dict[str, str] = {}
-    for target, source in model.all_tied_weights_keys.items():
+    for target, source in declared.items():
         mpo_target, mpo_source = (mpo_parent(model, key) for key in (target, source))
         if mpo_target is None and mpo_source is None:
-            tied[target] = source
-        elif mpo_target is not None and mpo_source is not None:
+            # One that the files did not tie has been taken out.
+            if target in _tied_now(model) or _is_same(model, target, source):
+                tied[target] = source
+        elif mpo_target is not None and mpo_source is not None and _share_cores(mpo_target, mpo_source):
             for k, core in enumerate(mpo_source.cores):
                 if isinstance(core, QuantizedCore):  # transformers ties no buffers, and these modules share it
                     continue
@@ -121,13 +145,49 @@ def tied_cores(model: Any) -> dict[str, str]:
     return tied
 
 
-def retie(model: Any, tied: dict[str, str]) -> None:
-    """Have transformers tie cores as it tied dense weights. See :func:`tied_cores`."""
-    for submodule in model.modules():
-        if isinstance(submodule, PreTrainedModel) and submodule is not model and submodule._tied_weights_keys:
-            submodule._tied_weights_keys = {}
-    model._tied_weights_keys = dict(tied)
-    model.all_tied_weights_keys = tied
+def _tied_now(model: Any) -> dict[str, str]:
+    return getattr(model, "all_tied_weights_keys", {})
+
+
+def _share_cores(a: MPOLayer, b: MPOLayer) -> bool:
+    return len(a.cores) == len(b.cores) and all(one is other for one, other in zip(a.cores, b.cores, strict=True))
+
+
+def _is_same(model: Any, target: str, source: str) -> bool:
+    try:
+        return model.get_parameter(target) is model.get_parameter(source)
+    except AttributeError:
+        return False
+
+
+_DECLARED = "_tied_when_dense"
+"""Where a model keeps what transformers tied in it before: its own map if it had one, and the map of all of it."""
+
+
+def retie(model: Any) -> None:
+    """Have transformers tie cores as it tied dense weights, in a model and in the models inside it."""
+    for part in transformers_models(model):
+        _, declared = vars(part).setdefault(_DECLARED, (vars(part).get("_tied_weights_keys"), dict(_tied_now(part))))
+        tied = tied_weights(part, declared)
+        part._tied_weights_keys = dict(tied)
+        part.all_tied_weights_keys = tied
+
+
+def untie(model: Any) -> None:
+    """Take back what :func:`retie` did to a model without MPO modules; what is still shared is still tied."""
+    if _DECLARED not in vars(model):
+        return
+    own, declared = vars(model).pop(_DECLARED)
+    model.all_tied_weights_keys = tied_weights(model, declared)
+    if own is None:
+        del model._tied_weights_keys
+    else:
+        model._tied_weights_keys = own
+
+
+def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
+    """A model and the models inside of it, as far as transformers knows them, the outer ones first."""
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
 
 
 def mpo_parent(model: nn.Module, key: str) -> MPOLayer | None:

@@ -6,22 +6,38 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, clipped
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.models.units import mpo_specs
 
 FORMAT_VERSION = 1
+ENTRIES = frozenset({"quant_method", "format_version", "config", "modules"})
+"""The entries of ``quantization_config``."""
 
 
-# What torch puts between the names of modules, and takes out of state dicts again, where it wraps them in place.
-WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# What torch puts between the names of modules where it wraps them in place: it takes the first two out of state dicts
+# again, and whoever saves has to take out the third.
+WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
+
+
+_DAMAGED = "config.json is damaged, save the model again"
+
+
+def _read(name: str, read: Callable[[Any], Any], values: Any) -> Any:
+    """What a dictionary of ``config.json`` stands for; whatever is wrong with it is said in one way, and shortly."""
+    try:
+        if not isinstance(values, dict | None):
+            raise TypeError(f"it is a {type(values).__name__}, no dictionary")
+        return read(values or {})
+    except Exception as error:
+        raise MPOError(f"quantization_config.{clipped(name)}: {clipped(str(error))}: {_DAMAGED}") from error
 
 
 class MPOQuantizationConfig(QuantizationConfigMixin):
@@ -46,17 +62,17 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = "mpo",
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if isinstance(format_version, bool) or format_version != FORMAT_VERSION:
             raise MPOError(
-                f"the model was written in format {format_version!r} and this version reads {FORMAT_VERSION}: upgrade "
-                "mpo-tn"
+                f"the model was written in format {clipped(repr(format_version))} and this version reads "
+                f"{FORMAT_VERSION}: upgrade mpo-tn"
             )
         self.quant_method: Any = quant_method
-        self.config = config if isinstance(config, MPOConfig) else MPOConfig.from_dict(config or {})
-        self._modules = {
-            name: spec if isinstance(spec, ModuleSpec) else ModuleSpec.from_dict(spec)
-            for name, spec in (modules or {}).items()
-        }
+        self.config = config if isinstance(config, MPOConfig) else _read("config", MPOConfig.from_dict, config)
+        if not isinstance(modules, dict | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MPOError(f"modules of quantization_config are a {type(modules).__name__}, no dictionary: {_DAMAGED}")
+        # Read when they are asked for: whoever knows the model can say before whether there are far too many.
+        self._modules: dict[str, Any] = dict(modules or {})
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
@@ -70,7 +86,35 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
         model = self.model
         if model is not None:
             self._modules = {WRAPPED.sub("", name): spec for name, spec in mpo_specs(model).items()}
+        elif not all(isinstance(spec, ModuleSpec) for spec in self._modules.values()):
+            self._modules = {
+                name: spec if isinstance(spec, ModuleSpec) else _read(name, ModuleSpec.from_dict, spec)
+                for name, spec in self._modules.items()
+            }
         return self._modules
+
+    @property
+    def listed(self) -> int:
+        """How many modules there are entries for."""
+        return len(self._modules)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        """What ``config.json`` says.
+
+        Raises:
+            MPOError: an entry that this version does not know, or one of another type than it should have.
+        """
+        unknown = sorted(set(config_dict) - ENTRIES)
+        if unknown:
+            raise MPOError(
+                f"quantization_config has the unknown entry {clipped(unknown[0])}: it is damaged or from a newer "
+                "version"
+            )
+        found = cls(**config_dict)
+        return (found, kwargs) if return_unused_kwargs else found
 
     def follow(self, model: nn.Module) -> None:
         """Read ``modules`` from ``model`` from now on, which need not be built to the end yet.
@@ -81,7 +125,7 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: a snapshot. The quantizer, which a model carries along, makes it follow the copy."""
-        return {**self.__dict__, "_modules": self.modules, "_model": None}
+        return {**self.__dict__, "_modules": self.modules if self._model else self._modules, "_model": None}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """So that ``dict(config)`` gives what :meth:`to_dict` gives; transformers' own lists the attributes."""
@@ -99,3 +143,10 @@ class MPOQuantizationConfig(QuantizationConfigMixin):
             "config": self.config.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a configuration of transformers says that its model has MPO modules."""
+    found = vars(config).get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return method == "mpo"

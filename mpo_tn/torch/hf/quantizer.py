@@ -11,38 +11,56 @@ the MPO modules empty before the weights are read.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
-from mpo_tn.planning.spec import PARAMETER, ModuleSpec
-from mpo_tn.torch.hf.names import (
-    has_module,
-    local_names,
-    retie,
-    second_names,
-    spellings,
-    tied_cores,
-    tied_layers,
+from mpo_tn.planning.spec import PARAMETER
+from mpo_tn.torch.hf import card as card  # that is written when a model is saved
+from mpo_tn.torch.hf import config_file as config_file  # that is looked at before it is read
+from mpo_tn.torch.hf.checks import (
+    Reading,
+    check_count,
+    check_entries,
+    check_held,
+    check_read,
+    check_record,
+    check_ties,
+    listen,
+    stop_listening,
 )
-from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
+from mpo_tn.torch.hf.decay import spare_cores
+from mpo_tn.torch.hf.held import CORE, Held, held_by
+from mpo_tn.torch.hf.names import (
+    local_names,
+    owned_state,
+    retie,
+    spellings,
+    tied_layers,
+    transformers_models,
+    untie,
+)
+from mpo_tn.torch.hf.peft_door import open_door
+from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig, is_ours
+from mpo_tn.torch.hf.sentinel import RECORD, guard, sentinel_key, sentinels, unguard
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.layers.parameter import place_of
+from mpo_tn.torch.layers.parameter import HELD, place_of
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.compress import build, compress
-from mpo_tn.torch.models.host import use_host
+from mpo_tn.torch.models.dense import to_dense
 from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.units import mpo_specs
 
 # The tensors of a core in bits.
 _IN_BITS = re.compile(r"\.cores\.\d+\.weight(_packed|_scale|_shape)?$")
+_BIAS = re.compile(r"^(?P<module>.*)\.bias$")
 
 
 class MPOHfQuantizer(HfQuantizer):
@@ -53,6 +71,9 @@ class MPOHfQuantizer(HfQuantizer):
     """
 
     quantization_config: Any  # an MPOQuantizationConfig
+    given: Mapping[str, torch.Tensor] | None = None  # the tensors that are to be saved in place of the model's own
+    _held: Held
+    _reading: Reading
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the model as well, which they have in hand already, because it holds this quantizer."""
@@ -69,7 +90,16 @@ class MPOHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         dtype = kwargs.get("dtype")
-        specs = local_names(model, self.quantization_config.modules)
+        check_count(model, self.quantization_config.listed)
+        modules = self.quantization_config.modules
+        check_ties(modules)
+        files = kwargs.get("checkpoint_files")
+        self._held = Held() if files is None else held_by(files)
+        if files is not None:
+            check_held(self._held, modules)
+        check_record(self._held, modules, model.config)
+        specs = local_names(model, modules)
+        check_entries(model, specs)
         built: dict[str, MPOLayer] = {}
         owners = dict(model.named_modules(remove_duplicate=False))
         for name, spec in specs.items():
@@ -82,63 +112,81 @@ class MPOHfQuantizer(HfQuantizer):
             for alias in [alias for alias, module in owners.items() if module is old]:
                 model.set_submodule(alias, built[name])
                 _nothing_to_initialise(model, alias)
-        retie(model, tied_cores(model))
+        retie(model)
         for tied in tied_layers(model, specs):
             for k in quantized_cores(tied.cores):  # put back once loaded: its name has nothing to read
                 del tied.cores._modules[k]
-        sentinel = sentinel_key(self.quantization_config.modules)
+        for place in map(place_of, specs):  # whose weight cannot be computed until then
+            if place is not None:
+                owner: Any = model.get_submodule(place[0])
+                owner._is_hf_initialized = not any(True for _ in owner.parameters(recurse=False))
         # The key may carry the prefix of another head or none.
-        ignored = {f"(^|\\.){key}$" for key in spellings(model, sentinel)}
+        ignored = {f"(^|\\.){re.escape(key)}$" for key in spellings(model, sentinel_key(modules))}
+        ignored.add(f"^{re.escape(RECORD)}$")
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+        self._reading = listen(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
-            specs = local_names(model, self.quantization_config.modules)
+            modules = self.quantization_config.modules
+            specs = local_names(model, modules)
             for tied, source in tied_layers(model, specs).items():
                 for k, core in quantized_cores(source.cores).items():
                     tied.cores[int(k)] = core
-            _require_complete(model, self.quantization_config.modules)
-            for name, core in quantized_cores(model).items():
-                core.check(name)
+            stop_listening(model)
+            _require_complete(model)
+            check_read(model, modules, self._held, self._reading)
+            del self._held, self._reading
             # Names as this class knows them, so that saving it again writes them right.
             attach(model, self.quantization_config.config)
         else:
             compress(model, self.quantization_config.config)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """The state dict and one empty tensor under the name of a dense weight.
-
-        Guarantee (loud-without-us): a transformers without this package ignores the unknown quantizer with a warning
-        and would go on with random weights. The empty tensor has the wrong shape for the dense model, so that load
-        fails instead.
-
-        Raises:
-            MPOError: the model has no MPO modules any more.
-        """
-        # config.json is written after this, and the configuration may have come to follow another model: one object
-        # may be shared, and a shallow copy of a model shares everything.
-        self.quantization_config.follow(model)
-        model.config.quantization_config = self.quantization_config
+        """The state dict and one tensor under the name of a dense weight, see :mod:`mpo_tn.torch.hf.sentinel`."""
         modules = self.quantization_config.modules
-        if not modules:
-            raise MPOError(
-                f"the MPO modules of this {type(model).__name__} were all replaced by others: to save it as a dense "
-                "model call model.hf_quantizer.remove_quantization_config(model) first"
-            )
-        state = dict(model.state_dict())
-        for name in second_names(model):
-            del state[name]
-        state[sentinel_key(modules)] = sentinel(modules)
+        state = owned_state(model, model.state_dict() if self.given is None else self.given)
+        guard(model.config)
+        unsaved: set[str] = set(model._keys_to_ignore_on_save or ())
+        beside = [name for name in state if name not in unsaved and not CORE.match(name)]
+        state |= sentinels(model, modules, beside)
         # No metadata of our own: safetensors writes two entries in random order, and equal models give equal files.
         return state, {}
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the model's own, which would say nothing of what to do instead.
+
+        Raises:
+            MPOError: the word table is held as cores.
+        """
+        model = self.quantization_config.model
+        if _has_mpo_table(model):
+            raise MPOError(
+                "the word table is held as cores, which have its number of rows: resize the dense model before "
+                "compressing it"
+            )
+        return type(model).resize_token_embeddings(model, *args, **kwargs)
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Give the modules their dense weights back, in the dtype that they have, or the whole model in another.
+
+        Guarantee (dequantize): it is what :func:`~mpo_tn.torch.to_dense` gives, and ``save_pretrained`` writes a plain
+        dense folder afterwards.
+        """
+        to_dense(model)
+        return model if dtype is None else model.to(dtype)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Save the model, and what is inside of it, as dense from now on where there are no MPO modules any more."""
+        detach(model)
 
     def is_serializable(self) -> bool:
         """Always: the cores are ordinary parameters and buffers."""
         return True
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Yes for what holds cores in bits: its shape is then looked at once it is read, and the error names it."""
-        return bool(_IN_BITS.search(param_name))
+        """Yes for cores and their biases: shapes are then looked at once all is read, and the error names them."""
+        return _is_of_mpo(model, param_name)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None, which is as it is in the file, for what holds cores in bits, whatever the model is loaded in."""
@@ -167,52 +215,61 @@ register_quantization_config("mpo")(MPOQuantizationConfig)
 register_quantizer("mpo")(MPOHfQuantizer)
 
 
-def sentinel_key(modules: dict[str, ModuleSpec]) -> str:
-    """The dense key under which the empty tensor is written: of the first module by name that owns its cores.
-
-    By name and not by position, because ``config.json`` sorts its keys.
-    """
-    return ".".join(place_of(_sentinel_name(modules)) or (_sentinel_name(modules), "weight"))
-
-
-def _sentinel_name(modules: dict[str, ModuleSpec]) -> str:
-    own = {name: spec for name, spec in modules.items() if spec.tied_to not in modules}
-    # What it writes of experts transformers renames and splits, and what it writes of a layer it leaves as it is.
-    return min(own, key=lambda name: (own[name].kind == PARAMETER, name))
-
-
-def sentinel(modules: dict[str, ModuleSpec]) -> torch.Tensor:
-    """The empty tensor; for a parameter with all axes but the last, by which transformers may split it."""
-    return torch.empty(*modules[_sentinel_name(modules)].shape[:-1], 0)
-
-
-class TransformersHost:
-    """transformers as a :class:`~mpo_tn.torch.models.host.Host`: of its models, and of no others, it takes note."""
-
-    def attach(self, model: nn.Module, config: MPOConfig) -> None:
-        """See :func:`attach`."""
-        if isinstance(model, PreTrainedModel):
-            attach(model, config)
-
-
-use_host(TransformersHost())
+open_door()
+spare_cores()
 
 
 def attach(model: Any, config: MPOConfig) -> None:
     """Make plain ``model.save_pretrained`` write what :class:`MPOHfQuantizer` reads; all of it or nothing."""
     hf_config = MPOQuantizationConfig(config, mpo_specs(model))
-    hf_config.follow(model)
-    quantizer, tied = MPOHfQuantizer(hf_config, pre_quantized=True), tied_cores(model)
-    # In place: the model around a compressed base model has the same object, and saves with it.
-    model.config.quantization_config = hf_config
+    quantizer = MPOHfQuantizer(hf_config, pre_quantized=True)
     model.hf_quantizer = quantizer
+    if _has_mpo_table(model):
+        model.resize_token_embeddings = quantizer.resize_token_embeddings
+    lead(model)
     # Cores are ordinary parameters: half() and float() may cast them, which they refuse to quantized models.
     model.is_quantized = False
     model.quantization_method = hf_config.quant_method
-    retie(model, tied)
 
 
-def _require_complete(model: nn.Module, modules: dict[str, ModuleSpec]) -> None:
+def lead(model: Any) -> None:
+    """Let the configuration of a model and its ties be those of its own modules as they are now.
+
+    The configuration may have come to follow another model: one object may be shared by the models inside of each
+    other, and a shallow copy of a model shares everything.
+    """
+    hf_config = model.hf_quantizer.quantization_config
+    hf_config.follow(model)
+    # In place: the model around a compressed base model has the same object.
+    model.config.quantization_config = hf_config
+    retie(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Take back :func:`attach`, of a model and of those inside of it, where there are no MPO modules any more."""
+    parts = transformers_models(model)
+    compressed = [part for part in parts if any(isinstance(module, MPOLayer) for module in part.modules())]
+    for part in parts:
+        if part in compressed:
+            continue
+        untie(part)
+        if isinstance(getattr(part, "hf_quantizer", None), MPOHfQuantizer):
+            del part.hf_quantizer, part.quantization_method
+            vars(part).pop("resize_token_embeddings", None)
+        if is_ours(part.config) and not any(part.config is other.config for other in compressed):
+            del vars(part.config)["quantization_config"]
+            unguard(part.config)
+
+
+def _has_mpo_table(model: Any) -> bool:
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # a model of images, or one that a part was taken off
+        return False
+    return isinstance(table, nn.Module) and (isinstance(table, MPOLayer) or hasattr(table, HELD))
+
+
+def _require_complete(model: nn.Module) -> None:
     """Refuse cores that no file held: unlike a fresh head they cannot start from random numbers.
 
     transformers marks every tensor that it read, and only warns of the others.
@@ -222,20 +279,11 @@ def _require_complete(model: nn.Module, modules: dict[str, ModuleSpec]) -> None:
         for name, parameter in (*model.named_parameters(), *_buffers_of_cores(model))
         if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False)
     ]
-    for name in unread:
-        if _is_core(model, name):
+    for name in sorted(unread, key=lambda name: CORE.match(name) is None):  # the core of a module before its bias
+        if _is_of_mpo(model, name):
             raise MPOError(
                 f"{name} is not in the files: the folder is incomplete, or it is not the model that config.json "
                 "describes (tie_word_embeddings changed, or a configuration shared with a compressed model)"
-            )
-    # A module of another head is no concern of this class; one that should be where a weight is missing is.
-    roots = {name.partition(".")[0]: name for name in unread}
-    for name in modules:
-        root = name.partition(".")[0]
-        if root in roots and not any(has_module(model, spelling) for spelling in spellings(model, name)):
-            raise MPOError(
-                f"config.json lists {name} as compressed, which {type(model).__name__} does not have, and "
-                f"{roots[root]} is not in the files: the folder is damaged"
             )
 
 
@@ -243,10 +291,10 @@ def _buffers_of_cores(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [item for name, core in quantized_cores(model).items() for item in held_tensors(core, name).items()]
 
 
-def _is_core(model: nn.Module, name: str) -> bool:
-    """Whether a tensor of this name is a core of an MPO module, or a part of one."""
-    found = re.search(r"^(.*)\.cores\.\d+(\.\w+)?$", name)
-    return found is not None and isinstance(model.get_submodule(found[1]), MPOLayer)
+def _is_of_mpo(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of this name is a core of an MPO module, a part of one, or its bias."""
+    found = CORE.match(name) or _BIAS.match(name)
+    return found is not None and isinstance(model.get_submodule(found["module"]), MPOLayer)
 
 
 def _nothing_to_initialise(model: Any, name: str) -> None:

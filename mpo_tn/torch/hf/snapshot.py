@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor
 from mpo_tn.torch.hf.folder import check_source
-from mpo_tn.torch.layers.parameter import held_name, place_of
+from mpo_tn.torch.layers.parameter import dense_key, held_name, place_of
 
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -110,11 +110,6 @@ def core_prefix(model: Any, name: str, stored: StoredTensor) -> str:
         f"else: "
         "load the model and save it again, or compress it in memory"
     )
-
-
-def dense_key(name: str) -> str:
-    """The weight that cores of a module of this name take the place of."""
-    return ".".join(place_of(name) or (name, "weight"))
 
 
 def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:

@@ -11,6 +11,7 @@ from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan
 from mpo_tn.progress import Progress, doing, silent
+from mpo_tn.storage.places import claimed
 from mpo_tn.torch.hf.assembling import write_result
 from mpo_tn.torch.hf.folder import check_model_target
 from mpo_tn.torch.hf.stream_job import Job
@@ -71,15 +72,16 @@ def compress_folder(
     tell = progress or silent
     tell(0, 1, "looking at the checkpoint")
     job = Job.of(source, Path(out), config, calibration)
-    finished = job.finished_result()
-    if finished is not None and not overwrite:
-        job.work.delete()
-        return job.report(finished)
-    check_model_target(Path(out), job.checkpoint.folder, overwrite=overwrite)
-    job.work.check()
-    job.check_space(job.records())
-    with job.work.opened():
+    with claimed(Path(out)):
+        finished = job.finished_result()
+        if finished is not None and not overwrite:
+            job.work.delete()
+            return job.replace(finished)
+        check_model_target(Path(out), job.checkpoint.folder, overwrite=overwrite)
+        job.work.check()
         records = job.records()
+        job.check_space(records)
+        job.work.open()
         missing = [number for number in range(len(job.pairs)) if number not in records]
         tasks = [job.task(number) for number in sorted(missing, key=job.longest_first)]
         run_units(tasks, workers=workers, executor=executor, progress=doing("compressing", tell), total=len(job.pairs))
@@ -87,13 +89,12 @@ def compress_folder(
         ordered = [records[number] for number in range(len(job.pairs))]
         tell(0, 1, "writing the model")
         job.check_source()
-        pieces, modules = job.pieces(ordered)
-        write_result(
-            job.model, job.checkpoint.folder, Path(out), pieces, modules, job.decided, job.record(ordered), shard_bytes
-        )
+        pieces = job.pieces(ordered)
+        report = job.replace(ordered)
+        write_result(job.model, job.checkpoint.folder, Path(out), pieces, job.record(ordered), shard_bytes)
         tell(1, 1, "writing the model")
-    job.work.delete()
-    return job.report(ordered)
+        job.work.delete()
+    return report
 
 
 @dataclass(frozen=True)

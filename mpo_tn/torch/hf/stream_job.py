@@ -1,5 +1,7 @@
 """All that is known of a streamed run before the first matrix is read: what is where, and what becomes of it."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import shutil
@@ -16,19 +18,29 @@ from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.effort import Effort, effort_of
 from mpo_tn.planning.entries import ACTIVATION
 from mpo_tn.planning.plan import Plan
+from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from mpo_tn.storage.places import name_beside
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.hf.assembling import RECORD, Piece, altered, read_record
+from mpo_tn.torch.hf.assembling import Piece, altered, read_record
+from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import empty_model
-from mpo_tn.torch.hf.snapshot import Names, core_prefix, dense_key, local_folder, read_names
+from mpo_tn.torch.hf.quantizer import attach
+from mpo_tn.torch.hf.sentinel import sentinels
+from mpo_tn.torch.hf.snapshot import Names, core_prefix, local_folder, read_names
+from mpo_tn.torch.layers.parameter import dense_key
 from mpo_tn.torch.models.calibration import SAMPLED, Calibration, Fingerprint
+from mpo_tn.torch.models.compress import empty_modules, report_of, specs_of
+from mpo_tn.torch.models.coverage import matrix_numbers
 from mpo_tn.torch.models.decide import plan, units_of_plan
 from mpo_tn.torch.models.feeding import entries_of
+from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.report import CompressionReport
 from mpo_tn.torch.models.samples import is_biased
 from mpo_tn.torch.models.stream_folder import Manifest, WorkFolder, plan_digest
 from mpo_tn.torch.models.stream_unit import UnitRecord, UnitTask, as_tensor, versions, write_moments
 from mpo_tn.torch.models.survey import DenseUnit
+from mpo_tn.torch.models.units import count_parameters
 
 
 class Job:
@@ -68,7 +80,7 @@ class Job:
         self.source = checkpoint.fingerprint()
         known = None if self.calibration is None else _calibration_digest(self.calibration, in_metric)
         manifest = Manifest(plan_digest(decided), self.source, known, versions())
-        self.work = WorkFolder(out.parent / f"{out.name}.work", manifest)
+        self.work = WorkFolder(out.with_name(name_beside(out, ".work")), manifest)
 
     @classmethod
     def of(cls, source: str | Path, out: Path, config: MPOConfig | Plan, calibration: Calibration | None) -> Job:
@@ -159,7 +171,13 @@ class Job:
     @property
     def result_bytes(self) -> int:
         """Of the tensors of the result, at most."""
-        return sum(planned.bytes for planned, _ in self.pairs) + self.bytes_beside
+        modules = {
+            names[0]: spec
+            for planned, unit in self.pairs
+            for names, spec in zip(unit.names, specs_of(unit, planned.spec), strict=True)
+        }
+        record = sum(self.sentinels(modules).sizes.values()) if modules else 0
+        return sum(planned.bytes for planned, _ in self.pairs) + self.bytes_beside + record
 
     def bytes_to_write(self, records: Mapping[int, UnitRecord]) -> int:
         """Units that are missing, and the result."""
@@ -180,8 +198,8 @@ class Job:
                 "result: free some space or name another folder"
             )
 
-    def pieces(self, records: list[UnitRecord]) -> tuple[list[Piece], dict[str, Any]]:
-        """The tensors of the result in the order of the checkpoint, and the structure of all modules."""
+    def pieces(self, records: list[UnitRecord]) -> list[Piece]:
+        """The tensors of the result, in the order of the checkpoint, and the record; the model is dense as yet."""
         numbers = {unit.weight: number for number, (_, unit) in enumerate(self.pairs)}
         owners = dict(self.model.named_parameters(remove_duplicate=False))
         moved = {
@@ -193,7 +211,7 @@ class Job:
         pieces: list[Piece] = []
         for name, stored in self.names.stored.items():
             number = numbers.get(owners[name]) if name in owners else None
-            if number is not None:
+            if number is not None and records[number].dense is None:
                 pieces.append(self._unit_piece(number, records[number], stored))
             elif name in moved:
                 own = f"bias.{name}"
@@ -204,7 +222,32 @@ class Job:
                 pieces.append(Piece.of_source(stored, self.names.dtypes[name]))
         dtype = self.model.dtype
         pieces += [Piece.of_source(stored, dtype) for stored in self.names.kept.values()]
-        return pieces, {name: spec for record in records for name, spec in record.specs.items()}
+        modules = {name: spec for own in records if own.dense is None for name, spec in own.specs.items()}
+        return [*pieces, self.sentinels(modules)] if modules else pieces
+
+    def replace(self, records: list[UnitRecord]) -> CompressionReport:
+        """Put empty MPO modules into the model, as ``compress`` puts full ones, and give its report."""
+        before, matrices = count_parameters(self.model), matrix_numbers(self.model)
+        larger = {record.layer.name: record.dense for record in records if record.dense is not None}
+        modules: dict[str, nn.Module] = {}
+        for (_, unit), record in zip(self.pairs, records, strict=True):
+            if record.dense is None:
+                modules |= empty_modules(unit, record.layer.spec)
+        if modules:
+            put(self.model, modules)
+            attach(self.model, self.decided.config)
+        layers = [record.layer for record in records if record.dense is None]
+        return report_of(self.model, self.decided, layers, larger, before, matrices)
+
+    def sentinels(self, modules: dict[str, ModuleSpec]) -> Piece:
+        """What stops whoever has not imported this package, and the record of these modules."""
+        unsaved: set[str] = set(self.model._keys_to_ignore_on_save or ())
+        owned = [unit for _, unit in self.pairs if unit.name in modules]
+        in_cores = {dense_key(name) for unit in owned for name in unit.all_names}
+        found = sentinels(self.model, modules, [name for name in self.names.dtypes if name not in unsaved | in_cores])
+        # As a checkpoint calls the weight: transformers renames both.
+        stored = self.names.stored
+        return Piece.of_tensors({stored[key].key if key in stored else key: found[key] for key in found})
 
     def _unit_piece(self, number: int, record: UnitRecord, stored: StoredTensor) -> Piece:
         prefix = core_prefix(self.model, self.pairs[number][1].name, stored)
@@ -225,7 +268,7 @@ class Job:
         Raises:
             MPOError: it was altered since.
         """
-        if not (self.out / RECORD).is_file():
+        if not (self.out / STREAM_RECORD).is_file():
             return None
         record = read_record(self.out)
         if record["run"] != self.work.manifest.to_dict():
@@ -237,13 +280,6 @@ class Job:
                 "--overwrite to write it again"
             )
         return [UnitRecord.from_dict(unit) for unit in record["units"]]
-
-    def report(self, records: list[UnitRecord]) -> CompressionReport:
-        """As ``compress`` gives it."""
-        layers = tuple(record.layer for record in records)
-        before = self.decided.parameters_before
-        after = before - self.decided.matrix_before + sum(layer.spec.num_parameters for layer in layers)
-        return CompressionReport(layers, self.decided.skipped, before, after)
 
     def _fingerprint(self) -> Fingerprint:
         """What :meth:`Fingerprint.of` gives of the loaded model."""

@@ -17,10 +17,12 @@ from mpo_tn.planning.spec import PARAMETER, ModuleSpec, matrix_shape
 from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.hf.assembling import RECORD, altered, read_record
+from mpo_tn.torch.hf.assembling import altered, read_record
+from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
-from mpo_tn.torch.hf.snapshot import Names, dense_key, local_folder, read_names
+from mpo_tn.torch.hf.snapshot import Names, local_folder, read_names
 from mpo_tn.torch.layers.cores import held_tensors
+from mpo_tn.torch.layers.parameter import dense_key
 from mpo_tn.torch.models.compress import build, missed_norm
 from mpo_tn.torch.models.stream_unit import UnitRecord, one_thread, tensor_of
 from mpo_tn.truncate.spectra import float_floor
@@ -93,14 +95,16 @@ def verify_folder(
     """
     folder = Path(out)
     found, tell = Verification(), progress or silent
+    is_compressed = not _is_all_dense(folder)
     try:
-        check_compressed(folder)
+        if is_compressed:
+            check_compressed(folder)
     except MPOError as error:
-        if not (folder / RECORD).is_file():
+        if not (folder / STREAM_RECORD).is_file():
             raise
         found.differences.append(str(error))  # it was compressed once
         return found
-    modules = _modules(folder, found)
+    modules = _modules(folder, found) if is_compressed else {}
     try:
         there = open_checkpoint(folder)
     except MPOError as error:
@@ -118,6 +122,16 @@ def verify_folder(
     return found
 
 
+def _is_all_dense(folder: Path) -> bool:
+    """Whether of a streamed folder every matrix stayed dense."""
+    try:
+        return (folder / STREAM_RECORD).is_file() and all(
+            unit["dense"] is not None for unit in read_record(folder)["units"]
+        )
+    except MPOError:  # which is said when it is read
+        return False
+
+
 def _modules(folder: Path, found: Verification) -> dict[str, ModuleSpec]:
     try:
         return {name: ModuleSpec.from_dict(spec) for name, spec in compressed_config(folder)["modules"].items()}
@@ -127,8 +141,8 @@ def _modules(folder: Path, found: Verification) -> dict[str, ModuleSpec]:
 
 
 def _check_record(folder: Path, found: Verification) -> dict[str, Any] | None:
-    if not (folder / RECORD).is_file():
-        found.notes.append(f"{folder} has no {RECORD}, so nothing is known of its digests: it was not streamed")
+    if not (folder / STREAM_RECORD).is_file():
+        found.notes.append(f"{folder} has no {STREAM_RECORD}, so nothing is known of its digests: it was not streamed")
         return None
     try:
         record = read_record(folder)
@@ -210,6 +224,8 @@ def _prefix(there: Checkpoint, name: str) -> str | None:
 def _check_plan(record: Mapping[str, Any], modules: Mapping[str, ModuleSpec], found: Verification) -> None:
     """What was recorded of the units is what ``config.json`` says."""
     for unit in record["units"]:
+        if unit["dense"] is not None:
+            continue
         for name, spec in unit["specs"].items():
             if name not in modules or modules[name] != ModuleSpec.from_dict(spec):
                 found.differences.append(f"config.json says something else of {name} than was made of it")

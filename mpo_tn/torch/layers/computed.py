@@ -69,7 +69,7 @@ def read_weight(source: Source) -> torch.Tensor:
 
     While torch traces a graph it is the dense weight itself, as an operation of the graph.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return source.stored_weight()
     held = source.held()
     like = torch.empty(source.weight_shape, dtype=held[0].dtype, device="meta")
@@ -103,7 +103,12 @@ class ComputedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, source: Source, steps: tuple[Step, ...], like: torch.Tensor, requires_grad: bool, device: torch.device
+        cls: type[ComputedWeight],
+        source: Source,
+        steps: tuple[Step, ...],
+        like: torch.Tensor,
+        requires_grad: bool,
+        device: torch.device,
     ) -> ComputedWeight:
         """What looks like ``like`` and is what ``steps`` make of the weight of ``source``."""
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
@@ -168,8 +173,8 @@ class ComputedWeight(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Where torch functions are turned off: compute it."""
-        args, kwargs = tree_map(_made_dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        given, named = tree_map(_made_dense, (args, kwargs or {}))
+        return func(*given, **named)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is an ordinary tensor."""
@@ -317,14 +322,18 @@ def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return made[value]
 
     args, kwargs = tree_map(dense, (args, kwargs))
-    with _recomputed({weight.untyped_storage()._cdata: (lazy, weight) for lazy, weight in made.items()}):
+    with _recomputed(made):
         return func(*args, **kwargs)
 
 
-def _recomputed(weights: dict[int, tuple[ComputedWeight, torch.Tensor]]) -> AbstractContextManager[Any]:
-    """Inside of it weights that are saved for backward are not kept but computed again."""
+def _recomputed(made: dict[ComputedWeight, torch.Tensor]) -> AbstractContextManager[Any]:
+    """Inside of it weights that are saved for backward are not kept but computed again.
+
+    Where hooks are turned off, as under the transformations of ``torch.func``, they are kept.
+    """
     if not torch.is_grad_enabled() or not _hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
+    weights = {weight.untyped_storage()._cdata: (lazy, weight) for lazy, weight in made.items()}
     around = _hooks._top_saved_tensors_default_hooks(False)
 
     def pack(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

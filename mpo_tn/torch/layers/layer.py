@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.mpo import MPO
+from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Route, checked_mode, rebuild_route
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.torch.layers.computed import read_weight
@@ -25,6 +26,7 @@ from mpo_tn.torch.layers.product import autocast_dtype, mpo_linear, no_autocast
 from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.routes import routes_of
 from mpo_tn.torch.layers.rows import looked_up, slice_of_rows
+from mpo_tn.torch.layers.tracing import is_traced
 
 
 class MPOLayer(nn.Module):
@@ -39,6 +41,8 @@ class MPOLayer(nn.Module):
 
     _mode = "auto"
     _dense: DenseWeight | None = None
+    policy: MPOConfig | None = None
+    """What the module was compressed by, for whoever saves a model around it; it computes nothing."""
 
     def __init__(
         self,
@@ -123,6 +127,8 @@ class MPOLayer(nn.Module):
         Raises:
             MPOError: ``x`` has another number of columns.
         """
+        if is_traced():  # it would record the route for the tokens at hand, and sees into no autograd function
+            return functional.linear(x, self.dense_weight(), bias)
         if x.shape[-1] != self._size[1]:
             raise MPOError(f"x has {x.shape[-1]} columns: the layer takes {self._size[1]}")
         cores = self.cores.forward(packed=True)
@@ -310,8 +316,10 @@ class MPOLinear(MPOLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (..., in) to (..., out).
 
+        Guarantee (traced): what ``torch.jit.trace`` records is right for any number of tokens, in every mode.
+
         Raises:
-            MPOError: ``x`` has another number of columns.
+            MPOError: ``x`` has another number of columns (outside of tracing).
         """
         bias = self.bias
         assert bias is None or isinstance(bias, torch.Tensor)

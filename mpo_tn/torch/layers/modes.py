@@ -8,7 +8,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.cost import checked_mode
-from mpo_tn.planning.patterns import matches
+from mpo_tn.planning.patterns import check_matched, matches
 from mpo_tn.torch.layers.layer import MPOLayer
 
 
@@ -21,7 +21,7 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
             ``"auto"`` (how modules start) takes of these two the one that should be faster for the number of tokens
             (:mod:`mpo_tn.planning.cost`); ``"cached"`` keeps the dense matrix between calls, for inference: it costs
             the memory of the dense model on top of the cores.
-        pattern: only modules whose name matches (PEFT's grammar, as in
+        pattern: only modules of which a name matches (PEFT's grammar, as in
             :class:`~mpo_tn.torch.MPOConfig`); ``None`` is all.
 
     Returns:
@@ -33,10 +33,12 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
     With gradients on, modules whose cores require them compute as in ``"rebuild"``, and so does everything that torch
     compiles or exports.
 
+    What ``torch.jit.trace`` records computes as in ``"rebuild"`` in every mode.
+
     The mode is not saved with the model. Embeddings have one too, but gather the rows asked for in every mode.
 
     Raises:
-        MPOError: an unknown mode, or no MPO module (whose name matches).
+        MPOError: an unknown mode, no MPO module, or a pattern that matches none.
 
     >>> import torch
     >>> from mpo_tn.torch import MPOConfig, compress
@@ -46,14 +48,17 @@ def set_mode(model: nn.Module, mode: str, pattern: str | Sequence[str] | None = 
     (['0'], 'cached', 'auto')
     """
     checked_mode(mode)
-    names = [name for name, module in model.named_modules() if isinstance(module, MPOLayer)]
+    names: dict[MPOLayer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MPOLayer):
+            names.setdefault(module, []).append(name)
     if not names:
         raise MPOError("the model has no MPO modules whose mode could be set: compress it first")
-    chosen = [name for name in names if pattern is None or matches(name, pattern)]
-    if not chosen:
-        raise MPOError(f"pattern={pattern!r} matches none of the {len(names)} MPO modules, for instance {names[0]}")
-    for name in chosen:
-        module = model.get_submodule(name)
-        assert isinstance(module, MPOLayer)
-        module.mode = mode
+    if pattern is not None:
+        check_matched("pattern={}", pattern, (name for own in names.values() for name in own), "MPO module")
+    chosen: list[str] = []
+    for module, own in names.items():
+        if pattern is None or any(matches(name, pattern) for name in own):
+            module.mode = mode
+            chosen.append(own[0])
     return chosen

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from mpo_tn.torch.layers.tracing import is_traced
 from mpo_tn.torch.layers.workspace import is_open, scratch
 
 Shape = tuple[int, int, int, int]
@@ -37,6 +38,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     >>> unpack(torch.tensor([[312]], dtype=torch.int32), 3, 3)
     tensor([[-4,  3,  0]], dtype=torch.int8)
     """
+    if is_traced():
+        return _picked(packed, bits, columns)
     rows = packed.shape[0]
     raw = packed.contiguous().view(torch.uint8)
     if bits == 8:
@@ -53,6 +56,14 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         upper = eight & (lower << width)
         eight = (eight & lower) | (upper << (8 * half - width))
     return eight.view(torch.int8).view(rows, -1)[:, :columns] - (1 << (bits - 1))
+
+
+def _picked(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The same, each integer picked from the two words that it may lie in: ``torch.jit.trace`` reads no bytes anew."""
+    starts = bits * torch.arange(columns, device=packed.device)
+    words = functional.pad(packed.long() & 0xFFFFFFFF, (0, 1))
+    both = words[:, starts // 32] | (words[:, starts // 32 + 1] << 32)
+    return (((both >> (starts % 32)) & ((1 << bits) - 1)) - (1 << (bits - 1))).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class Form:
         if self.bits == 16:
             return self._room(tensors[0]).copy_(tensors[0])
         packed, scales = tensors
-        if scales.requires_grad and torch.is_grad_enabled():
+        if scales.requires_grad and torch.is_grad_enabled() and not is_traced():
             return _Scaled.apply(packed, scales, self)  # pyright: ignore[reportReturnType]
         values = unpack(packed, self.bits, self.columns)
         # An integer times a scale is exact in float32; in fewer digits the scale would be rounded first.

@@ -55,12 +55,12 @@ class MPOParameter(MPOLayer):
 class HeldParameters(nn.Module):
     """The parameters of a module that are cores, by their names.
 
-    ``order`` is that of all its parameters when the first of them was taken.
+    They are put back in the order that all its parameters had when the first of them was taken.
     """
 
     def __init__(self, order: Sequence[str]) -> None:
         super().__init__()
-        self.order = tuple(order)
+        self._order = tuple(order)
 
 
 def place_of(name: str) -> tuple[str, str] | None:
@@ -74,6 +74,15 @@ def place_of(name: str) -> tuple[str, str] | None:
     return (owner, parameter) if held == HELD and owner else None
 
 
+def dense_key(name: str) -> str:
+    """The name that the dense weight of an MPO module has in a state dict.
+
+    >>> dense_key("layers.0.experts.mpo.down_proj"), dense_key("layers.0.q_proj")
+    ('layers.0.experts.down_proj', 'layers.0.q_proj.weight')
+    """
+    return ".".join(place_of(name) or (name, "weight"))
+
+
 def held_name(owner: str, parameter: str) -> str:
     """The name of the :class:`MPOParameter` that holds a parameter of ``owner``."""
     return f"{owner}.{HELD}.{parameter}"
@@ -84,6 +93,9 @@ def reach(owner: nn.Module, name: str, held: MPOParameter) -> None:
 
     The parameter is gone, ``owner.mpo.<name>`` is there, and the class of the owner is a subclass of what it was, of
     the same name, in which ``owner.<name>`` computes. All else stays: hooks, buffers, its other parameters.
+
+    Guarantee (reached-exact): the owner computes what it did with the dense weight of the cores, to rounding, and
+    gradients reach the cores.
 
     Raises:
         MPOError: it has no such parameter, or of another shape.
@@ -113,7 +125,7 @@ def release(owner: nn.Module, name: str, weight: nn.Parameter) -> None:
     if not left:
         del owner._modules[HELD]
     _read_by_class(owner, left)
-    order = {own: place for place, own in enumerate(container.order)}
+    order = {own: place for place, own in enumerate(container._order)}
     own = {**owner._parameters, name: weight}
     owner._parameters = dict(sorted(own.items(), key=lambda item: order.get(item[0], len(order))))
 

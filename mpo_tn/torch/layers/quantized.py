@@ -13,6 +13,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import check_core_bits
 from mpo_tn.torch.layers.packing import Form, Packed, Shape, pack
 from mpo_tn.torch.layers.scales import logarithms, rounded
+from mpo_tn.torch.layers.tracing import is_traced
 from mpo_tn.truncate.quantize import GROUP, Integers, quantize
 from mpo_tn.truncate.scales import group_count
 
@@ -186,7 +187,7 @@ class QuantizedCore(nn.Module):
     def _trained_scales(self) -> torch.Tensor:
         logs = self._parameters[SCALE_LOGS]
         assert logs is not None
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logs.requires_grad):
+        if torch.compiler.is_compiling() or is_traced() or (torch.is_grad_enabled() and logs.requires_grad):
             return rounded(logs, self.get_buffer("weight_scale"))
         self._settle()  # the buffer itself, so that what is made of it can be kept as long as it does not change
         return self.get_buffer("weight_scale")

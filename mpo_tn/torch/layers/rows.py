@@ -10,6 +10,7 @@ import torch
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.layers.packing import Held
 from mpo_tn.torch.layers.product import no_autocast
+from mpo_tn.torch.layers.tracing import is_traced
 
 # So many rows are contracted at a time that the gathered slices of a core hold at most this many numbers.
 _GATHERED_ENTRIES = 2**24
@@ -32,7 +33,7 @@ def looked_up(
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise MPOError(f"ids are {ids.dtype}: a table takes torch.int64 or torch.int32")
-    if torch.compiler.is_compiling():  # how many ids are unique depends on data
+    if torch.compiler.is_compiling() or is_traced():  # how many ids are unique depends on data
         return _rows(cores, ids.reshape(-1), size[1], padding_idx).reshape(*ids.shape, size[1])
     unique, inverse = torch.unique(ids, return_inverse=True)
     if unique.numel():
@@ -56,9 +57,11 @@ def table_rows(cores: Sequence[Held], rows: torch.Tensor) -> torch.Tensor:
 
     Cost: about ``2 sum_k (in_1 ... in_k) bond_{k-1} bond_k`` flops a row, and one slice of every core in memory a row.
     """
+    if torch.compiler.is_compiling() or is_traced():  # a graph must not depend on how many rows there are
+        return _contract_rows(cores, rows)
     slice_entries = max(core.shape[0] * core.shape[2] * core.shape[3] for core in cores)
     at_once = max(1, _GATHERED_ENTRIES // slice_entries)
-    if torch.compiler.is_compiling() or rows.numel() <= at_once:  # a graph must not depend on how many rows there are
+    if rows.numel() <= at_once:
         return _contract_rows(cores, rows)
     return torch.cat([_contract_rows(cores, chunk) for chunk in rows.split(at_once)])
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mpo_tn.torch.layers.tracing import is_traced
+
 _LEAST, _MOST = 2.0**-24, torch.finfo(torch.float16).max
 """The least and the largest number of float16."""
 
@@ -28,6 +30,9 @@ def rounded(logs: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
     Differentiable as if nothing were rounded: in float16 a gradient would be.
     """
+    if is_traced():  # which sees into no autograd function: the same value and gradient in plain operations
+        value = _Rounded.forward(logs.detach(), signs)
+        return value + value * (logs - logs.detach())
     return _Rounded.apply(logs, signs)  # pyright: ignore[reportReturnType]
 
 

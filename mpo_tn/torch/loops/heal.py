@@ -12,6 +12,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError, is_real, whole_number
 from mpo_tn.progress import Progress, silent
+from mpo_tn.storage.places import claimed_if
 from mpo_tn.torch.loops.feeding import Fed, Feed
 from mpo_tn.torch.loops.healer import Healer, Progressed, lent
 from mpo_tn.torch.loops.log_folder import LogFolder, counts, expect
@@ -113,8 +114,8 @@ def heal(
     Raises:
         MPOError: a bad argument, no batch or no text in one, a model without MPO modules or without anything to train,
             a teacher of another width or vocabulary, an objective that the model cannot give, a ``folder`` of another
-            run; nothing has been changed. A loss that is NaN or infinite: the message names the step, and the model is
-            in the best state before it.
+            run, or that another process writes to; nothing has been changed. A loss that is NaN or infinite: the
+            message names the step, and the model is in the best state before it.
 
     Cost: a step is one forward and one backward pass of the model and, where it is not held, a forward of the teacher.
 
@@ -144,7 +145,7 @@ def heal(
         _check_teacher(model, teacher, objective)
     teacher = teacher if goal.needs_teacher else None
     feed, held = Feed(batches, seed, "batches"), None if dev is None else Feed(dev, seed, "dev")
-    with lent(model, teacher):
+    with lent(model, teacher), claimed_if(folder):
         freeze(model, train, also=recipe.also)
         if not count_trainable(model)[0]:
             raise MPOError(

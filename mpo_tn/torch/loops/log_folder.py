@@ -15,6 +15,7 @@ from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.storage.files import write_whole
+from mpo_tn.storage.places import clear_leftovers
 from mpo_tn.torch.state.damage import MISFITS, read_json
 from mpo_tn.torch.state.training_state import TrainingState, read_state, write_state
 
@@ -122,11 +123,11 @@ class LogFolder:
     def _tidy(self) -> None:
         """Delete states that the log does not name, and what a killed process left half written."""
         named = set[Path]() if self.log is None else {self.path / self.log[key] for key in self._states}
-        for path in [*self.path.glob("state-[0-9]*"), *self.path.glob(".state-[0-9]*")]:
+        for path in self.path.glob("state-[0-9]*"):
             if path not in named:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.path.glob(f".{_LOG}.*"):
-            path.unlink(missing_ok=True)
+        for begin in ("state-", _LOG):
+            clear_leftovers(self.path, begin)
 
 
 def state_name(number: int) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
 from mpo_tn.progress import Progress
+from mpo_tn.storage.places import claimed_if
 from mpo_tn.torch.loops.evaluation import as_number, evaluated
 from mpo_tn.torch.loops.policy import Policy
 from mpo_tn.torch.loops.rounds import SqueezeResult, SqueezeRound
@@ -80,7 +81,8 @@ def squeeze(
 
     Raises:
         MPOError: a bad argument, a model without MPO modules or without a bond to cut, an optimiser that cannot follow,
-            a loss that is NaN or infinite, a ``folder`` of another run.
+            a loss that is NaN or infinite, a ``folder`` of another run; several processes, whose ranks would have to
+            cut the same bonds.
 
     >>> from mpo_tn.torch import MPOConfig, compress
     >>> model = nn.Sequential(nn.Linear(16, 16))
@@ -92,22 +94,40 @@ def squeeze(
     >>> result.stopped, result.value <= 0.3, result.bonds == {"0": model[0].spec.bonds}
     ('gap', True, True)
     """
+    refuse_several_processes()
     policy = Policy(
         delta=delta, higher_is_better=higher_is_better, max_steps=max_steps, cuts_per_round=cuts_per_round,
         tune_steps=tune_steps if train_step else 0, score=score, keep=keep, minimum_bond=minimum_bond,
     )  # fmt: skip
     squeezer = Squeezer(model, policy, optimizer, scheduler, reference)
-    home = None
-    if folder is not None:
-        settings: dict[str, Any] = {
-            **policy.to_dict(),
-            "tuned": train_step is not None,
-            "optimizer": None if optimizer is None else type(unwrapped(optimizer)).__name__,
-            "scheduler": None if scheduler is None else type(scheduler).__name__,
-            "reference": reference,
-        }
-        home = RunFolder(folder, settings, resume=resume)
-    return _Run(squeezer, evaluate, train_step, home).go(progress, on_round)
+    with claimed_if(folder):
+        home = None
+        if folder is not None:
+            settings: dict[str, Any] = {
+                **policy.to_dict(),
+                "tuned": train_step is not None,
+                "optimizer": None if optimizer is None else type(unwrapped(optimizer)).__name__,
+                "scheduler": None if scheduler is None else type(scheduler).__name__,
+                "reference": reference,
+            }
+            home = RunFolder(folder, settings, resume=resume)
+        return _Run(squeezer, evaluate, train_step, home).go(progress, on_round)
+
+
+def refuse_several_processes() -> None:
+    """Refuse to squeeze where torch is spread over processes: each would decide on its own.
+
+    Guarantee (squeeze-alone): returning means that this process is the only one.
+
+    Raises:
+        MPOError: it is not.
+    """
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if ranks > 1:
+        raise MPOError(
+            f"this is one of {ranks} processes, and each would cut the bonds that its own evaluation says: squeeze in "
+            "one process, and spread only the tuning afterwards"
+        )
 
 
 class _Run:

@@ -24,7 +24,7 @@ from mpo_tn.torch.models.calibrate import calibrate
 from mpo_tn.torch.models.calibration import Calibration, Fingerprint
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.samples import Judge, Samples
-from mpo_tn.torch.models.survey import DenseUnit, Survey, survey, survey_named
+from mpo_tn.torch.models.survey import DenseUnit, Survey, check_overrides, survey, survey_named
 from mpo_tn.torch.models.tradeoffs import Tradeoff, tradeoffs
 from mpo_tn.torch.models.trial import Trial
 
@@ -52,8 +52,9 @@ def plan_for_budget(
     """Choose structure and bits of every matrix for a budget. See :func:`~mpo_tn.torch.plan`."""
     tell = progress or silent
     found = survey(model, config.target_modules, config.exclude_modules)
+    check_overrides(model, config.overrides, found)
     check_weights(found.units)
-    choices = [_options(unit, config, config.for_module(unit.name)) for unit in found.units]
+    choices = [_options(unit, config, config.for_module(*unit.asked_names)) for unit in found.units]
     budget = _budget(found, config)
     _check_budget(found, choices, budget, config)
     samples = source if isinstance(source, Samples) else None

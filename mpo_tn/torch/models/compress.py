@@ -30,6 +30,7 @@ from mpo_tn.torch.layers.quantized import QuantizedCore
 from mpo_tn.torch.layers.rows import table_rows
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.carry_out import fit_units
+from mpo_tn.torch.models.coverage import coverage, matrix_numbers
 from mpo_tn.torch.models.decide import plan, samples_of, units_of_plan
 from mpo_tn.torch.models.fitting import Fitted
 from mpo_tn.torch.models.host import current_host
@@ -45,7 +46,7 @@ from mpo_tn.truncate.quantize import Integers
 from mpo_tn.truncate.spectra import float_floor
 from mpo_tn.truncation import Report, Truncation
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -82,12 +83,15 @@ def compress(
             there are, and the name of the next (or last) one.
 
     Returns:
-        Per unit the legs, bonds and exact Frobenius error, and the kept ratios of the matrices and of the model.
+        Per unit the legs, bonds and exact Frobenius error, the kept ratios of the matrices and of the model, and every
+        parameter like a matrix that stays dense, with the reason.
         Bias, dtype, device, ``requires_grad``, training mode and hooks of each module are kept.
 
     Guarantee (compress-all-or-nothing): if anything is wrong or raises, ``progress`` and whoever saves the model
     included, the model is left as it was; modules are only swapped once all are decomposed. A transformers model can be
     saved with ``save_pretrained`` afterwards.
+    Guarantee (tolerance-never-larger): a matrix whose cores would take as many bytes as it does, or more, at the
+    ``tolerance`` it was given stays dense, and is listed in ``skipped`` with both numbers.
 
     Raises:
         MPOError: a pattern that matches nothing, a weight with NaN or infinite entries or without data, legs that do
@@ -117,9 +121,10 @@ def compress(
             "calibration=batches, the text that the plan was made with"
         )
     fits = {} if source is None else fit_units(model, in_metric, source, progress or silent, anchored=anchored)
-    before = count_parameters(model)
+    before, matrices = count_parameters(model), matrix_numbers(model)
     layers: list[LayerReport] = []
     modules: dict[str, nn.Module] = {}
+    larger: dict[str, str] = {}
     for done, (planned, unit) in enumerate(units):
         if progress:
             progress(done, len(units), unit.name)
@@ -130,6 +135,10 @@ def compress(
                 layer, cores, shift = *factorise(planned, unit), None
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
+        outgrown = outgrows(planned, layer)
+        if outgrown is not None:
+            larger[unit.name] = outgrown
+            continue
         layers.append(layer)
         modules |= _modules(unit, layer.spec, cores, shift)
     if progress and units:
@@ -138,9 +147,31 @@ def compress(
         refined: tuple[RefinedBlock, ...] = ()
         if refine and text is not None:
             refined = refine_blocks(model, modules, text, undo, progress or silent)
-        _swap(model, modules, decided.config)
+        if modules:
+            _swap(model, modules, decided.config)
         undo.pop_all()
-    return CompressionReport(tuple(layers), decided.skipped, before, count_parameters(model), refined)
+    return report_of(model, decided, layers, larger, before, matrices, refined)
+
+
+def report_of(
+    model: nn.Module, decided: Plan, layers: Sequence[LayerReport], larger: Mapping[str, str], before: int,
+    matrices: int, refined: tuple[RefinedBlock, ...] = (),
+) -> CompressionReport:  # fmt: skip
+    """The report on a model in which MPO modules are in their places.
+
+    Args:
+        model: as it is by now.
+        decided: what it was compressed by.
+        layers: what became of units.
+        larger: units that stayed dense because they did not become smaller, with the reason.
+        before: numbers that all its parameters held, and
+        matrices: those held that are like matrices.
+        refined: what blocks were trained to.
+    """
+    reasons = {**{part.name: part.reason for part in decided.left}, **larger}
+    covers = coverage(model, matrices - matrix_numbers(model), reasons)
+    skipped = {**decided.skipped, **larger}
+    return CompressionReport(tuple(layers), skipped, before, count_parameters(model), refined, covers)
 
 
 def _text_of(source: Trial | Samples | Calibration | None) -> Samples | None:
@@ -180,14 +211,19 @@ def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, Modu
                 f"{unit.name}: the bonds that meet tolerance={planned.tolerance} depend on the numbers: use keep or "
                 "bond"
             )
-        cores = list(build(specs_of(unit, planned.spec)[0], device="meta", dtype=unit.weight.dtype).cores)
-        for core in cores:
-            if isinstance(core, nn.Parameter):
-                core.requires_grad_(unit.weight.requires_grad)
         specs[unit.name] = specs_of(unit, planned.spec)[0]
-        modules |= _modules(unit, planned.spec, cores)
+        modules |= empty_modules(unit, planned.spec)
     put(model, modules)
     return specs
+
+
+def empty_modules(unit: DenseUnit, spec: ModuleSpec) -> dict[str, nn.Module]:
+    """The MPO modules that replace those of a unit, with cores on the meta device."""
+    cores = list(build(specs_of(unit, spec)[0], device="meta", dtype=unit.weight.dtype).cores)
+    for core in cores:
+        if isinstance(core, nn.Parameter):
+            core.requires_grad_(unit.weight.requires_grad)
+    return _modules(unit, spec, cores)
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig) -> None:
@@ -219,6 +255,14 @@ def factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Cor
     rel_error = error / report.norm if report.norm > 0 else 0.0
     spec = replace(planned.spec, bonds=mpo.bonds, rel_error=rel_error, exact=exact)
     return LayerReport(unit.all_names, specs_of(unit, spec)[0], error, report.norm, report, unit.storage), cores
+
+
+def outgrows(planned: UnitPlan, layer: LayerReport) -> str | None:
+    """Why a unit stays dense: at the tolerance that it was given its cores would not be smaller. None if they are."""
+    dense = planned.dense_parameters * planned.itemsize
+    if planned.tolerance is None or layer.bytes < dense:
+        return None
+    return f"at tolerance={planned.tolerance:g} its cores would take {layer.bytes:,} bytes, and it takes {dense:,}"
 
 
 def fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerReport, list[Core], torch.Tensor | None]:
@@ -280,7 +324,7 @@ def _modules(
             there = nn.Parameter((bias.detach() + shift).to(bias.dtype), requires_grad=bias.requires_grad)
             bias = moved.setdefault(bias, there)
         built = build(own, cores, bias=bias)
-        for table in _HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
+        for table in HOOKS:  # the tables themselves, so that handles their owners hold still remove from them
             built.__dict__[table] = module.__dict__[table]
         built.train(module.training)
         named |= dict.fromkeys(names, built)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.auto import plan_for_budget
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.samples import Samples
-from mpo_tn.torch.models.survey import DenseUnit, survey, survey_named
+from mpo_tn.torch.models.survey import DenseUnit, check_overrides, survey, survey_named
 from mpo_tn.truncate.spectra import unfolding_spectra
 
 
@@ -54,12 +55,16 @@ def plan(
         the reason why it stays. ``compress(model, plan)`` carries it out.
 
     Guarantee (plan-is-what-comes): with ``keep``, one ``bond`` for all, or full bonds, the parameters and bytes are
-    those that come out. With a tolerance, or bonds given one by one, they are the most that can.
+    those that come out. With a tolerance, or bonds given one by one, they are the most that can; a matrix that a
+    tolerance would not make smaller stays dense.
     Guarantee (share-of-all): with ``keep`` and a calibration, and structures left open, the numbers of all matrices
     together, those left dense included, are at most that share of what they were.
     Guarantee (never-worse): for a budget, the plan is the one of least D on held-back text among the plans compared;
     the best uniform plan of integers and that of low rank, if the families have them, are always among them, and with
     chains what would be chosen without.
+
+    Warns:
+        UserWarning: ``keep`` is more than 1, with which cores may take more room than the matrices do.
 
     Raises:
         MPOError: a budget without a calibration, or one that cannot be met or is more than the model takes; a pattern
@@ -74,15 +79,22 @@ def plan(
     ((4, 45, 45, 4), 0.494, [('1', 'a LayerNorm is not a linear layer or an embedding')])
     """
     refuse_compressed(model)
+    if config.keep is not None and config.keep > 1:
+        warnings.warn(
+            f"keep={config.keep:g} lets cores take more room than the matrices do: give less than 1, or no size for "
+            "chains that are exact",
+            stacklevel=2,
+        )
     source = samples_of(calibration)
     if config.has_budget or (config.shares_keep and source is not None):
         if source is None:
             raise MPOError("a budget is spent by what the model does on text: give calibration=batches")
         return plan_for_budget(model, config, source, progress, anchored=anchored)
     found = survey(model, config.target_modules, config.exclude_modules)
+    check_overrides(model, config.overrides, found)
     units: list[UnitPlan] = []
     for unit in found.units:
-        own = config.for_module(unit.name)
+        own = config.for_module(*unit.asked_names)
         out, in_ = (int(size) for size in unit.matrix().shape)
         try:
             spec = structure(unit.kinds[0], out, in_, own, unit.blocks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -58,10 +60,46 @@ def _beside_weight_and_bias(module: nn.Module) -> list[str]:
 
 
 def head_modules(model: nn.Module) -> set[nn.Module]:
-    """The task heads by name, and the output embeddings, tied or not."""
+    """The task heads: what lies outside the base model where a class of transformers says which that is.
+
+    With the output embeddings, tied or not, and for all other models what has the name of a head.
+
+    Guarantee (heads-by-structure): of a transformers model whose ``base_model_prefix`` names a part of it, and of one
+    inside another module, these are all modules that are not in that part.
+    """
     heads = {m for name, m in model.named_modules(remove_duplicate=False) if HEADS & set(name.split("."))}
+    base: set[nn.Module] = set()
+    for module in model.modules():
+        inner = set[nn.Module]() if module in base else {m for part in _base_parts(module) for m in part.modules()}
+        if inner:
+            base |= inner
+            held = {parameter for part in inner for parameter in part.parameters(recurse=False)}
+            heads |= {m for m in module.modules() if m not in inner and not _only_holds(m, held)}
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()
     except AttributeError:  # a model of transformers whose head was taken off
         output = None
     return heads | {output} if isinstance(output, nn.Module) else heads
+
+
+def _only_holds(module: nn.Module, known: set[nn.Parameter]) -> bool:
+    """Whether a module has parameters, and none that is not known."""
+    own = set(module.parameters(recurse=False))
+    return bool(own) and own <= known
+
+
+# Classes that predict of a whole or of its parts; where they name no base model, what they hold besides models is head.
+_TASK = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
+
+
+def _base_parts(module: nn.Module) -> list[nn.Module]:
+    """The parts of a transformers model that are no head; none for a base model, and for what is no such model."""
+    prefix = getattr(type(module), "base_model_prefix", None)
+    if not isinstance(prefix, str):
+        return []
+    children = dict(module.named_children())
+    if prefix in children:
+        return [children[prefix]]
+    if not _TASK.search(type(module).__name__):
+        return []
+    return [child for child in children.values() if isinstance(getattr(type(child), "base_model_prefix", None), str)]

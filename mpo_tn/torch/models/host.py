@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
+from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
 
 
@@ -22,12 +23,30 @@ class Host(Protocol):
         Whoever raises has changed nothing, because the modules are put back then.
         """
 
+    def detach(self, model: nn.Module) -> None:
+        """MPO modules of ``model`` were just replaced by dense ones; some may be left."""
+
+    def conv1d(self, in_features: int, out_features: int) -> nn.Module:
+        """A module of the kind ``"conv1d"``, the transposed linear layer of GPT-2; its parameters will be replaced."""
+        ...
+
 
 class NoHost:
     """Plain torch, where whoever holds a state dict keeps the structure, too."""
 
     def attach(self, model: nn.Module, config: MPOConfig) -> None:
         """Nothing is to be done."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Nothing is to be done."""
+
+    def conv1d(self, in_features: int, out_features: int) -> nn.Module:
+        """There is none.
+
+        Raises:
+            MPOError: always.
+        """
+        raise MPOError("a Conv1D is a module of transformers, which is not installed: pip install transformers")
 
 
 _host: Host = NoHost()

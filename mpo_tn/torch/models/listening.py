@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
+from mpo_tn.planning.patterns import ALL_MATRICES
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.parameter import place_of
 from mpo_tn.torch.models.eligible import kind_of
 from mpo_tn.torch.models.feeding import Call, counted_rows, is_encoder_decoder
-from mpo_tn.torch.models.survey import survey
+from mpo_tn.torch.models.survey import check_patterns, is_asked, shorthand_of, survey
 from mpo_tn.torch.models.units import mpo_units
 
 
@@ -46,15 +46,13 @@ def find_readers(model: nn.Module, target: str | Sequence[str], exclude: str | S
     Raises:
         MPOError: none.
     """
+    check_patterns(model, target, exclude)
     found: list[Reader] = []
     for unit in mpo_units(model, required=False).values():
         names = [name for group in unit.names for name in group]
-        wanted = (
-            target == ALL_MATRICES or not isinstance(unit.modules[0], MPOEmbedding)
-            if target in (ALL_LINEAR, ALL_MATRICES)
-            else any(matches(name, target) for name in names)
-        )
-        if wanted and not (exclude and any(matches(name, exclude) for name in names)):
+        many = shorthand_of(target)
+        every = many == ALL_MATRICES or (many is not None and not isinstance(unit.modules[0], MPOEmbedding))
+        if is_asked(names, ".*" if every else target, exclude):
             found.append(Reader(unit.readers, unit.names, (unit.spec.out_features, unit.spec.in_features)))
     # Of a model whose targets are MPOs already nothing dense need be left.
     with contextlib.suppress(MPOError) if found else contextlib.nullcontext():

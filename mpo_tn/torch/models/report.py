@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mpo_tn.planning.coverage import Coverage
 from mpo_tn.planning.entries import FROBENIUS, ITEMSIZES
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.truncation import Report
@@ -83,7 +84,8 @@ class RefinedBlock:
 class CompressionReport:
     """What :func:`compress` did. Parameters count shared ones once.
 
-    The errors of ``layers`` are those of the fits, before blocks were ``refined``.
+    The errors of ``layers`` are those of the fits, before blocks were ``refined``. ``coverage`` names every parameter
+    like a matrix that stays dense, of any module, with the reason, and says how much of all of them is in cores.
     """
 
     layers: tuple[LayerReport, ...]
@@ -91,6 +93,7 @@ class CompressionReport:
     parameters_before: int
     parameters_after: int
     refined: tuple[RefinedBlock, ...] = ()
+    coverage: Coverage = field(default_factory=lambda: Coverage(0, ()))
 
     @property
     def matrix_before(self) -> int:
@@ -139,6 +142,7 @@ class CompressionReport:
             "kept_model": self.kept_model,
             "bits_per_weight": self.bits_per_weight,
             "rel_error": self.rel_error,
+            "coverage": self.coverage.to_dict(),
             **({"refined": [asdict(block) for block in self.refined]} if self.refined else {}),
         }
 
@@ -152,7 +156,7 @@ class CompressionReport:
         return (
             f"{len(self.layers)} matrices: kept {self.kept:.3f} of their parameters, {self.kept_model:.3f} of the "
             f"whole model ({self.parameters_before} -> {self.parameters_after}){bits}, relative error "
-            f"{self.rel_error:.4f}{skipped}{refined}"
+            f"{self.rel_error:.4f}; {self.coverage}{skipped}{refined}"
         )
 
     def _distances(self) -> tuple[list[float], list[float]]:

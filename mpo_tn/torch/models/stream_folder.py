@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,24 +78,19 @@ class WorkFolder:
         self.path, self.manifest = path, manifest
         self.task = manifest.digest()
 
-    @contextmanager
-    def opened(self) -> Generator[None]:
-        """The folder made, or found as an earlier run with the same manifest left it; nobody else may use it meanwhile.
+    def open(self) -> None:
+        """Make the folder, or find it as an earlier run with the same manifest left it; of one process at a time.
 
         Raises:
-            MPOError: it is of another plan, source or version, or a living process works in it.
+            MPOError: it is of another plan, source or version, or cannot be written.
         """
         self.check()
-        (self.path / "units").mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise MPOError(f"another process works in {self.path}: wait for it, or stop it") from error
-            if not (self.path / _MANIFEST).exists():
-                write_whole(self.path / _MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode())
-            self.check()
-            yield
+        try:
+            (self.path / "units").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MPOError(f"{self.path} could not be made ({error.strerror}): name another result") from error
+        if not (self.path / _MANIFEST).exists():
+            write_whole(self.path / _MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode())
 
     def check(self) -> None:
         """Refuse the folder of another run, before any work.
@@ -111,8 +104,9 @@ class WorkFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            strange = [entry.name for entry in self.path.iterdir() if entry.name not in ("units", "lock")]
-            if strange and not all(name.startswith(f".{_MANIFEST}.") for name in strange):
+            names = [entry.name for entry in self.path.iterdir()]
+            strange = [name for name in names if name != "units" and not name.startswith(f".{_MANIFEST}.")]
+            if strange:
                 raise MPOError(
                     f"{self.path} is in the way, and it is no folder of a run ({strange[0]} is in it): move it, or "
                     "name another result"

@@ -21,7 +21,7 @@ from mpo_tn.storage.checkpoint import RawTensor, StoredTensor
 from mpo_tn.storage.tensors import bytes_digest, read_tensors, write_tensors
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.models.calibration import Moments
-from mpo_tn.torch.models.compress import factorise, fitted, specs_of
+from mpo_tn.torch.models.compress import factorise, fitted, outgrows, specs_of
 from mpo_tn.torch.models.fitting import Fitter
 from mpo_tn.torch.models.report import LayerReport
 from mpo_tn.torch.models.samples import is_biased
@@ -76,12 +76,15 @@ class UnitRecord:
         tensors: dtype, shape and size in bytes of what is in its file: ``cores.*``, and biases that moved, by ``bias.``
             and their name.
         source: digest of the bytes of the dense weight.
+        dense: why it stays dense, if its cores would not be smaller; then ``layer`` says what they would have been, and
+            none are in its file.
     """
 
     layer: LayerReport
     specs: Mapping[str, ModuleSpec]
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     source: str
+    dense: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -98,6 +101,7 @@ class UnitRecord:
             "weighted": layer.weighted,
             "tensors": {key: [dtype, list(shape), size] for key, (dtype, shape, size) in self.tensors.items()},
             "source": self.source,
+            "dense": self.dense,
         }
 
     @classmethod
@@ -110,7 +114,7 @@ class UnitRecord:
             values["metric"], values["weighted"],
         )  # fmt: skip
         tensors = {key: (dtype, tuple(shape), int(size)) for key, (dtype, shape, size) in values["tensors"].items()}
-        return cls(layer, specs, tensors, values["source"])
+        return cls(layer, specs, tensors, values["source"], values["dense"])
 
 
 def versions() -> dict[str, str]:
@@ -214,6 +218,9 @@ def _do(task: UnitTask) -> None:
     else:
         fit = Fitter(unit.matrix(), read_moments(task.moments), biased=is_biased(unit)).fit(task.planned.spec, rounds=1)
         layer, cores, shift = fitted(task.planned, unit, fit)
+    dense = outgrows(task.planned, layer)
+    if dense is not None:
+        cores, shift = [], None
     held = {key: tensor for k, core in enumerate(cores) for key, tensor in held_tensors(core, f"cores.{k}").items()}
     if shift is not None:
         for name, (stored, dtype) in task.biases.items():
@@ -225,6 +232,7 @@ def _do(task: UnitTask) -> None:
         {names[0]: spec for names, spec in zip(unit.names, specs_of(unit, layer.spec), strict=True)},
         {key: (part.dtype, part.shape, part.data.nbytes) for key, part in raws.items()},
         source,
+        dense,
     )
     record = {"format": FORMAT, "version": VERSION, "task": task.task, **found.to_dict()}
     arrays = {

@@ -14,11 +14,15 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.linalg import tails
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.cost import Prediction, predictions
+from mpo_tn.planning.coverage import Coverage, DenseMatrix
 from mpo_tn.planning.spec import PARAMETER
 from mpo_tn.planning.structure import structure
 from mpo_tn.progress import Progress
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.survey import DenseUnit, find_units
+from mpo_tn.torch.models.coverage import coverage
+from mpo_tn.torch.models.eligible import cannot_be_mpo
+from mpo_tn.torch.models.listening import find_readers
+from mpo_tn.torch.models.survey import NOT_NAMED, DenseUnit, find_units, survey, survey_named
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.truncate.spectra import entropy, unfolding_spectra
 
@@ -59,7 +63,8 @@ class MatrixSummary:
 def inspect_model(
     model: nn.Module,
     *,
-    target: str = r".*",
+    target: str | Sequence[str] = r".*",
+    exclude: str | Sequence[str] = (),
     sites: int | str = 5,
     progress: Progress | None = None,
 ) -> list[MatrixSummary]:
@@ -67,16 +72,26 @@ def inspect_model(
 
     Args:
         model: a model with MPO modules, or without.
-        target: pattern of the modules to list.
+        target: patterns of the modules to list, in the grammar of :class:`~mpo_tn.torch.MPOConfig`.
+        exclude: and of those to leave out.
         sites: the legs to look at in a dense model.
         progress: called before each matrix and once at the end.
+
+    Raises:
+        MPOError: a pattern that matches nothing, or no matrix.
     """
     compressed = mpo_units(model, required=False)
     work: list[tuple[str, Callable[[], MatrixSummary]]]
     if compressed:
-        work = [(unit.name, lambda u=unit: _summarise_mpo(u.name, u.modules[0])) for unit in compressed.values()]
+        asked = find_readers(model, target, exclude)
+        units = [unit for name, unit in compressed.items() if name in asked]
+        if not units:
+            raise MPOError(
+                f"target={target!r} matches no compressed matrix: there is for instance {next(iter(compressed))}"
+            )
+        work = [(unit.name, lambda u=unit: _summarise_mpo(u.name, u.modules[0])) for unit in units]
     else:
-        units, _ = find_units(model, target)
+        units, _ = find_units(model, target, exclude)
         work = [(unit.name, lambda u=unit: _summarise_dense(u, sites)) for unit in units]
     rows: list[MatrixSummary] = []
     for done, (name, summarise) in enumerate(work):
@@ -86,6 +101,36 @@ def inspect_model(
     if progress:
         progress(len(work), len(work), "")
     return rows
+
+
+def model_coverage(
+    model: nn.Module, target: str | Sequence[str] = r".*", exclude: str | Sequence[str] = ()
+) -> Coverage:
+    """What of a model's matrices is in cores or, in a dense model, would be with these targets; every other with why.
+
+    Raises:
+        MPOError: as :func:`inspect_model`.
+    """
+    compressed = mpo_units(model, required=False)
+    if compressed:
+        covered = sum(unit.spec.out_features * unit.spec.in_features for unit in compressed.values())
+        why = {part.name: part.reason for part in survey_named(model, ()).left}
+        return coverage(model, covered, {name: _why_dense(model.get_submodule(name), why[name]) for name in why})
+    found = survey(model, target, exclude)
+    dense = [
+        DenseMatrix(f"{part.name}.{own}".lstrip("."), shape, part.reason)
+        for part in found.left
+        for own, shape in part.matrices or ()
+    ]
+    return Coverage(sum(unit.matrix().numel() for unit in found.units), tuple(dense))
+
+
+def _why_dense(module: nn.Module, reason: str) -> str:
+    """Of a module of a compressed model that is dense."""
+    return cannot_be_mpo(module) or (_KEPT if reason == NOT_NAMED else reason)
+
+
+_KEPT = "not compressed"
 
 
 def _summarise_mpo(name: str, module: MPOLayer) -> MatrixSummary:

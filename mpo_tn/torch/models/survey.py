@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,10 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.entries import LeftDense
-from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, matches
+from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES, check_matched, matches, prefixes
 from mpo_tn.planning.spec import PARAMETER, matrix_shape
 from mpo_tn.sites import Sites
-from mpo_tn.torch.layers.parameter import held_name
+from mpo_tn.torch.layers.parameter import held_name, place_of
+from mpo_tn.torch.models.adapters import adapted_parameters, adapter_modules, asked_names
+from mpo_tn.torch.models.coverage import dense_matrices
 from mpo_tn.torch.models.eligible import cannot_be_mpo, head_modules, kind_of
 from mpo_tn.torch.models.parameters import cannot_be_reached, is_linear_by_itself
 
@@ -44,6 +46,13 @@ class DenseUnit:
     def all_names(self) -> tuple[str, ...]:
         """The names of all its modules, the first occurrence first."""
         return tuple(name for group in self.names for name in group)
+
+    @property
+    def asked_names(self) -> list[str]:
+        """The names by which patterns may mean it: those of what is and of what will be there, and of the owner."""
+        places = [place_of(name) for name in self.all_names]
+        own = [spelled for place in places if place for spelled in (f"{place[0]}.{place[1]}", place[0])]
+        return asked_names([*self.all_names, *own])
 
     def matrix(self) -> torch.Tensor:
         """The dense weight as (out, in), whatever layout the module stores."""
@@ -88,7 +97,7 @@ def find_units(
     or cannot be an MPO, the unit is left alone.
 
     Raises:
-        MPOError: nothing that can be compressed matches.
+        MPOError: nothing that can be compressed matches, or one of the patterns matches nothing at all.
     """
     found = survey(model, target, exclude)
     return list(found.units), found.skipped
@@ -118,33 +127,132 @@ def survey(model: nn.Module, target: str | Sequence[str], exclude: str | Sequenc
     A parameter that is no module's plain ``weight`` is meant by its own name, by that of what will hold it, and by the
     name of its owner. See :func:`find_units`, of ties and of what is raised.
     """
-    heads = head_modules(model) if target in (ALL_LINEAR, ALL_MATRICES) else set[nn.Module]()
+    shorthand = shorthand_of(target)
+    named = () if target in _SHORTHANDS else _named(target)
+    check_patterns(model, target, exclude)
+    heads, adapters = head_modules(model) if shorthand else set[nn.Module](), adapter_modules(model)
 
     def unwanted(module: nn.Module, names: Sequence[str], parameter: str | None) -> str | None:
-        if exclude and any(matches(name, exclude) for name in names):
+        asked = asked_names(names)
+        if exclude and any(matches(own, exclude) for name in asked for own in prefixes(name)):
             return _EXCLUDED
-        if target not in (ALL_LINEAR, ALL_MATRICES):
-            wanted = any(matches(name, target) for name in names)
-            return None if wanted else cannot_be_mpo(module) or "target_modules does not match it"
+        if named and any(matches(name, named) for name in asked):
+            return None
+        if shorthand is None:
+            return cannot_be_mpo(module) or "target_modules does not match it"
+        if module in adapters:
+            return _ADAPTER
         if kind_of(module) == "embedding" or (parameter == "weight" and isinstance(module, nn.Embedding)):
-            return "an embedding, which has to be named" if target == ALL_LINEAR else None
+            return "an embedding, which has to be named" if shorthand == ALL_LINEAR else None
         is_linear = kind_of(module) is not None if parameter is None else is_linear_by_itself(module, parameter)
         if is_linear and module in heads:
-            return f"a task head or the output embeddings, which {target} leaves alone"
+            return f"a task head or the output embeddings, which {shorthand} leaves alone"
         return None if is_linear else cannot_be_mpo(module)
 
     found = _survey(model, unwanted)
     if not found.units:
+        excluded = [part.name for part in found.left if part.reason == _EXCLUDED]
+        if excluded and not found.skipped:
+            raise MPOError(
+                f"exclude_modules={exclude!r} leaves no module of target_modules={target!r}: of {len(excluded)} that "
+                f"it takes out the first is {excluded[0]}"
+            )
         raise MPOError(_nothing_matched(model, target, found.skipped))
     return found
 
 
 def survey_named(model: nn.Module, names: Collection[str]) -> Survey:
     """The units of which a module has one of these names, and the rest."""
-    return _survey(model, lambda _module, own, _parameter: None if any(n in names for n in own) else "not named")
+    return _survey(model, lambda _module, own, _parameter: None if any(n in names for n in own) else NOT_NAMED)
 
 
+NOT_NAMED = "not named"
 _EXCLUDED = "excluded by exclude_modules"
+_ADAPTER = "a part of an adapter, which stays as it is"
+
+
+_SHORTHANDS = (ALL_MATRICES, ALL_LINEAR)
+
+
+def shorthand_of(target: str | Sequence[str]) -> str | None:
+    """What of a target stands for many, if anything does."""
+    entries = (target,) if isinstance(target, str) else tuple(target)
+    return next((entry for entry in _SHORTHANDS if entry in entries), None)
+
+
+def is_asked(names: Iterable[str], target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> bool:
+    """Whether patterns mean a module of these names; what stands for many is not looked at."""
+    asked, named = asked_names(names), () if target in _SHORTHANDS else _named(target)
+    if exclude and any(matches(own, exclude) for name in asked for own in prefixes(name)):
+        return False
+    return bool(named) and any(matches(name, named) for name in asked)
+
+
+def _named(target: str | Sequence[str]) -> str | tuple[str, ...]:
+    """The targets that are patterns, without what stands for many."""
+    return target if isinstance(target, str) else tuple(entry for entry in target if entry not in _SHORTHANDS)
+
+
+def check_patterns(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str] = ()) -> None:
+    """Refuse patterns of which one means nothing in ``model``.
+
+    Raises:
+        MPOError: there is one; the message has names that come close.
+    """
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    # Those that could be meant come first: an example is taken from the front.
+    names = [name for matrices in (True, False) for name, m in named if matrices == (kind_of(m) is not None)]
+    names = list(dict.fromkeys((*asked_names(names), *_spelled(named))))
+    if names and target not in _SHORTHANDS:
+        check_matched("target_modules={}", _named(target), names)
+    if exclude:
+        check_matched("exclude_modules={}", exclude, names)
+
+
+def _spelled(named: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """What modules, their parameters, and what may hold these are called."""
+    found: list[str] = []
+    for name, module in named:
+        found.append(name)
+        for own, _ in module.named_parameters(recurse=False):
+            found += f"{name}.{own}", held_name(name, own)
+    return asked_names(found)
+
+
+def check_overrides(model: nn.Module, overrides: Iterable[str], found: Survey) -> None:
+    """Refuse patterns of overrides of which one means no unit.
+
+    Guarantee (overrides-count): returning means that every pattern decides of a unit, by any of its names.
+
+    Raises:
+        MPOError: there is one; the message says why what it matches stays dense, or has names that come close.
+    """
+    units = [unit.asked_names for unit in found.units]
+    taken: dict[int, str] = {}
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    for pattern in overrides:
+        meant = [k for k, own in enumerate(units) if any(matches(name, (pattern,)) for name in own)]
+        if meant and all(k in taken for k in meant):
+            raise MPOError(
+                f"overrides[{pattern!r}] never counts: the first match wins, and {taken[meant[0]]!r} before it matches "
+                f"{units[meant[0]][0]} and all else that it could mean; put it first"
+            )
+        if meant:
+            taken.update((k, pattern) for k in meant if k not in taken)
+            continue
+        check_matched("overrides[{}]", (pattern,), _spelled(names.items()))
+        own = [
+            module for name, module in names.items()
+            if any(matches(n, (pattern,)) for n in _spelled([(name, module)]))
+        ]  # fmt: skip
+        part = next((part for part in found.left if names.get(part.name) in own), None)
+        if part is not None:
+            raise MPOError(f"overrides[{pattern!r}] matches only what stays dense: {part.name}: {part.reason}")
+        raise MPOError(
+            f"overrides[{pattern!r}] matches only a {type(own[0]).__name__}, which holds no matrix itself: name what "
+            f"is below it, for instance 're:(.*\\.)?{pattern.removeprefix('re:')}\\..*'"
+        )
+
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters."""
@@ -158,6 +266,7 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
             for own, parameter in module.named_parameters(recurse=False):
                 users.setdefault(parameter, []).append((module, own))
         names.setdefault(module, []).append(name)
+    adapters, adapted = adapter_modules(model), adapted_parameters(model)
     why: dict[nn.Module, str] = {}
     matched: set[nn.Module] = set()
     chosen: dict[nn.Parameter, None] = {}
@@ -169,7 +278,7 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
         reason = unwanted(module, own_names, None)
         if reason is None:
             matched.add(module)
-            reason = cannot_be_mpo(module)
+            reason = _ADAPTER if module in adapters else cannot_be_mpo(module)
         if reason is None:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
@@ -177,7 +286,9 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
         else:
             why[module] = reason
         for own, parameter in module.named_parameters(recurse=False):
-            if kind_of(module) is not None or cannot_be_reached(module, own):
+            if module in adapters or parameter in adapted or kind_of(module) is not None:
+                continue
+            if cannot_be_reached(module, own):
                 continue
             spelled = [f"{n}.{own}" for n in own_names] + _names(module, own, own_names)
             reason = unwanted(module, [*own_names, *spelled], own)
@@ -195,7 +306,9 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
             weight, tuple(owners), tuple(tuple(_names(m, own, names[m])) for m, own in places), kinds,
             any(user not in owners for m in owners for own in m.parameters(recurse=False) for user, _ in users[own]),
         )  # fmt: skip
-        stuck = [p for p in places if _stuck(*p, model) or why.get(p[0]) == _EXCLUDED or p in excluded]
+        stuck = [
+            p for p in places if p[0] in adapters or _stuck(*p, model) or why.get(p[0]) == _EXCLUDED or p in excluded
+        ]
         mixed = len({"conv1d" if kind == "conv1d" else "rows" for kind in unit.kinds}) > 1
         if stuck or mixed:
             why[owners[0]] = (
@@ -228,7 +341,8 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
         asked = module in matched and not parameters & held
         if asked or parameters - held:
             left.append(LeftDense(module_names[0], size, bytes_, why[module], asked))
-    return Survey(tuple(units), tuple(left), beside)
+    matrices = dense_matrices(model, held)
+    return Survey(tuple(units), tuple(replace(part, matrices=matrices.get(part.name, ())) for part in left), beside)
 
 
 def _names(module: nn.Module, parameter: str, names: Sequence[str]) -> list[str]:

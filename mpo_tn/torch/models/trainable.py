@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.planning.patterns import HEADS, is_bias, matches
+from mpo_tn.planning.patterns import HEADS, check_matched, is_bias, matches, prefixes
 from mpo_tn.torch.layers.cores import Cores
 from mpo_tn.torch.layers.quantized import SCALE_LOGS, QuantizedCore, quantized_cores
 from mpo_tn.torch.models.eligible import head_modules
@@ -172,8 +172,7 @@ def _trainable_cores(model: nn.Module, policy: str, overrides: Mapping[str, str]
     names = {unit.name: [name for own in unit.names for name in own] for unit in units.values()}
     everywhere = [name for unit_names in names.values() for name in unit_names]
     for pattern in overrides:
-        if not any(matches(name, (pattern,)) for name in everywhere):
-            raise MPOError(f"overrides[{pattern!r}] matches no MPO module: there is for instance {everywhere[0]}")
+        check_matched("overrides[{}]", (pattern,), everywhere, "MPO module")
 
     trainable: dict[nn.Parameter, bool] = {}
     for unit in units.values():
@@ -205,7 +204,7 @@ def _named_by(parameters: Sequence[Occurrence], train: str | Sequence[str]) -> s
         matched = [
             item
             for item in parameters
-            if any(matches(prefix, (pattern,)) for name in item.names for prefix in _prefixes(name))
+            if any(matches(prefix, (pattern,)) for name in item.names for prefix in prefixes(name))
         ]
         outside = [item for item in matched if not item.is_core and item.parameter.is_floating_point()]
         if not outside:
@@ -214,15 +213,11 @@ def _named_by(parameters: Sequence[Occurrence], train: str | Sequence[str]) -> s
                     f"train={pattern!r} matches only cores, which follow the policy: use overrides={{{pattern!r}: "
                     '"cores"} for them'
                 )
-            hint = f": there is for instance {parameters[0].names[0]}" if parameters else ""
-            raise MPOError(f"train={pattern!r} matches no parameter or module that could train{hint}")
+            known = [prefix for item in parameters for name in item.names for prefix in prefixes(name)]
+            check_matched("train={}", (pattern,), known, "parameter or module that could train")
+            raise MPOError(f"train={pattern!r} matches only {matched[0].names[0]}, which takes no gradient")
         found.update(item.parameter for item in outside)
     return found
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _belongs(item: Occurrence, group: str, outputs: set[nn.Module]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -114,9 +114,15 @@ def _check_core(core: Core, name: str) -> None:
 def mpo_specs(model: nn.Module) -> dict[str, ModuleSpec]:
     """The structure of every MPO *module* by its first name, those that are tied to another included.
 
-    It is what files list, and enough to build the modules empty.
+    It is what files list, and enough to build the modules empty. Whose cores a module uses, and whether it has a bias,
+    is what is the case in ``model`` now: what it was compressed as part of may have had other names.
     """
-    return {names[0]: module.spec for module, names in _mpo_modules(model).items()}
+    units = mpo_units(model, required=False).values()
+    owners = {module: unit.name for unit in units for module in unit.modules[1:]}
+    return {
+        names[0]: replace(module.spec, bias=getattr(module, "bias", None) is not None, tied_to=owners.get(module))
+        for module, names in _mpo_modules(model).items()
+    }
 
 
 def _mpo_modules(model: nn.Module) -> dict[MPOLayer, list[str]]:

@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 import torch
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.files import checked_file
 from mpo_tn.torch.state.nested_values import decode
 
 T = TypeVar("T")
+
+_LARGEST = 2**30  # bytes of a log or a description
 
 # What code that reads values of another kind than it expects may raise.
 MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -34,10 +37,11 @@ def read_json(file: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, or nested deeper than anything we write.
+        ValueError: it is a pipe or a device, no JSON, or nested deeper than anything we write.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        there = checked_file(file, "what a run wrote", _LARGEST) if file.exists() else file
+        return json.loads(there.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.files import checked_file
 from mpo_tn.tuning.tasks.glue import Label, Split, Task
+
+MOST_TEXT = 2**31
+"""Bytes of a file of text, which is read whole and takes ten times as much memory as tokens."""
 
 Parts = tuple[Split, dict[str, Split], str, int]
 """The training split, the dev splits by name, where they are from, and how many lines were left out."""
@@ -90,10 +94,10 @@ def read_utf8(path: Path) -> str:
     """The text of a file, without a byte-order mark.
 
     Raises:
-        MPOError: it is not UTF-8.
+        MPOError: it is not UTF-8, no file, or larger than text that is read whole may be.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return checked_file(path, "text", MOST_TEXT).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MPOError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from None
 

@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.tuning.tasks.files import Parts, read_utf8
+from mpo_tn.storage.files import checked_file
+from mpo_tn.tuning.tasks.files import MOST_TEXT, Parts, read_utf8
 from mpo_tn.tuning.tasks.glue import Label, Split, Task
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -212,10 +213,10 @@ def _explained(path: Path) -> Generator[None]:
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if path.is_file():
-        return path
-    what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
-    raise MPOError(f"{path} {what}")
+    if path.is_dir() or not path.exists():
+        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
+        raise MPOError(f"{path} {what}")
+    return checked_file(path, "text", None if path.suffix.casefold() == ".parquet" else MOST_TEXT)
 
 
 def _columns(path: Path, text: str | Sequence[str] | None) -> tuple[str, ...]:

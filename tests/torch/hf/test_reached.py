@@ -14,7 +14,9 @@ from helpers.odd_models import ODD, called, odd
 from safetensors import safe_open
 
 from mpo_tn import MPOError
-from mpo_tn.torch import MPOConfig, compress
+from mpo_tn.torch import MPOConfig, MPOParameter, compress
+from mpo_tn.torch.hf.export import plan_export, write_export
+from mpo_tn.torch.layers.parameter import dense_key
 
 
 def compressed(name: str, **policy: Any) -> Any:
@@ -81,3 +83,20 @@ def test_plain_transformers_fails_loudly(name: str, target: Any, tmp_path: Path)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode
     assert "RuntimeError" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("export-exact")
+@pytest.mark.parametrize("name", ["gemma 3", "gpt-oss"])
+def test_an_export_multiplies_parameters_out(name: str, tmp_path: Path) -> None:
+    model = compressed(name, sites=1, bits=8, bond=None)
+    (tmp_path / "small").mkdir()
+    model.save_pretrained(tmp_path / "small")
+    planned = plan_export(model, "compressed-tensors")
+    assert all("parameter" in m.note for m in planned.matrices if ".mpo." in m.name)
+    write_export(model, planned, tmp_path / "small", tmp_path / "plain")
+    plain = type(model).from_pretrained(tmp_path / "plain").eval()
+    dense = dict(plain.named_parameters())
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, MPOParameter):
+            assert torch.equal(dense[dense_key(layer_name)], layer.stored_weight())

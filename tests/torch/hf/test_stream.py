@@ -19,8 +19,9 @@ from helpers.streaming import CONFIG, SHARD, contents, source_in
 from helpers.tiny_models import VOCAB, tiny
 
 from mpo_tn import MPOError
-from mpo_tn.storage.checkpoint import WEIGHTS, open_checkpoint
+from mpo_tn.storage.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from mpo_tn.torch import Calibration, MPOConfig, Plan, calibrate, compress, plan
+from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import empty_model, load_model, save_model
 from mpo_tn.torch.hf.stream import compress_folder, dry_run
 from mpo_tn.torch.hf.verify import verify_folder
@@ -52,6 +53,12 @@ def same_tensors(one: Path, other: Path) -> None:
         assert a[key].read().tobytes() == b[key].read().tobytes(), key
 
 
+def beside_weights(folder: Path) -> dict[str, bytes]:
+    """What a folder has beside weights and the record of a streamed run."""
+    own = (WEIGHTS, INDEX, STREAM_RECORD)
+    return {name: data for name, data in contents(folder).items() if name not in own and "-of-" not in name}
+
+
 @pytest.mark.guarantee("stream-same-model")
 @pytest.mark.parametrize(
     ("family", "tied"),
@@ -66,8 +73,7 @@ def test_a_streamed_folder_is_what_compress_gives(tmp_path: Path, family: str, t
         out = tmp_path / "streamed" / name
         assert compress_folder(source, out, config, shard_bytes=SHARD).to_dict() == report
         same_tensors(tmp_path / "memory" / name, out)
-        for file in ("config.json", "tokenizer_config.json"):
-            assert (out / file).read_bytes() == (tmp_path / "memory" / name / file).read_bytes()
+        assert beside_weights(out) == beside_weights(tmp_path / "memory" / name)
         assert not (out.parent / f"{out.name}.work").exists()
     back = type(tiny(family)).from_pretrained(tmp_path / "streamed" / "tables in bits")
     ids = torch.arange(12).reshape(2, 6)
@@ -84,6 +90,22 @@ def test_a_model_that_is_loaded_in_another_dtype_than_it_is_stored_in(tmp_path: 
     in_memory(source, tmp_path / "memory", CONFIG)
     compress_folder(source, tmp_path / "out", CONFIG)
     same_tensors(tmp_path / "memory", tmp_path / "out")
+
+
+@pytest.mark.guarantee("stream-same-model")
+@pytest.mark.parametrize("tolerance", [0.3, 1e-6])
+def test_what_would_not_be_smaller_at_its_tolerance_stays_dense(tmp_path: Path, tolerance: float) -> None:
+    source, out = source_in(tmp_path, "bert"), tmp_path / "out"
+    config = MPOConfig(sites=3, tolerance=tolerance)
+    report = in_memory(source, tmp_path / "memory", config)
+    assert len(report["layers"]) > 0 if tolerance > 0.1 else not report["layers"]
+    assert any("its cores would take" in reason for reason in report["skipped"].values())
+    assert compress_folder(source, out, config).to_dict() == report
+    assert compress_folder(source, out, config).to_dict() == report
+    same_tensors(tmp_path / "memory", out)
+    assert beside_weights(out) == beside_weights(tmp_path / "memory")
+    found = verify_folder(out, source)
+    assert found.is_good, found.differences
 
 
 @pytest.mark.guarantee("stream-same-model")
@@ -249,8 +271,8 @@ def test_two_runs_of_one_result_do_not_meet(tmp_path: Path) -> None:
 
     def meanwhile(done: int, _total: int, what: str) -> None:
         if what.startswith("compressing") and done == 1:
-            with pytest.raises(MPOError, match="another process works in"):
-                compress_folder(source, out, CONFIG)
+            with ThreadPoolExecutor(1) as other, pytest.raises(MPOError, match="is being written by another"):
+                other.submit(compress_folder, source, out, CONFIG).result()
 
     compress_folder(source, out, CONFIG, progress=meanwhile)
 
@@ -426,6 +448,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from mpo_tn.torch import MPOConfig
+from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import load_model
 from mpo_tn.torch.hf.stream import compress_folder
 source, small, cap = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -210,3 +210,23 @@ def test_cores_in_bits(sites: int | str) -> None:
     assert layer.weight.dtype == torch.float64
     close(layer.weight[2] + 0, layer.stored_weight()[2])
     close(layer.weight + 0, layer.stored_weight())
+
+
+def test_under_the_transformations_of_torch_func() -> None:
+    """Where hooks are turned off."""
+    layer, _ = held()
+    model = nn.Sequential(layer)
+    cores, x = dict(model.named_parameters()), torch.randn(6, 2, 4).double()
+
+    def loss(cores: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(Reading(model), {f"0.{k}": v for k, v in cores.items()}, (x,))
+
+    found = torch.func.grad(loss)(cores)
+    wanted = torch.autograd.grad(torch.bmm(x, layer.stored_weight()).square().sum(), [*cores.values()])
+    for ours, theirs in zip(found.values(), wanted, strict=True):
+        close(ours, theirs, 10)
+
+
+class Reading(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self[0][0].weight).square().sum()

@@ -439,3 +439,16 @@ def test_a_transformer_with_shared_layers(family: str, tmp_path: Path) -> None:
     assert all_bonds(mpo_units(loaded)) == result.bonds
     with torch.no_grad():
         assert torch.equal(settled(loaded)(ids).logits, settled(model.eval())(ids).logits)
+
+
+@pytest.mark.guarantee("squeeze-alone")
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = small("bert")
+    bonds = all_bonds(mpo_units(model))
+    with pytest.raises(MPOError, match="one of 2 processes"):
+        squeeze(model, evaluate=lambda _: 0.0, delta=1.0)
+    assert all_bonds(mpo_units(model)) == bonds
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    squeeze(model, evaluate=lambda _: 0.0, delta=1.0, max_steps=1)

@@ -251,7 +251,7 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("calls", [1, 9, 20, 30])
+@pytest.mark.parametrize("calls", [1, 9, 20, 26])
 def test_the_model_is_left_as_it_was_whenever_something_raises(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("bert").train()
     before, flags = Snapshot(model), [m.training for m in model.modules()]
@@ -416,12 +416,12 @@ BAD: dict[str, tuple[Any, Any, str]] = {
         [{name: 0 * tensor for name, tensor in TEXT[0].items()}],
         "all padding",
     ),
-    "too small": ({"bits_per_weight": 0.5}, TEXT, "least they can take is 3656: give at least bits_per_weight=1.904"),
-    "too large": ({"bits_per_weight": 33}, TEXT, "take 61440 as they are: nothing has to be compressed"),
-    "size too small": ({"size": 100}, TEXT, "give at least size=24668, or name more of the model"),
-    "size too large": ({"size": "1MB"}, TEXT, "take 61440 as they are, 82452 with everything else"),
+    "too small": ({"bits_per_weight": 0.5}, TEXT, "least they can take is 3392: give at least bits_per_weight=1.893"),
+    "too large": ({"bits_per_weight": 33}, TEXT, "take 57344 as they are: nothing has to be compressed"),
+    "size too small": ({"size": 100}, TEXT, "give at least size=28500, or name more of the model"),
+    "size too large": ({"size": "1MB"}, TEXT, "take 57344 as they are, 82452 with everything else"),
     "bounds": ({"bits_per_weight": 3, "min_bits_per_weight": 40}, TEXT, "query: nothing .* from 40.0 to inf"),
-    "flops": ({"bits_per_weight": 6, "max_flops": 0.01}, TEXT, "307.2 flops a token .* fewest flops are 7168"),
+    "flops": ({"bits_per_weight": 6, "max_flops": 0.01}, TEXT, "286.7 flops a token .* fewest flops are 6656"),
 }  # fmt: skip
 
 
@@ -436,7 +436,7 @@ def test_bad_input(mistake: str) -> None:
 
 
 def test_the_least_that_is_named_is_enough() -> None:
-    assert planned("bert", size=24_668)[1].bytes_after == 24_668
+    assert planned("bert", size=28_500)[1].bytes_after == 28_500
 
 
 def test_weights_that_are_no_numbers_name_the_matrix() -> None:

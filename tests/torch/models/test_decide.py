@@ -87,7 +87,11 @@ def test_with_a_tolerance_the_plan_is_the_most_that_can_come(out: int, in_: int,
     report = compress(model, bounded)
     assert report.rel_error <= tolerance * (1 + 1e-6)
     # What a plan says of the bonds is what may come out at most, whoever carries it out.
-    assert compress(other, widest).layers[0].spec.bonds == report.layers[0].spec.bonds
+    again = compress(other, widest)
+    assert again.skipped == report.skipped
+    if not report.layers:  # at this tolerance its cores would not have been smaller
+        return
+    assert again.layers[0].spec.bonds == report.layers[0].spec.bonds
     assert all(a <= b <= c for a, b, c in zip(
         report.layers[0].spec.bonds, bounded.units[0].spec.bonds, widest.units[0].spec.bonds, strict=True
     ))  # fmt: skip

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, MPOLinear, compress, cut_model
-from mpo_tn.torch.hf.quantizer import TransformersHost
+from mpo_tn.torch.hf.saving import TransformersHost
 from mpo_tn.torch.models.host import NoHost, current_host, use_host
 
 

@@ -44,7 +44,7 @@ def kinds(name: str, model: nn.Module) -> set[str]:
     found = {"biases"} if leaf == "bias" else set[str]()
     if type(model.get_submodule(owner)).__name__ in ("LayerNorm", "LlamaRMSNorm"):
         found.add("norms")
-    if {"pooler", "vocab_projector", "lm_head"} & set(name.split(".")):
+    if "pooler" in name or name.split(".")[0] not in ("bert", "albert", "distilbert", "transformer", "model"):
         found.add("heads")
     return found
 
@@ -232,7 +232,7 @@ def test_shared_layers_count_once(share: str) -> None:
     [
         ({"policy": "auxillary"}, "auxillary"),
         ({"overrides": {"query": "lfa"}}, "lfa"),
-        ({"overrides": {"quary": "none"}}, "quary.*for instance bert"),
+        ({"overrides": {"quary": "none"}}, "quary.*query"),
         ({"also": "head"}, "head"),
         ({"also": ("norms", "layers")}, "layers"),
         ({"train": ["nowhere"]}, "nowhere.*for instance bert"),
