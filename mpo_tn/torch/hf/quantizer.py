@@ -113,11 +113,11 @@ class MPOHfQuantizer(HfQuantizer):
                 model.set_submodule(alias, built[name])
                 _nothing_to_initialise(model, alias)
         retie(model)
-        for tied in tied_layers(model, specs):
-            for k in quantized_cores(tied.cores):  # put back once loaded: its name has nothing to read
-                del tied.cores._modules[k]
-        for place in map(place_of, specs):  # whose weight cannot be computed until then
-            if place is not None:
+        tied = {name for name, spec in specs.items() if spec.tied_to in specs}
+        for name in tied:
+            for k in (without := quantized_cores(built[name].cores)):  # put back once loaded: there is nothing to read
+                del built[name].cores._modules[k]
+            if without and (place := place_of(name)) is not None:  # whose weight cannot be computed until then
                 owner: Any = model.get_submodule(place[0])
                 owner._is_hf_initialized = not any(True for _ in owner.parameters(recurse=False))
         # The key may carry the prefix of another head or none.
