@@ -103,6 +103,7 @@ def verify_folder(
         if not (folder / STREAM_RECORD).is_file():
             raise
         found.differences.append(str(error))  # it was compressed once
+        _check_record(folder, found)
         return found
     modules = _modules(folder, found) if is_compressed else {}
     try:
