@@ -16,6 +16,7 @@ from mpo_tn.app.cli_export import export
 from mpo_tn.app.cli_heal import heal
 from mpo_tn.app.cli_plan import Exclude, compress, plan
 from mpo_tn.app.cli_train import finetune, squeeze
+from mpo_tn.app.cli_verify import verify
 from mpo_tn.app.failures import failing_shortly
 from mpo_tn.app.terminal import (
     Device,
@@ -50,6 +51,7 @@ app.command()(finetune)
 app.command()(squeeze)
 app.command()(heal)
 app.command()(export)
+app.command()(verify)
 app.command()(to_dense)
 
 

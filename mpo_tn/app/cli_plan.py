@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpo_tn.app.cli_stream import Only, Scheduler, ShardSize, Stream, Streaming, Workers, print_dry_run
 from mpo_tn.app.sampling import TEXTS, TOKENS, Sampling
 from mpo_tn.app.terminal import Device, Json, Overwrite, bits_of, out, print_json, sites_of, targets_of, working
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.options import FAMILIES, USUAL_FAMILIES
 from mpo_tn.planning.patterns import ALL_LINEAR, ALL_MATRICES
 from mpo_tn.progress import doing
-from mpo_tn.storage.places import claimed
+from mpo_tn.storage.places import claimed_if
 
 if TYPE_CHECKING:
     from mpo_tn.planning.config import MPOConfig
-    from mpo_tn.torch import Plan
+    from mpo_tn.torch import CompressionReport, Plan
 
 _SITES = "5"
 _GROUP = 128
@@ -228,6 +229,11 @@ def compress(
             help="Then train scales, norms and biases block after block. With --texts.",
         ),
     ] = False,
+    stream: Stream = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    shard_size: ShardSize = None,
+    only: Only = False,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -235,12 +241,11 @@ def compress(
     """Compress a model folder into another that AutoModel.from_pretrained loads. Without a size it is exact.
 
     With --size or --bits-per-weight structure and bits are chosen on your text, as mpo-tn plan shows; with --texts
-    matrices are fitted to what their layers are given there.
+    matrices are fitted to what their layers are given there. With --stream a model of any size is compressed matrix by
+    matrix, on as many workers as there are; run again after a crash it goes on where it was.
     """
-    with working(as_json) as progress, claimed(folder):
-        from mpo_tn.app.budget_tables import print_budget_plan, print_comparison, print_notes
-        from mpo_tn.app.plan_tables import print_compression
-        from mpo_tn.torch import Plan
+    with working(as_json) as progress, claimed_if(None if only else folder):
+        from mpo_tn.torch import Calibration, CompressionReport, Plan
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
@@ -260,31 +265,55 @@ def compress(
             decided = Plan.load(plan_file)
             if decided.needs_calibration:
                 sampling.demand(f"{plan_file} fits matrices to what their layers are given on text")
+        streaming = Streaming(stream, workers, scheduler, shard_size, only)
+        with_text = texts is not None or refine or bool(anchored)
+        by_budget = decided is None and (config.has_budget or (config.shares_keep and sampling.is_given))
+        streams = streaming.wanted(model, with_text=with_text, by_budget=by_budget)
         _check(config, sampling)
-        check_model_target(folder, model, overwrite=overwrite)
-        place = usable_device(device)
-        progress(0, 1, "reading the model")
-        network = load_model(model).to(place)
-        known = sampling.of(network, model)
-        if decided is None:
-            decided = plan_model(network, config, calibration=known, progress=progress)
-        # What a plan was decided on it holds itself.
-        given = known if plan_file is not None else None
-        if refine and texts is None:
-            raise MPOError("--refine trains block after block on text: give it with --texts")
-        report = compress_model(
-            network, decided, calibration=given, anchored=anchored, refine=refine,
-            progress=doing("compressing", progress),
-        )  # fmt: skip
-        progress(0, 1, "writing the model")
-        save_model(network, model, folder, overwrite=overwrite)
-        progress(1, 1, "writing the model")
-    by_budget = bool(decided.considered)
+        if streams:
+            known = None if sampling.calibration is None else Calibration.load(sampling.calibration)
+            found = streaming.run(model, folder, decided or config, known, overwrite=overwrite, progress=progress)
+        else:
+            check_model_target(folder, model, overwrite=overwrite)
+            place = usable_device(device)
+            progress(0, 1, "reading the model")
+            network = load_model(model).to(place)
+            known = sampling.of(network, model)
+            if decided is None:
+                decided = plan_model(network, config, calibration=known, progress=progress)
+            # What a plan was decided on it holds itself.
+            given = known if plan_file is not None else None
+            if refine and texts is None:
+                raise MPOError("--refine trains block after block on text: give it with --texts")
+            found = compress_model(
+                network, decided, calibration=given, anchored=anchored, refine=refine,
+                progress=doing("compressing", progress),
+            )  # fmt: skip
+            progress(0, 1, "writing the model")
+            save_model(network, model, folder, overwrite=overwrite)
+            progress(1, 1, "writing the model")
+    if not isinstance(found, CompressionReport):
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            print_dry_run(found)
+        return
+    _print_result(folder, found, decided, plan_file, as_json=as_json)
+
+
+def _print_result(
+    folder: Path, report: CompressionReport, decided: Plan | None, plan_file: Path | None, *, as_json: bool
+) -> None:
+    """The plan, if text chose it, and what became of every matrix."""
+    from mpo_tn.app.budget_tables import print_budget_plan, print_comparison, print_notes
+    from mpo_tn.app.plan_tables import print_compression
+
+    by_budget = decided is not None and bool(decided.considered)
     if as_json:
-        chosen: dict[str, Any] = {"plan": decided.to_dict()} if by_budget else {}
+        chosen: dict[str, Any] = {"plan": decided.to_dict()} if decided is not None and by_budget else {}
         print_json({"out": str(folder), **report.to_dict(), **chosen})
         return
-    if by_budget:
+    if decided is not None and by_budget:
         print_budget_plan(decided, report)
         if plan_file is None:  # one that was read may have been edited: its comparison is of what it was
             print_comparison(decided)

@@ -15,6 +15,12 @@ from mpo_tn.storage.files import checked_file
 from mpo_tn.torch.hf import card
 from mpo_tn.torch.hf.config_file import WEIGHTS
 
+STREAM_RECORD = "mpo_record.json"
+"""What a streamed run writes of how a folder was made; it holds for that folder alone."""
+
+_OWN = (Path("config.json"), Path(STREAM_RECORD))
+"""What is written anew, or not at all."""
+
 _MOST_CONFIG, _MOST_BESIDE = 2**24, 2**29
 """Bytes of a configuration, and of anything else beside the weights: a thousand times what they have."""
 
@@ -92,7 +98,7 @@ def copy_companions(source: Path, out: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.name.endswith(WEIGHTS) or relative == Path("config.json") or not path.is_file():
+        if hidden or path.name.endswith(WEIGHTS) or relative in _OWN or not path.is_file():
             continue
         is_outside = not any(path.resolve().is_relative_to(root) for root in inside)
         try:

@@ -66,13 +66,23 @@ def check_compressed(source: str | Path) -> None:
     Raises:
         MPOError: no such folder, not a model, or one that was not compressed by this package.
     """
+    compressed_config(source)
+
+
+def compressed_config(source: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says under ``quantization_config`` of a model with MPO modules.
+
+    Raises:
+        MPOError: as :func:`check_compressed`.
+    """
     check_source(source)
     with _readable(source):
         quantized = getattr(transformers.AutoConfig.from_pretrained(source), "quantization_config", None)
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    if method != "mpo":
+    if not isinstance(quantized, dict) or method != "mpo":
         is_what = "dense" if quantized is None else f"quantized by {method}"
         raise MPOError(f"{source} is {is_what}, not compressed by mpo-tn: compress it first, see mpo-tn compress")
+    return quantized
 
 
 def dense_parameters(source: str | Path) -> int:

@@ -19,7 +19,7 @@ FORMAT = "mpo_tn.calibration"
 VERSION = 1
 _LISTED = 3  # so many differences are spelled out
 _BY_INPUT = ("second", "cross", "mean", "dense_mean")
-_SAMPLED = 1024
+SAMPLED = 1024
 """So many entries of a parameter, evenly spread, tell it from another."""
 
 
@@ -80,7 +80,7 @@ class Fingerprint:
         for name, parameter in model.named_parameters():
             check_loaded(parameter, name)
             flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLED)]
+            sample = flat[:: max(1, flat.numel() // SAMPLED)]
             dtype = str(parameter.dtype).removeprefix("torch.")
             found[name] = (dtype, tuple(parameter.shape), bytes_digest([entries_of(sample)]))
         return cls(type(model).__name__, found, text)
@@ -149,10 +149,18 @@ class Calibration:
         Raises:
             MPOError: parameters of other names, shapes, dtypes or numbers; the message names them.
         """
-        differences = self.fingerprint.differences(Fingerprint.of(model))
+        self.check_print(Fingerprint.of(model))
+
+    def check_print(self, found: Fingerprint) -> None:
+        """The same for a model of which only the fingerprint is known.
+
+        Raises:
+            MPOError: as :meth:`check`.
+        """
+        differences = self.fingerprint.differences(found)
         if differences:
             raise MPOError(
-                f"the calibration, of a {self.fingerprint.model}, is not of this {type(model).__name__}: "
+                f"the calibration, of a {self.fingerprint.model}, is not of this {found.model}: "
                 f"{_some(differences, '; ')}; calibrate this model"
             )
 

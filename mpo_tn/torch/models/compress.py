@@ -130,16 +130,14 @@ def compress(
             progress(done, len(units), unit.name)
         try:
             if unit.name in fits:
-                layer, cores, shift = _fitted(planned, unit, fits[unit.name])
+                layer, cores, shift = fitted(planned, unit, fits[unit.name])
             else:
-                layer, cores, shift = *_factorise(planned, unit), None
+                layer, cores, shift = *factorise(planned, unit), None
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
-        if planned.tolerance is not None and layer.bytes >= planned.dense_parameters * planned.itemsize:
-            larger[unit.name] = (
-                f"at tolerance={planned.tolerance:g} its cores would take {layer.bytes:,} bytes, and it takes "
-                f"{planned.dense_parameters * planned.itemsize:,}"
-            )
+        outgrown = outgrows(planned, layer)
+        if outgrown is not None:
+            larger[unit.name] = outgrown
             continue
         layers.append(layer)
         modules |= _modules(unit, layer.spec, cores, shift)
@@ -152,10 +150,27 @@ def compress(
         if modules:
             _swap(model, modules, decided.config)
         undo.pop_all()
+    return report_of(model, decided, layers, larger, before, matrices, refined)
+
+
+def report_of(
+    model: nn.Module, decided: Plan, layers: Sequence[LayerReport], larger: Mapping[str, str], before: int,
+    matrices: int, refined: tuple[RefinedBlock, ...] = (),
+) -> CompressionReport:  # fmt: skip
+    """The report on a model in which MPO modules are in their places.
+
+    Args:
+        model: as it is by now.
+        decided: what it was compressed by.
+        layers: what became of units.
+        larger: units that stayed dense because they did not become smaller, with the reason.
+        before: numbers that all its parameters held, and
+        matrices: those held that are like matrices.
+        refined: what blocks were trained to.
+    """
+    reasons = {**{part.name: part.reason for part in decided.left}, **larger}
+    covers = coverage(model, matrices - matrix_numbers(model), reasons)
     skipped = {**decided.skipped, **larger}
-    covers = coverage(
-        model, matrices - matrix_numbers(model), {**{part.name: part.reason for part in decided.left}, **larger}
-    )
     return CompressionReport(tuple(layers), skipped, before, count_parameters(model), refined, covers)
 
 
@@ -196,14 +211,19 @@ def compress_empty(model: nn.Module, config: MPOConfig | Plan) -> dict[str, Modu
                 f"{unit.name}: the bonds that meet tolerance={planned.tolerance} depend on the numbers: use keep or "
                 "bond"
             )
-        cores = list(build(_specs(unit, planned.spec)[0], device="meta", dtype=unit.weight.dtype).cores)
-        for core in cores:
-            if isinstance(core, nn.Parameter):
-                core.requires_grad_(unit.weight.requires_grad)
-        specs[unit.name] = _specs(unit, planned.spec)[0]
-        modules |= _modules(unit, planned.spec, cores)
+        specs[unit.name] = specs_of(unit, planned.spec)[0]
+        modules |= empty_modules(unit, planned.spec)
     put(model, modules)
     return specs
+
+
+def empty_modules(unit: DenseUnit, spec: ModuleSpec) -> dict[str, nn.Module]:
+    """The MPO modules that replace those of a unit, with cores on the meta device."""
+    cores = list(build(specs_of(unit, spec)[0], device="meta", dtype=unit.weight.dtype).cores)
+    for core in cores:
+        if isinstance(core, nn.Parameter):
+            core.requires_grad_(unit.weight.requires_grad)
+    return _modules(unit, spec, cores)
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig) -> None:
@@ -217,7 +237,8 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module], config: MPOConfig)
         raise
 
 
-def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Core]]:
+def factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Core]]:
+    """What a unit becomes in the Frobenius norm, as modules hold it."""
     check_loaded(unit.weight, "its weight")
     sites, bonds = planned.spec.sites, planned.spec.bonds
     matrix = unit.padded(sites)
@@ -230,13 +251,21 @@ def _factorise(planned: UnitPlan, unit: DenseUnit) -> tuple[LayerReport, list[Co
         else QuantizedCore.rounded(core, bits, planned.spec.group)
         for core, bits in zip(mpo.cores, planned.spec.core_bits, strict=True)
     ]
-    error, exact = _distance(matrix, cores, size) if planned.spec.bits else _cropped_error(mpo, report, *size)
+    error, exact = missed_norm(matrix, cores, size) if planned.spec.bits else _cropped_error(mpo, report, *size)
     rel_error = error / report.norm if report.norm > 0 else 0.0
     spec = replace(planned.spec, bonds=mpo.bonds, rel_error=rel_error, exact=exact)
-    return LayerReport(unit.all_names, _specs(unit, spec)[0], error, report.norm, report, unit.storage), cores
+    return LayerReport(unit.all_names, specs_of(unit, spec)[0], error, report.norm, report, unit.storage), cores
 
 
-def _fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerReport, list[Core], torch.Tensor | None]:
+def outgrows(planned: UnitPlan, layer: LayerReport) -> str | None:
+    """Why a unit stays dense: at the tolerance that it was given its cores would not be smaller. None if they are."""
+    dense = planned.dense_parameters * planned.itemsize
+    if planned.tolerance is None or layer.bytes < dense:
+        return None
+    return f"at tolerance={planned.tolerance:g} its cores would take {layer.bytes:,} bytes, and it takes {dense:,}"
+
+
+def fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerReport, list[Core], torch.Tensor | None]:
     """What a fit in the metric of the layer gave, as modules hold it."""
     cores: list[Core] = []
     for core, shape, bits in zip(found.cores, found.spec.core_shapes, found.spec.core_bits, strict=True):
@@ -249,13 +278,13 @@ def _fitted(planned: UnitPlan, unit: DenseUnit, found: Fitted) -> tuple[LayerRep
     floor = float_floor(unit.storage, len(found.spec.sites), found.norm)
     report = Report(found.error, found.norm, (), None, None, floor)
     layer = LayerReport(
-        unit.all_names, _specs(unit, found.spec)[0], found.error, found.norm, report, unit.storage, found.metric,
+        unit.all_names, specs_of(unit, found.spec)[0], found.error, found.norm, report, unit.storage, found.metric,
         found.weighted,
     )  # fmt: skip
     return layer, cores, found.shift
 
 
-def _distance(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]) -> tuple[float, bool]:
+def missed_norm(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]) -> tuple[float, bool]:
     """The norm of what the cores, as they are held, miss of the matrix; in double precision, padding cropped."""
     wide = [core.dequantize(torch.float64) if isinstance(core, QuantizedCore) else widen(core) for core in cores]
     shapes = tuple(tuple(core.shape) for core in wide)
@@ -265,7 +294,7 @@ def _distance(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, int]
     return frobenius_norm(difference), True
 
 
-def _specs(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
+def specs_of(unit: DenseUnit, spec: ModuleSpec) -> list[ModuleSpec]:
     """The specification of every module of the unit, given what they share."""
     return [
         replace(
@@ -286,7 +315,7 @@ def _modules(
     """The MPO modules that replace those of the unit, under all their names; their biases moved by ``shift``."""
     named: dict[str, nn.Module] = {}
     moved: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a bias, too
-    for own, module, names in zip(_specs(unit, spec), unit.modules, unit.names, strict=True):
+    for own, module, names in zip(specs_of(unit, spec), unit.modules, unit.names, strict=True):
         if own.kind == PARAMETER:
             named |= dict.fromkeys(names, build(own, cores))
             continue

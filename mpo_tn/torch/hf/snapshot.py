@@ -1,0 +1,176 @@
+"""Which tensor of a checkpoint is which tensor of a model: by the names and conversions of transformers."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor
+from mpo_tn.torch.hf.folder import check_source
+from mpo_tn.torch.layers.parameter import dense_key, held_name, place_of
+
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model: itself, or where the files of a hub name lie once they are fetched.
+
+    Raises:
+        MPOError: no such folder, not a model, a name that cannot be fetched.
+    """
+    check_source(source)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_WANTED)))
+    except (OSError, ValueError) as error:
+        raise MPOError(f"{source} cannot be fetched ({str(error).splitlines()[0]}): give a folder") from error
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a checkpoint in terms of a model.
+
+    Attributes:
+        stored: tensor of the model to that of the checkpoint, where there is one for it.
+        kept: what transformers makes tensors of the model of, by key of the checkpoint: it is copied as it is.
+        unused: keys of which the model has no use; transformers ignores them.
+        dtypes: of the tensors of the model.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    kept: Mapping[str, StoredTensor]
+    unused: tuple[str, ...]
+    dtypes: Mapping[str, torch.dtype]
+
+
+def read_names(model: Any, checkpoint: Checkpoint) -> Names:
+    """Match a checkpoint with a model on the meta device, as ``from_pretrained`` does.
+
+    Raises:
+        MPOError: a tensor of the model is missing, has another shape, is there twice, or is tied to another and there
+            with other numbers.
+    """
+    state = model.state_dict()
+    renamings, converters = _conversions(model)
+    stored: dict[str, StoredTensor] = {}
+    kept: dict[str, StoredTensor] = {}
+    unused: list[str] = []
+    for key, tensor in checkpoint.tensors.items():
+        name, pattern = _renamed(model, key, state, renamings, converters)
+        if name not in state:
+            unused.append(key)
+        elif pattern is not None:
+            kept[key] = tensor
+        elif name in stored:
+            raise MPOError(
+                f"{key} and {stored[name].key} of {checkpoint.folder} are both {name} of {type(model).__name__}: "
+                f"take one out"
+            )
+        else:
+            if tuple(state[name].shape) != tensor.shape:
+                raise MPOError(
+                    f"{key} is {list(tensor.shape)} in {checkpoint.folder}, and {type(model).__name__} with this "
+                    f"config.json has {list(state[name].shape)}: the two do not belong together"
+                )
+            stored[name] = tensor
+    _settle_ties(model, stored)
+    _check_complete(model, state, stored, kept, checkpoint)
+    return Names(stored, kept, tuple(unused), {name: tensor.dtype for name, tensor in state.items()})
+
+
+def core_prefix(model: Any, name: str, stored: StoredTensor) -> str:
+    """What cores of module ``name`` are called in a file before ``cores.0``, so that they are found when it is read.
+
+    That is the name of the weight in the checkpoint, if transformers makes of it what it made of the weight.
+
+    Raises:
+        MPOError: transformers would make another name of either.
+    """
+    renamings, converters = _conversions(model)
+    state = dict.fromkeys(key for key in model.state_dict() if key != dense_key(name)) | {f"{name}.cores.0": True}
+    owner, _, leaf = stored.key.rpartition(".")
+    for prefix in (held_name(owner, leaf) if place_of(name) else stored.key.removesuffix(".weight"), name):
+        key = f"{prefix}.cores.0"
+        if _renamed(model, key, state, renamings, converters) == (f"{name}.cores.0", None):
+            return prefix
+    raise MPOError(
+        f"transformers renames {stored.key} while it reads the checkpoint, and would rename its cores to something "
+        f"else: "
+        "load the model and save it again, or compress it in memory"
+    )
+
+
+def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    found = get_model_conversion_mapping(model)
+    return (
+        [entry for entry in found if isinstance(entry, WeightRenaming)],
+        [entry for entry in found if isinstance(entry, WeightConverter)],
+    )
+
+
+def _renamed(
+    model: Any, key: str, state: Mapping[str, Any], renamings: list[WeightRenaming], converters: list[WeightConverter]
+) -> tuple[str, str | None]:
+    """The name of a key in the model, as ``convert_and_load_state_dict_in_model`` finds it."""
+    prefix, known = model.base_model_prefix, dict(state)
+    name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+    if name not in known and key in known:
+        name, pattern = rename_source_key(key, [], [], prefix, known)
+    return name, pattern
+
+
+def _settle_ties(model: Any, stored: dict[str, StoredTensor]) -> None:
+    """Of tensors that are tied one is read; if both are there, they have to be equal."""
+    for target, source in model.all_tied_weights_keys.items():
+        if target not in stored:
+            continue
+        if source not in stored:
+            stored[source] = stored.pop(target)
+        elif _equal(stored[target], stored[source]):
+            del stored[target]
+        else:
+            raise MPOError(
+                f"{stored[target].key} and {stored[source].key} are tied by config.json, and the checkpoint has "
+                f"both with "
+                "other numbers: set tie_word_embeddings to false there, or take one of them out"
+            )
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    return one.dtype == other.dtype and bool((one.read() == other.read()).all())
+
+
+def _check_complete(
+    model: Any, state: Mapping[str, Any], stored: Mapping[str, Any], kept: Mapping[str, Any], checkpoint: Checkpoint
+) -> None:
+    if kept:  # what these become is known only once it is done
+        return
+    ignored = [*(model._keys_to_ignore_on_load_missing or ())]
+    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    there = {owners[name] for name in stored if name in owners}
+    missing = [
+        name
+        for name in state
+        if name not in stored
+        and owners.get(name) not in there
+        and name not in model.all_tied_weights_keys
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if missing:
+        raise MPOError(
+            f"{checkpoint.folder} is incomplete: {len(missing)} tensors of {type(model).__name__} are missing, for "
+            f"instance "
+            f"{missing[0]}; fetch or save the model again"
+        )

@@ -1,0 +1,165 @@
+"""compress_folder: a checkpoint of any size made into a compressed folder, one matrix in memory at a time."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_tn.exceptions import MPOError, whole_number
+from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.plan import Plan
+from mpo_tn.progress import Progress, doing, silent
+from mpo_tn.storage.places import claimed
+from mpo_tn.torch.hf.assembling import write_result
+from mpo_tn.torch.hf.folder import check_model_target
+from mpo_tn.torch.hf.stream_job import Job
+from mpo_tn.torch.models.calibration import Calibration
+from mpo_tn.torch.models.report import CompressionReport
+from mpo_tn.torch.models.stream import run_units
+
+SHARD_BYTES = 2 * 10**9
+"""Of the files of the result: one at a time is in memory."""
+
+
+def compress_folder(
+    source: str | Path,
+    out: str | Path,
+    config: MPOConfig | Plan,
+    *,
+    calibration: Calibration | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Compress a model folder into another without ever loading the model.
+
+    Args:
+        source: a folder of safetensors files with ``config.json``, or a name on the hub.
+        out: where the compressed model goes. Finished matrices wait in ``<out>.work`` beside it, until all are there.
+        config: as for :func:`mpo_tn.torch.compress`, but not what needs text, a budget: make a plan of that first.
+        calibration: of the dense model, for a plan that fits matrices in the metric of their layers.
+        workers: processes, of one BLAS thread each.
+        executor: any of ``concurrent.futures`` in place of them, Dask's and MPI's too; its workers must see the folders
+            under the same paths.
+        shard_bytes: of the files of the result.
+        overwrite: replace an earlier result.
+        progress: told of every matrix.
+
+    Returns:
+        The report that ``compress`` gives.
+
+    Guarantee (stream-same-model): all tensors are bit for bit those that :func:`mpo_tn.torch.compress` in one thread
+    gives of the loaded model, with the moments of the same calibration and ``anchored=False``.
+    Guarantee (stream-any-workers): every byte of the result is the same for any number of workers and threads, any
+    executor, and however often it was killed and run again, for the same versions and kind of machine.
+    Guarantee (stream-resumes): after a kill at any moment, or an error, the same call does only what is not done yet.
+    With another plan, source, calibration or other versions it is refused, with both fingerprints.
+    Guarantee (stream-memory): a process holds one matrix at a time while matrices are done, and one file of the result
+    while that is written.
+
+    Raises:
+        MPOError: the folder is damaged, incomplete, changed meanwhile or no dense model; too little space; a budget;
+            a matrix that cannot be done, by name, and whatever is done by then is kept.
+    """
+    if whole_number(workers) is None or workers < 1:
+        raise MPOError(f"workers={workers!r} must be a whole number of at least 1")
+    if whole_number(shard_bytes) is None or shard_bytes < 1:
+        raise MPOError(f"shard_bytes={shard_bytes!r} must be a whole number of at least 1")
+    tell = progress or silent
+    tell(0, 1, "looking at the checkpoint")
+    job = Job.of(source, Path(out), config, calibration)
+    with claimed(Path(out)):
+        finished = job.finished_result()
+        if finished is not None and not overwrite:
+            job.work.delete()
+            return job.replace(finished)
+        check_model_target(Path(out), job.checkpoint.folder, overwrite=overwrite)
+        job.work.check()
+        records = job.records()
+        job.check_space(records)
+        job.work.open()
+        missing = [number for number in range(len(job.pairs)) if number not in records]
+        tasks = [job.task(number) for number in sorted(missing, key=job.longest_first)]
+        run_units(tasks, workers=workers, executor=executor, progress=doing("compressing", tell), total=len(job.pairs))
+        records = job.records()
+        ordered = [records[number] for number in range(len(job.pairs))]
+        tell(0, 1, "writing the model")
+        job.check_source()
+        pieces = job.pieces(ordered)
+        report = job.replace(ordered)
+        write_result(job.model, job.checkpoint.folder, Path(out), pieces, job.record(ordered), shard_bytes)
+        tell(1, 1, "writing the model")
+        job.work.delete()
+    return report
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        units: matrices in all, and
+        done: those that an earlier run has finished.
+        bytes_read: of the source.
+        bytes_written: of finished matrices and of the result together; so much space is needed.
+        seconds: with so many workers as asked for, by the cost law, on a machine such as it was measured on.
+        memory: the most that one worker holds at a time, in bytes, above 300 MB for the libraries.
+    """
+
+    units: int
+    done: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return vars(self).copy()
+
+
+def dry_run(
+    source: str | Path,
+    out: str | Path,
+    config: MPOConfig | Plan,
+    *,
+    calibration: Calibration | None = None,
+    workers: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+) -> DryRun:
+    """What :func:`compress_folder` would read and write, how long and in how much memory; nothing is written.
+
+    Raises:
+        MPOError: as :func:`compress_folder`, as far as it can be known by then.
+    """
+    job = Job.of(source, Path(out), config, calibration)
+    job.work.check()
+    finished = job.finished_result()
+    records = job.records() if finished is None else dict(enumerate(finished))
+    left = [job.effort(number) for number in range(len(job.pairs)) if number not in records]
+    memory = max((effort.memory for effort in left), default=0)
+    return DryRun(
+        len(job.pairs),
+        len(records),
+        0 if finished else sum(effort.bytes_read for effort in left) + job.bytes_beside,
+        0 if finished else job.bytes_to_write(records),
+        0.0 if finished else finish_time([effort.seconds for effort in left], workers),
+        max(memory, min(shard_bytes, job.result_bytes)),
+    )
+
+
+def finish_time(seconds: list[float], workers: int) -> float:
+    """When the last of several jobs ends that are given to so many workers, the longest first.
+
+    >>> finish_time([3, 3, 2, 2, 2], 2)
+    7.0
+    """
+    ends = [0.0] * workers
+    for each in sorted(seconds, reverse=True):
+        ends.sort()
+        ends[0] += each
+    return max(ends)

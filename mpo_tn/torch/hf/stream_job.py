@@ -1,0 +1,325 @@
+"""All that is known of a streamed run before the first matrix is read: what is where, and what becomes of it."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.config import MPOConfig
+from mpo_tn.planning.effort import Effort, effort_of
+from mpo_tn.planning.entries import ACTIVATION
+from mpo_tn.planning.plan import Plan
+from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from mpo_tn.storage.places import name_beside
+from mpo_tn.storage.tensors import bytes_digest
+from mpo_tn.torch.hf.assembling import Piece, altered, read_record
+from mpo_tn.torch.hf.companions import STREAM_RECORD
+from mpo_tn.torch.hf.folder import empty_model
+from mpo_tn.torch.hf.quantizer import attach
+from mpo_tn.torch.hf.sentinel import sentinels
+from mpo_tn.torch.hf.snapshot import Names, core_prefix, local_folder, read_names
+from mpo_tn.torch.layers.parameter import dense_key
+from mpo_tn.torch.models.calibration import SAMPLED, Calibration, Fingerprint
+from mpo_tn.torch.models.compress import empty_modules, report_of, specs_of
+from mpo_tn.torch.models.coverage import matrix_numbers
+from mpo_tn.torch.models.decide import plan, units_of_plan
+from mpo_tn.torch.models.feeding import entries_of
+from mpo_tn.torch.models.places import put
+from mpo_tn.torch.models.report import CompressionReport
+from mpo_tn.torch.models.samples import is_biased
+from mpo_tn.torch.models.stream_folder import Manifest, WorkFolder, plan_digest
+from mpo_tn.torch.models.stream_unit import UnitRecord, UnitTask, as_tensor, versions, write_moments
+from mpo_tn.torch.models.survey import DenseUnit
+from mpo_tn.torch.models.units import count_parameters
+
+
+class Job:
+    """Everything that is known of a run before the first matrix is read."""
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        names: Names,
+        decided: Plan,
+        out: Path,
+        calibration: Calibration | None,
+    ) -> None:
+        self.model, self.checkpoint, self.names, self.decided, self.out = model, checkpoint, names, decided, out
+        self.pairs = units_of_plan(model, decided)
+        in_metric = [unit for planned, unit in self.pairs if planned.metric == ACTIVATION]
+        if in_metric and calibration is None:
+            raise MPOError(
+                f"the plan fits {in_metric[0].name} to what its layer is given, and nothing is known of that: give "
+                f"a saved "
+                "Calibration of the dense model (--calibration FILE); text itself needs the whole model in memory"
+            )
+        self.calibration = calibration if in_metric else None
+        if self.calibration is not None:
+            self.calibration.check_print(self._fingerprint())
+        owners = dict(model.named_parameters(remove_duplicate=False))
+        self._places: dict[nn.Parameter, tuple[str, StoredTensor]] = {
+            owners[name]: (name, stored) for name, stored in names.stored.items() if name in owners
+        }
+        for _, unit in self.pairs:
+            if unit.weight not in self._places:
+                raise MPOError(
+                    f"{dense_key(unit.name)} is not in the checkpoint {checkpoint.folder} as it is, transformers makes "
+                    "it of other tensors: leave it out (--exclude), or compress the model in memory"
+                )
+        self.source = checkpoint.fingerprint()
+        known = None if self.calibration is None else _calibration_digest(self.calibration, in_metric)
+        manifest = Manifest(plan_digest(decided), self.source, known, versions())
+        self.work = WorkFolder(out.with_name(name_beside(out, ".work")), manifest)
+
+    @classmethod
+    def of(cls, source: str | Path, out: Path, config: MPOConfig | Plan, calibration: Calibration | None) -> Job:
+        """Read the headers and decide.
+
+        Raises:
+            MPOError: as :func:`compress_folder`.
+        """
+        folder = local_folder(source)
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise MPOError(f"{out} lies in the source {folder}: name another folder")
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise MPOError(f"{out} holds the input {folder}: name another folder")
+        checkpoint = open_checkpoint(folder)
+        model = empty_model(folder)
+        names = read_names(model, checkpoint)
+        if isinstance(config, Plan):
+            decided = config
+        elif config.has_budget or (config.shares_keep and calibration is not None):
+            raise MPOError(
+                "a budget is spent by what the model does on text, which needs the whole model in memory: make a "
+                "plan with "
+                "mpo-tn plan --out FILE on a machine that holds it, and carry it out here with --plan FILE"
+            )
+        else:
+            decided = plan(model, config, calibration=calibration)
+        return cls(model, checkpoint, names, decided, out, calibration)
+
+    def effort(self, number: int) -> Effort:
+        """What a unit costs."""
+        planned, unit = self.pairs[number]
+        return effort_of(planned, self._places[unit.weight][1].itemsize)
+
+    def longest_first(self, number: int) -> tuple[float, int]:
+        """To sort by."""
+        return -self.effort(number).seconds, number
+
+    def task(self, number: int) -> UnitTask:
+        """What a worker needs."""
+        planned, unit = self.pairs[number]
+        moments: str | None = None
+        biases: dict[str, tuple[StoredTensor, str]] = {}
+        if planned.metric == ACTIVATION and self.calibration is not None:
+            path = self.work.moments(number)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                write_moments(path, _known(self.calibration, unit))
+            moments = str(path.resolve())
+            biases = {} if not is_biased(unit) else dict(self._biases(unit))
+        return UnitTask(
+            planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,
+            versions(),
+            self.work.task,
+        )  # fmt: skip
+
+    def _biases(self, unit: DenseUnit) -> list[tuple[str, tuple[StoredTensor, str]]]:
+        found: dict[str, tuple[StoredTensor, str]] = {}
+        for module in unit.modules:
+            bias = module.bias
+            assert isinstance(bias, nn.Parameter)
+            name, stored = self._places[bias]
+            found[name] = stored, str(bias.dtype).removeprefix("torch.")
+        return list(found.items())
+
+    def records(self) -> dict[int, UnitRecord]:
+        """Of units that are done, by their place in the plan; every byte of them is looked at."""
+        found = {number: self.work.finished(number, unit.name) for number, (_, unit) in enumerate(self.pairs)}
+        return {number: record for number, record in found.items() if record is not None}
+
+    def check_source(self) -> None:
+        """Refuse a checkpoint that is another by now.
+
+        Raises:
+            MPOError: it is so.
+        """
+        if open_checkpoint(self.checkpoint.folder).fingerprint() != self.source:
+            raise MPOError(
+                f"{self.checkpoint.folder} was changed while it was read: start again, and let nothing write to it"
+            )
+
+    @property
+    def bytes_beside(self) -> int:
+        """Of what is not a matrix of the plan, as it is stored."""
+        in_units = {self._places[unit.weight][1].key for _, unit in self.pairs}
+        left = [*self.names.stored.values(), *self.names.kept.values()]
+        return sum(stored.nbytes for stored in left if stored.key not in in_units)
+
+    @property
+    def result_bytes(self) -> int:
+        """Of the tensors of the result, at most."""
+        modules = {
+            names[0]: spec
+            for planned, unit in self.pairs
+            for names, spec in zip(unit.names, specs_of(unit, planned.spec), strict=True)
+        }
+        record = sum(self.sentinels(modules).sizes.values()) if modules else 0
+        return sum(planned.bytes for planned, _ in self.pairs) + self.bytes_beside + record
+
+    def bytes_to_write(self, records: Mapping[int, UnitRecord]) -> int:
+        """Units that are missing, and the result."""
+        return sum(pair[0].bytes for number, pair in enumerate(self.pairs) if number not in records) + self.result_bytes
+
+    def check_space(self, records: Mapping[int, UnitRecord]) -> None:
+        """Refuse a disk on which there is no room for the result, before anything is done.
+
+        Raises:
+            MPOError: it is so.
+        """
+        there = next(folder for folder in self.out.resolve().parents if folder.exists())
+        needed, free = self.bytes_to_write(records), shutil.disk_usage(there).free
+        if needed > free:
+            raise MPOError(
+                f"{self.out.parent} has {free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed for the "
+                f"matrices and the "
+                "result: free some space or name another folder"
+            )
+
+    def pieces(self, records: list[UnitRecord]) -> list[Piece]:
+        """The tensors of the result, in the order of the checkpoint, and the record; the model is dense as yet."""
+        numbers = {unit.weight: number for number, (_, unit) in enumerate(self.pairs)}
+        owners = dict(self.model.named_parameters(remove_duplicate=False))
+        moved = {
+            key.removeprefix("bias."): number
+            for number, record in enumerate(records)
+            for key in record.tensors
+            if key.startswith("bias.")
+        }
+        pieces: list[Piece] = []
+        for name, stored in self.names.stored.items():
+            number = numbers.get(owners[name]) if name in owners else None
+            if number is not None and records[number].dense is None:
+                pieces.append(self._unit_piece(number, records[number], stored))
+            elif name in moved:
+                own = f"bias.{name}"
+                pieces.append(
+                    Piece.of_unit(self.work.file(moved[name]), self.work.task, {own: stored.key}, records[moved[name]])
+                )
+            else:
+                pieces.append(Piece.of_source(stored, self.names.dtypes[name]))
+        dtype = self.model.dtype
+        pieces += [Piece.of_source(stored, dtype) for stored in self.names.kept.values()]
+        modules = {name: spec for own in records if own.dense is None for name, spec in own.specs.items()}
+        return [*pieces, self.sentinels(modules)] if modules else pieces
+
+    def replace(self, records: list[UnitRecord]) -> CompressionReport:
+        """Put empty MPO modules into the model, as ``compress`` puts full ones, and give its report."""
+        before, matrices = count_parameters(self.model), matrix_numbers(self.model)
+        larger = {record.layer.name: record.dense for record in records if record.dense is not None}
+        modules: dict[str, nn.Module] = {}
+        for (_, unit), record in zip(self.pairs, records, strict=True):
+            if record.dense is None:
+                modules |= empty_modules(unit, record.layer.spec)
+        if modules:
+            put(self.model, modules)
+            attach(self.model, self.decided.config)
+        layers = [record.layer for record in records if record.dense is None]
+        return report_of(self.model, self.decided, layers, larger, before, matrices)
+
+    def sentinels(self, modules: dict[str, ModuleSpec]) -> Piece:
+        """What stops whoever has not imported this package, and the record of these modules."""
+        unsaved: set[str] = set(self.model._keys_to_ignore_on_save or ())
+        owned = [unit for _, unit in self.pairs if unit.name in modules]
+        in_cores = {dense_key(name) for unit in owned for name in unit.all_names}
+        found = sentinels(self.model, modules, [name for name in self.names.dtypes if name not in unsaved | in_cores])
+        # As a checkpoint calls the weight: transformers renames both.
+        stored = self.names.stored
+        return Piece.of_tensors({stored[key].key if key in stored else key: found[key] for key in found})
+
+    def _unit_piece(self, number: int, record: UnitRecord, stored: StoredTensor) -> Piece:
+        prefix = core_prefix(self.model, self.pairs[number][1].name, stored)
+        keys = {key: f"{prefix}.{key}" for key in record.tensors if key.startswith("cores.")}
+        return Piece.of_unit(self.work.file(number), self.work.task, keys, record)
+
+    def record(self, records: list[UnitRecord]) -> dict[str, Any]:
+        """What the result says of how it was made."""
+        return {
+            "run": self.work.manifest.to_dict(),
+            "plan": {key: value for key, value in self.decided.to_dict().items() if key != "considered"},
+            "units": [record.to_dict() for record in records],
+        }
+
+    def finished_result(self) -> list[UnitRecord] | None:
+        """The units of a result of this very run that is there already, None if there is none.
+
+        Raises:
+            MPOError: it was altered since.
+        """
+        if not (self.out / STREAM_RECORD).is_file():
+            return None
+        record = read_record(self.out)
+        if record["run"] != self.work.manifest.to_dict():
+            return None
+        found = altered(self.out, record)
+        if found:
+            raise MPOError(
+                f"{self.out} is the result of this run and was altered since ({found[0]}): see mpo-tn verify, or pass "
+                "--overwrite to write it again"
+            )
+        return [UnitRecord.from_dict(unit) for unit in record["units"]]
+
+    def _fingerprint(self) -> Fingerprint:
+        """What :meth:`Fingerprint.of` gives of the loaded model."""
+        found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        for name, parameter in self.model.named_parameters():
+            stored = self.names.stored[name]
+            entries = stored.sample(SAMPLED)
+            sample = as_tensor(stored.dtype, (len(entries),), entries.reshape(-1), parameter.dtype)
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            found[name] = (dtype, tuple(parameter.shape), bytes_digest([entries_of(sample)]))
+        return Fingerprint(type(self.model).__name__, found, "")
+
+
+def _light(unit: DenseUnit) -> DenseUnit:
+    """The same with modules that hold no more than a task asks of them, to be sent to other processes."""
+    modules: list[nn.Module] = []
+    for module in unit.modules:
+        light = nn.Module()
+        for name in ("bias", "padding_idx"):
+            setattr(light, name, getattr(module, name, None))
+        modules.append(light)
+    return replace(unit, modules=tuple(modules))
+
+
+def _known(calibration: Calibration, unit: DenseUnit) -> Any:
+    known = calibration.of(unit.name)
+    if known is None:
+        raise MPOError(
+            f"{unit.name}: no token of the calibration reached it: leave it out of the plan, or calibrate on more"
+        )
+    return known
+
+
+def _calibration_digest(calibration: Calibration, units: list[DenseUnit]) -> str:
+    parts: list[bytes | memoryview] = []
+    for unit in units:
+        known = _known(calibration, unit)
+        for name, value in sorted(vars(known).items()):
+            parts.append(f"{unit.name} {name}".encode())
+            parts.append(
+                value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode()
+            )
+    return bytes_digest(parts)

@@ -1,0 +1,145 @@
+"""The folder of a run that can be killed: what it is a run of, and what is done by now."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.planning.plan import Plan
+from mpo_tn.storage.files import write_whole
+from mpo_tn.storage.tensors import bytes_digest
+from mpo_tn.torch.models.stream_unit import UnitRecord, read_unit
+
+FORMAT = "mpo_tn.stream"
+VERSION = 1
+_MANIFEST = "run.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is of: equal ones give equal bytes.
+
+    Attributes:
+        plan: its digest.
+        source: the fingerprint of the checkpoint, see :meth:`mpo_tn.storage.checkpoint.Checkpoint.fingerprint`.
+        calibration: a digest of the moments that are used; None where there are none.
+        versions: of the libraries.
+    """
+
+    plan: str
+    source: str
+    calibration: str | None
+    versions: Mapping[str, str]
+
+    def digest(self) -> str:
+        """Of all of it."""
+        return bytes_digest([json.dumps(self.to_dict(), sort_keys=True).encode()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "plan": self.plan,
+            "source": self.source,
+            "calibration": self.calibration,
+            "versions": dict(self.versions),
+        }
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What of an earlier run is different, with both values, a phrase each."""
+        return [
+            f"the {key} of that run is {other.get(key)} and that of this one {value}"
+            for key, value in self.to_dict().items()
+            if other.get(key) != value
+        ]
+
+
+def plan_digest(plan: Plan) -> str:
+    """A digest of what a plan makes of every matrix and of the rest; what it was compared with does not count."""
+    content = {key: value for key, value in plan.to_dict().items() if key != "considered"}
+    return bytes_digest([json.dumps(content, sort_keys=True).encode()])
+
+
+class WorkFolder:
+    """Finished units in files, beside the manifest of the run that they belong to.
+
+    Args:
+        path: of the folder.
+        manifest: of this run.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.task = manifest.digest()
+
+    def open(self) -> None:
+        """Make the folder, or find it as an earlier run with the same manifest left it; of one process at a time.
+
+        Raises:
+            MPOError: it is of another plan, source or version, or cannot be written.
+        """
+        self.check()
+        try:
+            (self.path / "units").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MPOError(f"{self.path} could not be made ({error.strerror}): name another result") from error
+        if not (self.path / _MANIFEST).exists():
+            write_whole(self.path / _MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode())
+
+    def check(self) -> None:
+        """Refuse the folder of another run, before any work.
+
+        Raises:
+            MPOError: it is so; the message has both fingerprints.
+        """
+        if not self.path.exists():
+            return
+        path = self.path / _MANIFEST
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            names = [entry.name for entry in self.path.iterdir()]
+            strange = [name for name in names if name != "units" and not name.startswith(f".{_MANIFEST}.")]
+            if strange:
+                raise MPOError(
+                    f"{self.path} is in the way, and it is no folder of a run ({strange[0]} is in it): move it, or "
+                    "name another result"
+                ) from None
+            return
+        except (OSError, ValueError) as error:
+            raise MPOError(f"{path} is damaged ({error}): delete {self.path} to start from the beginning") from error
+        differences = self.manifest.differences(found) if isinstance(found, dict) else ["it is no manifest"]
+        if differences:
+            raise MPOError(
+                f"{self.path} holds an unfinished run that is not this one: {'; '.join(differences)}. Go on with what "
+                f"that run was started with, or delete {self.path} to start from the beginning"
+            )
+
+    def file(self, number: int) -> Path:
+        """Of a unit, by its place in the plan."""
+        return self.path / "units" / f"{number:06d}.safetensors"
+
+    def moments(self, number: int) -> Path:
+        """Of an input, by its place in the calibration."""
+        return self.path / "moments" / f"{number:06d}.safetensors"
+
+    def finished(self, number: int, name: str) -> UnitRecord | None:
+        """The record of a unit if its file is there and whole, every byte of it."""
+        path = self.file(number)
+        if not path.exists():
+            return None
+        try:
+            record, _ = read_unit(path, self.task)
+        except MPOError:
+            return None
+        return record if record.layer.name == name else None
+
+    def delete(self) -> None:
+        """Once the result is there."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""Streams a tiny model, killed at every event in turn and begun again, and compares what comes with a run in one go.
+
+Run by tests/torch/hf/test_stream.py in a process of its own: ``python -m helpers.kill_stream FOLDER EVERY``, of whose
+events every so many are tried. Prints what is wrong and exits with 1, or prints how many kills there were.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from helpers.fuse import KILLED, Fuse, in_a_child
+from helpers.streaming import CONFIG, SHARD, contents, source_in
+from mpo_tn.torch.hf import assembling, stream_job
+from mpo_tn.torch.hf.stream import compress_folder
+from mpo_tn.torch.models import stream_folder, stream_unit
+
+
+def main(home: Path, every: int) -> int:
+    torch.set_num_threads(1)
+    source, out = source_in(home), home / "out"
+
+    def stream() -> None:
+        compress_folder(source, out, CONFIG, shard_bytes=SHARD)
+
+    def killed(at: int | None) -> None:
+        fuse = Fuse(at)
+        for owner, name in (
+            (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_text"),
+            (tempfile, "mkdtemp"), (tempfile, "mkstemp"), (shutil, "rmtree"), (os, "preadv"),
+            (assembling, "write_shard"), (stream_unit, "write_tensors"), (stream_folder, "write_whole"),
+            (stream_job, "read_names"),
+        ):  # fmt: skip
+            fuse.wrap(owner, name)
+        stream()
+
+    stream()
+    wanted = contents(out)
+    kills, at = 0, 0
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        code = in_a_child(lambda at=at: killed(at))
+        if code not in (0, KILLED):
+            print(f"killed at event {at}: exit code {code}")
+            return 1
+        if code == KILLED and in_a_child(stream) != 0:
+            print(f"killed at event {at}, begun again: it failed")
+            return 1
+        if contents(out) != wanted:
+            print(f"killed at event {at}, begun again: the result is another one")
+            return 1
+        if left := {path.name for path in home.iterdir()} - {"out", "source"}:
+            print(f"killed at event {at}: {', '.join(sorted(left))} is still there")
+            return 1
+        if code == 0:
+            break
+        kills += 1
+        at += every
+    print(f"{kills} kills")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.streaming import CONFIG, SHARD, source_in
+from safetensors.torch import load_file, save_file
+
+from mpo_tn import MPOError
+from mpo_tn.storage.checkpoint import INDEX, open_checkpoint
+from mpo_tn.torch import MPOConfig, compress
+from mpo_tn.torch.hf.folder import load_model, save_model
+from mpo_tn.torch.hf.stream import compress_folder
+from mpo_tn.torch.hf.verify import verify_folder
+
+BITS = MPOConfig(sites="low-rank", target_modules="all-matrices", bond=8, bits=4, group=16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source, what became of it, and the same in bits."""
+    home = tmp_path_factory.mktemp("made")
+    source = source_in(home)
+    compress_folder(source, home / "out", CONFIG, shard_bytes=SHARD)
+    compress_folder(source, home / "bits", BITS)
+    return home
+
+
+def change(folder: Path, act: Callable[[dict[str, torch.Tensor]], object], key: str) -> None:
+    """Do something to the tensors of the file that has ``key``."""
+    path = Path(open_checkpoint(folder).tensors[key].file)
+    tensors = load_file(path)
+    act(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def json_of(path: Path, act: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    act(content)
+    path.write_text(json.dumps(content, indent=1))
+
+
+CORE, NORM = "model.layers.0.mlp.up_proj.cores.1", "model.norm.weight"
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+def one_bit(folder: Path) -> None:
+    stored = open_checkpoint(folder).tensors[CORE]
+    with Path(stored.file).open("r+b") as file:
+        file.seek(stored.start)
+        byte = file.read(1)[0]
+        file.seek(stored.start)
+        file.write(bytes([byte ^ 1]))
+
+
+def spec_of(content: dict) -> dict:
+    return content["quantization_config"]["modules"][MODULE]
+
+
+ALTERATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "one bit of a core": (one_bit, rf"{CORE} was altered"),
+    "a dense tensor": (lambda f: change(f, lambda t: t[NORM].mul_(1.001), NORM), f"{NORM} was altered"),
+    "a tensor of another shape": (
+        lambda f: change(f, lambda t: t.update({CORE: t[CORE].flatten(0, 1)}), CORE),
+        f"{CORE} has the shape",
+    ),
+    "a tensor that is gone": (lambda f: change(f, lambda t: t.pop(CORE), CORE), f"{CORE}"),
+    "a tensor that is new": (
+        lambda f: change(f, lambda t: t.update({f"{MODULE}.cores.3": t[CORE].clone()}), CORE),
+        r"cores\.3",
+    ),
+    "a tensor of another dtype": (
+        lambda f: change(f, lambda t: t.update({CORE: t[CORE].double()}), CORE),
+        f"{CORE} was altered",
+    ),
+    "a shard that is gone": (
+        lambda f: Path(open_checkpoint(f).tensors[CORE].file).unlink(),
+        "there is no such file",
+    ),
+    "a shard that is cut": (
+        lambda f: (p := Path(open_checkpoint(f).tensors[CORE].file)).write_bytes(p.read_bytes()[:-1]),
+        "is damaged",
+    ),
+    "a recorded error": (
+        lambda f: json_of(f / "config.json", lambda c: spec_of(c).update(rel_error=0.1)),
+        f"something else of {MODULE}",
+    ),
+    "bonds of config.json": (
+        lambda f: json_of(f / "config.json", lambda c: spec_of(c).update(bonds=[1, 1])),
+        f"{MODULE}.cores.0 has the shape",
+    ),
+    "another hyperparameter": (
+        lambda f: json_of(f / "config.json", lambda c: c.update(rms_norm_eps=1.0)),
+        "config.json was altered",
+    ),
+    "the tokenizer": (lambda f: (f / "tokenizer_config.json").write_text("{}"), "tokenizer_config.json was altered"),
+    "a file that is gone": (lambda f: (f / "generation_config.json").unlink(), "generation_config.json is missing"),
+    "the index": (
+        lambda f: json_of(f / INDEX, lambda c: c["metadata"].update(total_size=1)),
+        r"index\.json was altered",
+    ),
+    "the record": (
+        lambda f: json_of(f / "mpo_record.json", lambda c: c["units"][0].update(error=0.0)),
+        "mpo_record.json cannot be read .*altered",
+    ),
+    "a header": (
+        lambda f: (p := Path(open_checkpoint(f).tensors[CORE].file)).write_bytes(
+            p.read_bytes().replace(b'"format":"pt"', b'"format":"tf"')
+        ),
+        r"model-0000\d-of-0000\d\.safetensors was altered",
+    ),
+    "a space in the record": (
+        lambda f: (f / "mpo_record.json").write_text((f / "mpo_record.json").read_text() + " "),
+        "mpo_record.json cannot be read .*altered",
+    ),
+    "config.json cut": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+}
+
+
+@pytest.mark.guarantee("verify-any-bit")
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_an_alteration_is_found(made: Path, tmp_path: Path, name: str) -> None:
+    alter, said = ALTERATIONS[name]
+    folder = tmp_path / "out"
+    shutil.copytree(made / "out", folder)
+    assert verify_folder(folder).is_good
+    alter(folder)
+    found = verify_folder(folder)
+    assert not found.is_good
+    assert any(re.search(said, phrase) for phrase in found.differences), found.differences
+
+
+@pytest.mark.guarantee("verify-errors")
+def test_errors_are_computed_again_from_the_dense_weights(made: Path) -> None:
+    for name, count in (("out", 14), ("bits", 15)):
+        found = verify_folder(made / name, made / "source")
+        assert found.is_good, found.differences
+        assert not found.notes
+        assert len(found.errors) == count
+        for was, again in found.errors.values():
+            assert again == pytest.approx(was, rel=1e-5)
+    assert json.loads(json.dumps(found.to_dict()))["good"] is True
+
+
+@pytest.mark.guarantee("verify-errors")
+def test_a_folder_that_was_compressed_in_memory_is_compared_with_the_dense_model(made: Path, tmp_path: Path) -> None:
+    model = load_model(made / "source")
+    compress(model, BITS)
+    save_model(model, made / "source", tmp_path / "out")
+    found = verify_folder(tmp_path / "out", made / "source")
+    assert found.is_good, found.differences
+    assert found.notes
+    change(tmp_path / "out", lambda t: t[f"{MODULE}.cores.0.weight_scale"].mul_(1.01), f"{MODULE}.cores.0.weight_scale")
+    change(tmp_path / "out", lambda t: t[NORM].mul_(1.01), NORM)
+    found = verify_folder(tmp_path / "out", made / "source")
+    assert [phrase.split()[0] for phrase in found.differences] == [MODULE, NORM]
+
+
+@pytest.mark.guarantee("verify-errors")
+def test_another_dense_model_is_told(made: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made / "source", other)
+    change(other, lambda t: t[f"{MODULE}.weight"][0].zero_(), f"{MODULE}.weight")
+    found = verify_folder(made / "out", other)
+    assert "is not the model that it was made of" in found.differences[0]
+    assert any(phrase.startswith(f"{MODULE} has an error of") for phrase in found.differences)
+    assert any("is not the matrix" in phrase for phrase in found.differences)
+
+
+def test_what_is_no_compressed_folder_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(MPOError, match="is dense, not compressed"):
+        verify_folder(made / "source")
+    with pytest.raises(MPOError, match="there is no model folder"):
+        verify_folder(tmp_path / "nothing")
+    with pytest.raises(MPOError, match="compressed or quantized already"):
+        verify_folder(made / "out", made / "out")
