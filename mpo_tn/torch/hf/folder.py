@@ -69,20 +69,21 @@ def check_compressed(source: str | Path) -> None:
     compressed_config(source)
 
 
-def compressed_config(source: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says under ``quantization_config`` of a model with MPO modules.
+def compressed_config(source: str | Path) -> Any:
+    """The configuration of a model with MPO modules; ``quantization_config`` is as ``config.json`` has it.
 
     Raises:
         MPOError: as :func:`check_compressed`.
     """
     check_source(source)
     with _readable(source):
-        quantized = getattr(transformers.AutoConfig.from_pretrained(source), "quantization_config", None)
+        config = transformers.AutoConfig.from_pretrained(source)
+    quantized = getattr(config, "quantization_config", None)
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    if not isinstance(quantized, dict) or method != "mpo":
+    if method != "mpo":
         is_what = "dense" if quantized is None else f"quantized by {method}"
         raise MPOError(f"{source} is {is_what}, not compressed by mpo-tn: compress it first, see mpo-tn compress")
-    return quantized
+    return config
 
 
 def dense_parameters(source: str | Path) -> int:

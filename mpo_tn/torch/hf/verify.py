@@ -18,8 +18,10 @@ from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.hf.assembling import altered, read_record
+from mpo_tn.torch.hf.checks import check_record
 from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
+from mpo_tn.torch.hf.held import held_by
 from mpo_tn.torch.hf.snapshot import Names, local_folder, read_names
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.parameter import dense_key
@@ -115,6 +117,8 @@ def verify_folder(
     tell(0, 1, "reading every byte")
     record = _check_record(folder, found)
     layers = _check_structure(there, modules, found)
+    if modules:
+        _check_saved(folder, there, modules, found)
     if record is not None:
         _check_plan(record, modules, found)
     if against is not None:
@@ -135,7 +139,8 @@ def _is_all_dense(folder: Path) -> bool:
 
 def _modules(folder: Path, found: Verification) -> dict[str, ModuleSpec]:
     try:
-        return {name: ModuleSpec.from_dict(spec) for name, spec in compressed_config(folder)["modules"].items()}
+        listed = compressed_config(folder).quantization_config["modules"]
+        return {name: ModuleSpec.from_dict(spec) for name, spec in listed.items()}
     except (MPOError, LookupError, TypeError, AttributeError, ValueError) as error:
         found.differences.append(f"config.json does not say what the modules are: {error}")
         return {}
@@ -191,6 +196,15 @@ def _check_structure(
         f"{key} is a core of no module of config.json" for key in there.tensors if ".cores." in key and key not in seen
     ]
     return layers
+
+
+def _check_saved(folder: Path, there: Checkpoint, modules: Mapping[str, ModuleSpec], found: Verification) -> None:
+    """What was written beside the weights when they were saved: ties, bits and groups that shapes do not show."""
+    try:
+        held = held_by(sorted({stored.file for stored in there.tensors.values()}))
+        check_record(held, modules, compressed_config(folder))
+    except MPOError as error:
+        found.differences.append(str(error))
 
 
 def _held(spec: ModuleSpec, dtype: str) -> dict[str, torch.Tensor]:

@@ -159,6 +159,8 @@ def test_a_folder_that_was_compressed_in_memory_is_compared_with_the_dense_model
     change(tmp_path / "out", lambda t: t[NORM].mul_(1.01), NORM)
     found = verify_folder(tmp_path / "out", made / "source")
     assert [phrase.split()[0] for phrase in found.differences] == [MODULE, NORM]
+    json_of(tmp_path / "out" / "config.json", lambda c: spec_of(c).update(group=8))
+    assert any("was saved with" in phrase for phrase in verify_folder(tmp_path / "out").differences)
 
 
 @pytest.mark.guarantee("verify-errors")
