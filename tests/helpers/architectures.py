@@ -26,33 +26,62 @@ def _pixels(**more: Any) -> dict[str, Any]:
 
 def _bart(**more: Any) -> dict[str, Any]:
     return {
-        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": _VOCAB,
-        "max_position_embeddings": 40, "scale_embedding": True, **more,
-    }  # fmt: skip
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "vocab_size": _VOCAB,
+        "max_position_embeddings": 40,
+        "scale_embedding": True,
+        **more,
+    }
 
 
 def _waves(**more: Any) -> dict[str, Any]:
     return _sizes(
-        conv_dim=(32, 32), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, mask_time_length=2, **more,
-    )  # fmt: skip
+        conv_dim=(32, 32),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+        mask_time_length=2,
+        **more,
+    )
 
 
 _GROUPED = {"num_key_value_heads": 2}
 _MOE = {**_GROUPED, "num_experts_per_tok": 2}
 _DEEPSEEK = {
-    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-    "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _T5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2, "vocab_size": _VOCAB}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _GEMMA = {"num_key_value_heads": 2, "head_dim": 8}
 _JAMBA = {
-    "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-    "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
-}  # fmt: skip
+    "num_experts": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+}
 _TEXT_AND_IMAGE = {
     "text_config": _sizes(max_position_embeddings=16),
     "vision_config": {**_BASE, "image_size": 16, "patch_size": 8},
@@ -109,7 +138,7 @@ MODELS: dict[str, Architecture] = {
         DECODER,
         "GPTNeoForCausalLM",
         _short(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], max_position_embeddings=40),
-    ),  # fmt: skip
+    ),
     "gptj": Architecture(
         DECODER, "GPTJForCausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": _VOCAB}
     ),
@@ -200,7 +229,7 @@ MODELS: dict[str, Architecture] = {
             decoder_ffn_dim=48,
             max_position_embeddings=40,
         ),
-    ),  # fmt: skip
+    ),
     "vit": Architecture(VISION, "ViTForImageClassification", _pixels()),
     "deit": Architecture(VISION, "DeiTForImageClassification", _pixels()),
     "beit": Architecture(VISION, "BeitForImageClassification", _pixels(use_relative_position_bias=True)),
@@ -217,7 +246,7 @@ MODELS: dict[str, Architecture] = {
             "window_size": 4,
             "num_labels": 5,
         },
-    ),  # fmt: skip
+    ),
     "convnext": Architecture(
         VISION,
         "ConvNextForImageClassification",
@@ -237,7 +266,7 @@ MODELS: dict[str, Architecture] = {
             "mlp_ratios": [2, 2],
             "num_labels": 5,
         },
-    ),  # fmt: skip
+    ),
     "resnet": Architecture(
         VISION,
         "ResNetForImageClassification",
@@ -255,7 +284,7 @@ MODELS: dict[str, Architecture] = {
             suppress_tokens=None,
             begin_suppress_tokens=None,
         ),
-    ),  # fmt: skip
+    ),
     "wav2vec2": Architecture(SPEECH, "Wav2Vec2ForCTC", _waves()),
     "hubert": Architecture(SPEECH, "HubertForCTC", _waves()),
     "wavlm": Architecture(SPEECH, "WavLMForCTC", _waves(num_buckets=8)),
@@ -276,7 +305,7 @@ MODELS: dict[str, Architecture] = {
             "max_text_positions": 40,
             "decoder_start_token_id": 1,
         },
-    ),  # fmt: skip
+    ),
     "ast": Architecture(
         SPEECH,
         "ASTForAudioClassification",
@@ -296,10 +325,29 @@ MODELS: dict[str, Architecture] = {
     ),
 }
 ODD = (
-    "falcon", "bloom", "mamba", "rwkv", "t5", "t5 gated", "deberta", "deberta v2", "deberta v3", "gemma 2", "gemma 3",
-    "bart", "xlnet", "mixtral", "qwen2 moe", "qwen3 moe", "deepseek v2", "deepseek v3", "gpt-oss", "granite moe",
-    "jamba", "llama 4",
-)  # fmt: skip
+    "falcon",
+    "bloom",
+    "mamba",
+    "rwkv",
+    "t5",
+    "t5 gated",
+    "deberta",
+    "deberta v2",
+    "deberta v3",
+    "gemma 2",
+    "gemma 3",
+    "bart",
+    "xlnet",
+    "mixtral",
+    "qwen2 moe",
+    "qwen3 moe",
+    "deepseek v2",
+    "deepseek v3",
+    "gpt-oss",
+    "granite moe",
+    "jamba",
+    "llama 4",
+)
 IDS = torch.arange(3, 15).reshape(2, 6)
 
 # Some classes name the configuration of the whole that they are the text part of.
