@@ -1,7 +1,7 @@
 """What can be done with a compressed model, one function a column of docs/architectures.md, on any tiny model.
 
-Each takes a :class:`Case` and returns if it went well, raises :class:`NotFor` if the model has nothing of the kind, and
-raises whatever else if it did not go well. ``Case.dense`` makes of it what the dense model does, to tell the two apart.
+Each takes a :class:`Case` and returns if it went well, raises :class:`NotForIt` if the model has nothing of the kind,
+and raises whatever else if it did not go well. ``Case.dense`` makes of it what the dense model does, to tell the two apart.
 """
 
 # PEFT and Trainer have no types for what their models hold.
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.architectures import called, given, scores, tiny_model
@@ -39,7 +38,7 @@ CLOSE = 1e-4
 """What float32 rounds in some dozen layers and sums over 48 terms, relative to the norm."""
 
 
-class NotFor(Exception):
+class NotForIt(Exception):  # noqa: N818 - nothing went wrong
     """The model has nothing that the column is about."""
 
 
@@ -51,10 +50,10 @@ class Case:
     folder: Path
     dense: bool = False
     other_process: Callable[[Any, Path], torch.Tensor] | None = None
-    report: CompressionReport | None = field(default=None, init=False)
+    report: CompressionReport = field(init=False)
 
     def model(self, config: MPOConfig = KEPT, made: Any = None) -> Any:
-        """A new one, or the one that is given, compressed."""
+        """A new one, or the one that is given, compressed; ``report`` says how."""
         made = settled(tiny_model(self.name)) if made is None else made
         if not self.dense:
             self.report = compress(made, config)
@@ -131,7 +130,7 @@ def ties(case: Case) -> None:
             shared.setdefault(id(parameter), []).append(name)
     pairs = [names for names in shared.values() if len(names) > 1]
     if not pairs:
-        raise NotFor("nothing is tied")
+        raise NotForIt("nothing is tied")
     model = case.kept
     for each in (model, loaded(model, case.saved(model, "ties"))):
         for names in pairs:
@@ -139,7 +138,7 @@ def ties(case: Case) -> None:
 
 
 def keep(case: Case) -> None:
-    model = case.kept
+    model = case.model()
     # Of a matrix of 4 rows or columns even one number a bond may be more than the share asked for.
     small = sum(layer.spec.num_parameters for layer in case.report.layers if max(layer.spec.bonds, default=1) == 1)
     assert case.report.matrix_after <= 0.6 * case.report.matrix_before + small, f"kept {case.report.kept:.3f}"
@@ -182,14 +181,14 @@ def half(case: Case) -> None:
 
 
 class _Trainer(transformers.Trainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         return scores(model(**inputs)).float().square().mean()
 
 
 def trainer(case: Case) -> None:
     model = case.kept
     if not model.supports_gradient_checkpointing:
-        raise NotFor("the class has no checkpointing")
+        raise NotForIt("the class has no checkpointing")
     rows = [{key: value[k] for key, value in given(model).items()} for k in range(2)]
     arguments = transformers.TrainingArguments(
         output_dir=str(case.folder / "trainer"), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2,
@@ -209,12 +208,12 @@ def trainer(case: Case) -> None:
 def whole_graph(case: Case) -> None:
     model = case.kept
     expected = called(model)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with torch.no_grad():
             same(scores(torch.compile(model, backend="eager", fullgraph=True)(**given(model))), expected)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 class _Scores(torch.nn.Module):
@@ -237,7 +236,7 @@ def export(case: Case) -> None:
 def generate(case: Case) -> None:
     model = case.model(FULL)
     if not model.can_generate():
-        raise NotFor("the class does not generate")
+        raise NotForIt("the class does not generate")
 
     def texts(of: Any) -> Any:
         options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "use_cache": True}
@@ -282,15 +281,17 @@ def program(case: Case) -> None:
     shutil.rmtree(out, ignore_errors=True)
 
     def run(*words: str) -> str:
-        said, errors, before = io.StringIO(), io.StringIO(), (sys.argv, terminal.out.file, terminal.err.file)
+        said, errors, code = io.StringIO(), io.StringIO(), None
+        before = sys.argv, terminal.out.file, terminal.err.file
         sys.argv, terminal.out.file, terminal.err.file = ["mpo-tn", *words], said, errors
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
                 cli.main()
         except SystemExit as stopped:
-            assert not stopped.code, " ".join(errors.getvalue().split())[-200:]
+            code = stopped.code
         finally:
             sys.argv, terminal.out.file, terminal.err.file = before
+        assert not code, " ".join(errors.getvalue().split())[-200:]
         return said.getvalue()
 
     run("compress", str(dense), str(out), "--sites", "3", "--keep", "0.6", "--target", "re:.*")
@@ -325,7 +326,7 @@ def lora(case: Case) -> None:
         if isinstance(layer, MPOLinear) and counts.get(id(layer.cores[0])) == 1 and _has_room(layer)
     ]
     if not targets:
-        raise NotFor("no layer that LoRA is for")
+        raise NotForIt("no layer that LoRA is for")
     before = outputs(model)
     tuned: Any = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=targets))
     same(outputs(tuned), before, 1e-6)
@@ -380,12 +381,14 @@ def cell(column: str, case: Case) -> list[str]:
         warnings.simplefilter("ignore")
         try:
             COLUMNS[column](case)
-        except NotFor as reason:
+        except NotForIt as reason:
             return ["n/a", str(reason)]
         except Exception as error:
             reason = _shortly(error)
             if column in CONTROLLED and not case.dense:
-                plain = cell(column, Case(case.name, case.folder / "control", dense=True, other_process=case.other_process))
+                plain = cell(
+                    column, Case(case.name, case.folder / "control", dense=True, other_process=case.other_process)
+                )
                 if plain[0] == "fails":
                     return ["n/a", f"nor does the dense model: {plain[1]}"]
             return ["fails", reason]

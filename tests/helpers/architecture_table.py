@@ -1,13 +1,14 @@
 """docs/architectures.md: what works with which architecture, tried on random tiny models.
 
-``python -m helpers.architecture_table run RESULTS [NAME ...]`` tries what is not yet in RESULTS, a file of JSON lines, with
-these versions (or the models named, again); it may be stopped and started again at any time. ``table RESULTS`` prints the
-page, ``check RESULTS PAGE`` compares. ``make architectures`` does all of it.
+``python -m helpers.architecture_table run RESULTS [NAME ...]`` tries what is not yet in RESULTS, a file of JSON lines,
+with these versions (or the models named, again); it may be stopped and started again at any time. ``page RESULTS PAGE``
+writes the page. ``make architectures`` does both.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,16 +24,17 @@ import transformers
 
 from helpers.abilities import COLUMNS, FULL, Case, cell, read_elsewhere, written_elsewhere
 from helpers.architectures import MODELS
+from mpo_tn.storage.files import write_whole
 
 PACKAGES = ("mpo-tn", "torch", "transformers", "peft", "accelerate")
 HEAD = """# Architectures
 
 What of the library works with which model of transformers: {count} tiny models with random weights (every width at most
 64, one to three layers), each tried with everything of the list below by `tests/helpers/architecture_table.py`.
-`make architectures` makes this page; it was made with {versions}.
+`make architectures` makes this page, here with {versions}.
 
-"ok" means that it was done and that the numbers were compared; "-" that the model has nothing of the kind, or that the dense
-model cannot do it either; "no" that it fails. The notes below the table give the reason.
+"ok": it was done and the numbers were compared; "-": the model has nothing of the kind, or the dense model cannot do it
+either; "no": it fails. The notes at the end give the reasons.
 
 {legend}
 """
@@ -109,7 +111,12 @@ def row(name: str, columns: Iterable[str], folder: Path, other: Elsewhere | None
     """Everything that is tried with a model."""
     began = time.perf_counter()
     case = Case(name, folder, other_process=other)
-    found: dict[str, Any] = {"name": name, "kind": MODELS[name].kind, "class": MODELS[name].build, "versions": versions()}
+    found: dict[str, Any] = {
+        "name": name,
+        "kind": MODELS[name].kind,
+        "class": MODELS[name].build,
+        "versions": versions(),
+    }
     case.model(FULL)
     assert case.report is not None
     found["coverage"] = case.report.coverage.to_dict()
@@ -127,7 +134,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 def run(results: Path, again: Sequence[str] = ()) -> None:
     """Add rows of the models that have none of these versions, or of those that are named."""
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     now, there = versions(), read(results)
     todo = again or [name for name in MODELS if name not in there or there[name]["versions"] != now]
@@ -139,11 +146,13 @@ def run(results: Path, again: Sequence[str] = ()) -> None:
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         bad = {column: value[1] for column, value in found["cells"].items() if value[0] == "fails"}
-        print(f"{name}: {found['seconds']} s, {100 * found['coverage']['share']:.1f} %, {bad or 'all well'}", flush=True)
+        print(
+            f"{name}: {found['seconds']} s, {100 * found['coverage']['share']:.1f} %, {bad or 'all well'}", flush=True
+        )
     other.close()
 
 
-def table(results: Path) -> str:
+def page(results: Path) -> str:
     """The page."""
     rows = [found for name, found in read(results).items() if name in MODELS]
     rows.sort(key=lambda found: list(MODELS).index(found["name"]))
@@ -177,8 +186,8 @@ def table(results: Path) -> str:
     least = min(rows, key=lambda found: found["coverage"]["share"])
     lines += [
         "## Notes", "",
-        f"{count.count('ok')} cells are ok, {count.count('n/a')} do not apply, {count.count('fails')} fail. In cores: at least "
-        f"{share(least)} ({least['name']}).", "",
+        f"{count.count('ok')} cells are ok, {count.count('n/a')} do not apply, {count.count('fails')} fail. "
+        f"In cores: at least {share(least)} ({least['name']}).", "",
     ]  # fmt: skip
     lines += [f"{number}. {_safe(text)}" for text, number in notes.items()]
     return "\n".join(lines) + "\n"
@@ -192,7 +201,7 @@ if __name__ == "__main__":
     command, *words = sys.argv[1:]
     if command == "run":
         run(Path(words[0]), words[1:])
-    elif command == "table":
-        print(table(Path(words[0])), end="")
+    elif command == "page":
+        write_whole(Path(words[1]), page(Path(words[0])).encode())
     else:
         elsewhere()

@@ -355,7 +355,7 @@ _CONFIGS = {"Llama4ForCausalLM": "Llama4TextConfig", "Gemma3ForCausalLM": "Gemma
 
 
 def tiny_model(name: str) -> Any:
-    """A model, ready to be looked at, no matrix of which is zero."""
+    """A model, ready to be looked at, no matrix of which is zero, nor a bias, which could be lost then unseen."""
     torch.manual_seed(0)
     of = MODELS[name]
     build: Any = getattr(transformers, of.build)
@@ -363,8 +363,7 @@ def tiny_model(name: str) -> Any:
     model = build(config(**of.sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter += 0.02 * torch.randn_like(parameter)
+            parameter += (0.02 if parameter.ndim > 1 else 0.1) * torch.randn_like(parameter)
     return model
 
 
