@@ -323,7 +323,8 @@ def lora(case: Case) -> None:
     targets = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, MPOLinear) and counts.get(id(layer.cores[0])) == 1 and _has_room(layer)
+        if (_has_room(layer) if isinstance(layer, MPOLinear) else case.dense and type(layer) is torch.nn.Linear)
+        and counts.get(cores_or_self(model, f"{name}.weight")) == 1
     ]
     if not targets:
         raise NotForIt("no layer that LoRA is for")
@@ -359,7 +360,7 @@ COLUMNS: dict[str, Callable[[Case], None]] = {
     "bf16": half, "Trainer": trainer, "compile": whole_graph, "export": export, "generate": generate,
     "squeeze": squeezed, "program": program, "on load": on_load, "LoRA": lora, "dequantize": dequantize,
 }  # fmt: skip
-CONTROLLED = frozenset({"save", "shards", "new process", "bf16", "Trainer", "compile", "export", "generate"})
+CONTROLLED = frozenset({"save", "shards", "new process", "bf16", "Trainer", "compile", "export", "generate", "LoRA"})
 """Columns that ask nothing of cores: what fails in them may fail for the dense model, too."""
 CHEAP = ("exact", "ties", "keep", "save", "dequantize")
 

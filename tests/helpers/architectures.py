@@ -364,6 +364,9 @@ def tiny_model(name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += (0.02 if parameter.ndim > 1 else 0.1) * torch.randn_like(parameter)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as some models have it whenever they are loaded
     return model
 
 

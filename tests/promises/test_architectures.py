@@ -44,6 +44,12 @@ def test_models_that_compute_otherwise_when_they_are_quantized(name: str, tmp_pa
     assert not hasattr(model.dequantize().config, "_is_quantized")
 
 
+@pytest.mark.slow
+@pytest.mark.guarantee("lora-on-cores")
+def test_adapters_on_a_model_that_has_no_word_table_of_its_own(tmp_path: Path) -> None:
+    abilities.lora(Case("clip", tmp_path))
+
+
 def test_what_fails_is_told_from_what_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(case: Case) -> None:
         raise ValueError("a reason\nin two lines") if not case.dense else NotForIt

@@ -119,7 +119,7 @@ class MPOHfQuantizer(HfQuantizer):
         for place in map(place_of, specs):  # whose weight cannot be computed until then
             if place is not None:
                 owner: Any = model.get_submodule(place[0])
-                owner._is_hf_initialized = not any(True for _ in owner.parameters(recurse=False))
+                owner._is_hf_initialized = not _owns_tensors(owner)
         # The key may carry the prefix of another head or none.
         ignored = {f"(^|\\.){re.escape(key)}$" for key in spellings(model, sentinel_key(modules))}
         ignored.add(f"^{re.escape(RECORD)}$")
@@ -311,5 +311,10 @@ def _nothing_to_initialise(model: Any, name: str) -> None:
     They are asked to initialise the parent of every layer. A parent that owns no tensor has nothing to initialise.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
-    if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
+    if not _owns_tensors(parent):
         parent._is_hf_initialized = True
+
+
+def _owns_tensors(module: nn.Module) -> bool:
+    """Whether there is something to initialise: buffers, too, as the indices of Swin and BEiT, which no file holds."""
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
