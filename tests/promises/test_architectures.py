@@ -46,6 +46,7 @@ def test_models_that_compute_otherwise_when_they_are_quantized(name: str, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.guarantee("lora-on-cores")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_adapters_on_a_model_that_has_no_word_table_of_its_own(tmp_path: Path) -> None:
     abilities.lora(Case("clip", tmp_path))
 
