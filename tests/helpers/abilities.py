@@ -1,7 +1,8 @@
 """What can be done with a compressed model, one function a column of docs/architectures.md, on any tiny model.
 
 Each takes a :class:`Case` and returns if it went well, raises :class:`NotForIt` if the model has nothing of the kind,
-and raises whatever else if it did not go well. ``Case.dense`` makes of it what the dense model does, to tell the two apart.
+and raises whatever else if it did not go well.
+``Case.dense`` makes of it what the dense model does, to tell the two apart.
 """
 
 # PEFT and Trainer have no types for what their models hold.
