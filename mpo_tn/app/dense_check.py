@@ -96,7 +96,8 @@ def _text(model: Any, source: str, generator: torch.Generator) -> tuple[dict[str
         ]
         shortest = min(len(ids) for ids in encoded)  # so that nothing has to be padded
         ids = torch.tensor([ids[:shortest] for ids in encoded])
-        if ids.numel() and int(ids.max()) < model.config.get_text_config().vocab_size:
+        is_read = len(ids.unique()) > _SENTENCES  # otherwise most words are unknown to it
+        if is_read and int(ids.max()) < model.config.get_text_config().vocab_size:
             return {"input_ids": ids}, f"{_SENTENCES} sentences of {shortest} tokens"
     except MPOError:
         pass

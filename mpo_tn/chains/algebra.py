@@ -16,7 +16,7 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.chains import contraction
-from mpo_tn.chains.balance import balanced
+from mpo_tn.chains.balance import balanced, least_exponent
 from mpo_tn.chains.canonical import ChainT, check_cores, norm_of
 from mpo_tn.chains.chain import Chain, same_kind
 from mpo_tn.chains.scaled import TOP, Scaled, Size, evened, has_values, join, shared_out, size_of, unit, unit_cores
@@ -155,7 +155,7 @@ def multiply(a: ChainT, b: Chain) -> ChainT:
 def pairwise(a: ChainT, b: Chain, join: Callable[[Array, Array], Array], what: str) -> ChainT:
     """The chain of ``join(a_k, b_k)``, linear in both, within the range of the dtype; ``what`` it is, for messages."""
     both = (*a.cores, *b.cores)
-    if not all(map(has_values, both)) or not any(_is_risky(core, 0) for core in both):
+    if not all(map(has_values, both)) or not any(_is_risky(core, 0) or _has_small_columns(core) for core in both):
         return a.with_cores(map(join, a.cores, b.cores), None)
     (first, exponent), (second, other) = balanced(a.cores), balanced(b.cores)
     parts = [unit(join(*pair)) for pair in zip(first, second, strict=True)]
@@ -177,6 +177,11 @@ def _is_risky(core: Array, exponent: int) -> bool:
     """Whether an operation that changes a core by a power of two comes near the end of the range of its dtype."""
     reach = TOP[dtype_name(core)] // 3
     return abs(binary_exponent(size_of(core)) + exponent) > reach or abs(exponent) > reach
+
+
+def _has_small_columns(core: Array) -> bool:
+    """Whether products of two columns may be below the range of the dtype, although those of whole cores are not."""
+    return least_exponent(core) < -(TOP[dtype_name(core)] // 3)
 
 
 def apply(chain: Chain, x: Array, memory_limit: int | None = None) -> Array:

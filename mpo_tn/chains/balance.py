@@ -43,6 +43,12 @@ def balanced(cores: Sequence[Array]) -> tuple[list[Array], int]:
     return found, total
 
 
+def least_exponent(core: Array) -> int:
+    """The least exponent of what is no 0 between two indices of the bonds of a core; 0 where all is 0."""
+    exponents = _exponents(core)
+    return int(exponents[exponents > _NOTHING // 2].min(initial=0))
+
+
 def _exponents(core: Array) -> np.ndarray:
     """That of the largest entry of a core between any two of its bonds' indices."""
     wide = widen(core)

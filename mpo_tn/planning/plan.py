@@ -215,8 +215,8 @@ class Plan:
         Raises:
             MPOError: no such file, no JSON, and as for :meth:`from_dict`; the message names the file.
         """
+        file = checked_file(Path(path), "a plan, which mpo-tn plan writes", _LARGEST)
         try:
-            file = checked_file(Path(path), "a plan", _LARGEST)
             values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
             if not isinstance(values, dict):
                 raise MPOError("it is no JSON object, so it is no plan")

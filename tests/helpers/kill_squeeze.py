@@ -24,7 +24,7 @@ from mpo_tn.torch import MPOConfig, SqueezeResult, compress, squeeze
 from mpo_tn.torch.loops import policy, squeezer
 from mpo_tn.torch.state import training_state as state
 
-PER_LIFE = 17  # events that a process lives through when it is killed again and again; a round has fewer
+PER_LIFE = 12  # events that a process lives through when it is killed again and again; a round has fewer
 
 
 def run(folder: Path, fuse: Fuse) -> tuple[SqueezeResult, str]:

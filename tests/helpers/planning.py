@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from helpers.calibrating import Batch, padded_batches
@@ -60,12 +61,13 @@ def planned(family: str = "bert", text: Any = None, **config: Any) -> tuple[Any,
 
 
 def bytes_in_files(model: Any, folder: Path) -> int:
-    """Of all tensors that the folder of a model holds, without the headers of the files."""
+    """Of all tensors that the folder of a model holds, without the headers of the files and the record of names."""
     model.save_pretrained(folder)
     total = 0
-    for file in folder.glob("*.safetensors"):
-        data = file.read_bytes()
-        total += len(data) - 8 - int.from_bytes(data[:8], "little")
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 - not a dictionary
+        total += sum(tensor.nbytes for tensor in tensors if tensor.dtype != torch.uint8)  # no weight: the record
     return total
 
 

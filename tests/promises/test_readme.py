@@ -103,7 +103,7 @@ def test_commands_and_their_options_exist(page: str) -> None:
     from mpo_tn.app.cli import app
 
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    used = re.findall(r"^mpo-tn (\w+)(.*)", text_of(page), flags=re.MULTILINE)
+    used = re.findall(r"^mpo-tn ([\w-]+)(.*)", text_of(page), flags=re.MULTILINE)
     assert used
     for name, rest in used:
         known = {option for parameter in commands[name].params for option in parameter.opts}

@@ -115,7 +115,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"sites": 3, "bond": 5},
     {"keep": 0.6},
     {"sites": "low-rank", "bond": 3},
-    {"sites": 4, "bond": 6, "overrides": {"word_embeddings": {"bond": 2}, "wte": {"keep": 0.4, "sites": 2}}},
+    {"sites": 4, "bond": 6, "overrides": {r"re:.*(word_embeddings|wte|embed_tokens)": {"bond": 2}}},
     {"target_modules": "all-linear", "sites": 3, "bond": 3},
 ]
 

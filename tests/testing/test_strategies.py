@@ -244,7 +244,7 @@ def test_backends_can_be_chosen(monkeypatch):
 def test_without_hypothesis():
     code = "import sys; sys.modules['hypothesis'] = None\nimport mpo_tn\nimport mpo_tn.testing"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: mpo_tn.testing needs hypothesis: pip install hypothesis" in result.stderr
+    assert "ImportError: mpo_tn.testing needs hypothesis: pip install 'mpo-tn[testing]'" in result.stderr
 
 
 def test_everything_public_exists_and_is_documented():

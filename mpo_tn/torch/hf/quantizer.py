@@ -72,6 +72,7 @@ class MPOHfQuantizer(HfQuantizer):
 
     quantization_config: Any  # an MPOQuantizationConfig
     given: Mapping[str, torch.Tensor] | None = None  # the tensors that are to be saved in place of the model's own
+    _unready: list[Any]
     _held: Held
     _reading: Reading
 
@@ -113,13 +114,15 @@ class MPOHfQuantizer(HfQuantizer):
                 model.set_submodule(alias, built[name])
                 _nothing_to_initialise(model, alias)
         retie(model)
-        for tied in tied_layers(model, specs):
-            for k in quantized_cores(tied.cores):  # put back once loaded: its name has nothing to read
-                del tied.cores._modules[k]
-        for place in map(place_of, specs):  # whose weight cannot be computed until then
-            if place is not None:
-                owner: Any = model.get_submodule(place[0])
-                owner._is_hf_initialized = not _owns_tensors(owner)
+        self._unready = []
+        tied = {name for name, spec in specs.items() if spec.tied_to in specs}
+        for name in tied:
+            for k in (without := quantized_cores(built[name].cores)):  # put back once loaded: there is nothing to read
+                del built[name].cores._modules[k]
+            if without and (place := place_of(name)) is not None:  # whose weight cannot be computed until then
+                self._unready.append(model.get_submodule(place[0]))
+        for owner in self._unready:
+            owner._is_hf_initialized = True
         # The key may carry the prefix of another head or none.
         ignored = {f"(^|\\.){re.escape(key)}$" for key in spellings(model, sentinel_key(modules))}
         ignored.add(f"^{re.escape(RECORD)}$")
@@ -133,6 +136,10 @@ class MPOHfQuantizer(HfQuantizer):
             for tied, source in tied_layers(model, specs).items():
                 for k, core in quantized_cores(source.cores).items():
                     tied.cores[int(k)] = core
+            for owner in self._unready:  # what it holds beside the weight: the scale of a table
+                owner._is_hf_initialized = False
+                model._init_weights(owner)
+            del self._unready
             stop_listening(model)
             _require_complete(model)
             check_read(model, modules, self._held, self._reading)

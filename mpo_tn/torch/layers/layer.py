@@ -316,7 +316,7 @@ class MPOLinear(MPOLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (..., in) to (..., out).
 
-        Guarantee (traced): what ``torch.jit.trace`` records is right for any number of tokens, in every mode.
+        Guarantee (jit-traced): what ``torch.jit.trace`` records is right for any number of tokens, in every mode.
 
         Raises:
             MPOError: ``x`` has another number of columns (outside of tracing).

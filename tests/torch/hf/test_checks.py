@@ -96,7 +96,7 @@ LIES: dict[str, tuple[Callable[[Entries], Any], str]] = {
     "padding": (lambda c: modules(c)[QUERY].update(padding_idx="0"), "padding_idx='0'"),
     "exact": (lambda c: modules(c)[QUERY].update(exact="yes"), "exact='yes'"),
     "config": (lambda c: c["quantization_config"].update(config={"overrides": 5}), "quantization_config.config"),
-    "huge text": (lambda c: modules(c)[QUERY].update(kind="x" * 10**5), r"kind='x+\.\.\. \(\d+ characters\)"),
+    "huge text": (lambda c: modules(c)[QUERY].update(kind="x" * 10**5), r"kind='x+ \[\.\.\. [\d,]+ bytes \.\.\.\]"),
     "far too many": (lambda c: modules(c).update({f"{k}": {} for k in range(9000)}), "9016 compressed modules"),
 }
 

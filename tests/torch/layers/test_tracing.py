@@ -38,7 +38,7 @@ def net(config: dict[str, Any]) -> nn.Sequential:
     return model
 
 
-@pytest.mark.guarantee("traced")
+@pytest.mark.guarantee("jit-traced")
 @pytest.mark.parametrize("mode", ["auto", "chain", "rebuild", "cached"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_trace_is_right_for_other_batches(config: dict[str, Any], mode: str) -> None:
@@ -52,7 +52,7 @@ def test_a_trace_is_right_for_other_batches(config: dict[str, Any], mode: str) -
     assert torch.equal(model(ids), expected)  # and nothing of it stays
 
 
-@pytest.mark.guarantee("traced")
+@pytest.mark.guarantee("jit-traced")
 def test_a_trace_has_the_gradients_of_the_model() -> None:
     model = net({"sites": 3, "keep": 0.7, "bits": {"central": 5}})
     for core in quantized_cores(model).values():
