@@ -27,7 +27,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers.architectures import called, given, scores, tiny_model
+from helpers.architectures import called, given, scores, tiny_model, without_padding
 from helpers.tiny_models import settled
 from mpo_tn.torch import CompressionReport, MPOConfig, MPOLayer, MPOLinear, compress, squeeze
 from mpo_tn.torch.layers.parameter import HELD
@@ -353,6 +353,7 @@ def dequantize(case: Case) -> None:
     shapes = {key: value.shape for key, value in case.original.state_dict().items()}
     assert {key: value.shape for key, value in model.state_dict().items()} == shapes, "other keys"
     same(outputs(model), expected)
+    without_padding(model)
     same_bits(model, loaded(model, case.saved(model, "dequantized")))
 
 

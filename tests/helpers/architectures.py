@@ -364,10 +364,16 @@ def tiny_model(name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += (0.02 if parameter.ndim > 1 else 0.1) * torch.randn_like(parameter)
+    without_padding(model)
+    return model
+
+
+def without_padding(model: torch.nn.Module) -> None:
+    """Set the rows of padding to zero, as some models (Chinese CLIP) do whenever they are loaded."""
+    with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0  # as some models have it whenever they are loaded
-    return model
+                module.weight[module.padding_idx] = 0
 
 
 def given(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

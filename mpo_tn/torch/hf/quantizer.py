@@ -318,10 +318,5 @@ def _nothing_to_initialise(model: Any, name: str) -> None:
     They are asked to initialise the parent of every layer. A parent that owns no tensor has nothing to initialise.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
-    if not _owns_tensors(parent):
+    if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
         parent._is_hf_initialized = True
-
-
-def _owns_tensors(module: nn.Module) -> bool:
-    """Whether there is something to initialise: buffers, too, as the indices of Swin and BEiT, which no file holds."""
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
