@@ -2,6 +2,7 @@
 # make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
 # make soak   the property tests with twenty times the examples, 6,000 damaged files, 30 kills of every command
+# make architectures   what works with which model, tried on 80 tiny ones: docs/architectures.md
 # make bench  timings against other libraries, printed as ratios
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE = 1
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test lint types fast tests notebooks soak bench clean
+.PHONY: demo quick test lint types fast tests notebooks soak architectures bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-tn demo --out demo --overwrite
@@ -48,6 +49,12 @@ soak: $(VENV)/.test
 	rm -rf build/soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.fuzz_load build/soak/load 6000
 	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.kill_commands build/soak/kills 30
+
+architectures: export PYTHONPATH = tests
+architectures: export OMP_NUM_THREADS = 1
+architectures: $(VENV)/.test
+	$(BIN)/python -W ignore -m helpers.architecture_table run benchmarks/results/architectures.jsonl
+	$(BIN)/python -m helpers.architecture_table page benchmarks/results/architectures.jsonl docs/architectures.md
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large

@@ -169,7 +169,8 @@ def retie(model: Any) -> None:
     for part in transformers_models(model):
         _, declared = vars(part).setdefault(_DECLARED, (vars(part).get("_tied_weights_keys"), dict(_tied_now(part))))
         tied = tied_weights(part, declared)
-        part._tied_weights_keys = dict(tied)
+        if part._tied_weights_keys is not None:  # pyright: ignore[reportUnnecessaryComparison] - else models inside tie
+            part._tied_weights_keys = dict(tied)
         part.all_tied_weights_keys = tied
 
 
@@ -180,7 +181,7 @@ def untie(model: Any) -> None:
     own, declared = vars(model).pop(_DECLARED)
     model.all_tied_weights_keys = tied_weights(model, declared)
     if own is None:
-        del model._tied_weights_keys
+        vars(model).pop("_tied_weights_keys", None)
     else:
         model._tied_weights_keys = own
 

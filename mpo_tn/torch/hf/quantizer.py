@@ -234,6 +234,9 @@ def attach(model: Any, config: MPOConfig) -> None:
     if _has_mpo_table(model):
         model.resize_token_embeddings = quantizer.resize_token_embeddings
     lead(model)
+    # As transformers does when it loads one, and some models then compute in another way (Jamba, in other bits).
+    for part in transformers_models(model):
+        part.config._is_quantized = True
     # Cores are ordinary parameters: half() and float() may cast them, which they refuse to quantized models.
     model.is_quantized = False
     model.quantization_method = hf_config.quant_method
@@ -256,6 +259,7 @@ def detach(model: nn.Module) -> None:
     """Take back :func:`attach`, of a model and of those inside of it, where there are no MPO modules any more."""
     parts = transformers_models(model)
     compressed = [part for part in parts if any(isinstance(module, MPOLayer) for module in part.modules())]
+    others = [part for part in parts if not isinstance(getattr(part, "hf_quantizer", None), MPOHfQuantizer | None)]
     for part in parts:
         if part in compressed:
             continue
@@ -263,7 +267,11 @@ def detach(model: nn.Module) -> None:
         if isinstance(getattr(part, "hf_quantizer", None), MPOHfQuantizer):
             del part.hf_quantizer, part.quantization_method
             vars(part).pop("resize_token_embeddings", None)
-        if is_ours(part.config) and not any(part.config is other.config for other in compressed):
+        if any(part.config is other.config for other in compressed):
+            continue
+        if not others:
+            vars(part.config).pop("_is_quantized", None)
+        if is_ours(part.config):
             del vars(part.config)["quantization_config"]
             unguard(part.config)
 

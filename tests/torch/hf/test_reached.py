@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.odd_models import ODD, called, odd
+from helpers.architectures import ODD, called, tiny_model
 from safetensors import safe_open
 
 from mpo_tn import MPOError
@@ -21,7 +21,7 @@ from mpo_tn.torch.layers.parameter import dense_key
 
 
 def compressed(name: str, **policy: Any) -> Any:
-    model = odd(name)
+    model = tiny_model(name)
     compress(model, MPOConfig(**{"target_modules": r".*", "sites": 3, "bond": 6, **policy}))
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter import Snapshot
-from helpers.odd_models import ODD, called, odd
+from helpers.architectures import ODD, called, tiny_model
 from torch import nn
 
 from mpo_tn import MPOError
@@ -98,7 +98,7 @@ def test_what_torch_offers_and_people_write(name: str) -> None:
 @pytest.mark.guarantee("reached-exact")
 @pytest.mark.parametrize("name", ODD)
 def test_exact_logits_and_a_training_step(name: str) -> None:
-    model = odd(name)
+    model = tiny_model(name)
     dense = called(model)
     named = {id(p) for n, p in model.named_parameters() if len([s for s in p.shape if s > 1]) > 1}
     sizes = sum(p.numel() for p in model.parameters() if id(p) in named)
@@ -121,7 +121,7 @@ def test_exact_logits_and_a_training_step(name: str) -> None:
 def test_nothing_dense_is_there_after_a_forward_pass() -> None:
     import gc
 
-    model = odd("mixtral")
+    model = tiny_model("mixtral")
     sizes = {tuple(p.shape) for n, p in model.named_parameters() if "experts" in n}
     compress(model, MPOConfig(target_modules=["experts"], sites=3))
     before = {id(o) for o in gc.get_objects()}
@@ -227,7 +227,7 @@ def test_without_weights() -> None:
 
 
 def test_calibration_hears_what_it_can_and_the_plan_says_the_rest() -> None:
-    model = odd("mixtral")
+    model = tiny_model("mixtral")
     batches = [{"input_ids": torch.randint(3, 90, (2, 8))} for _ in range(5)]
     decided = plan(model, MPOConfig(sites="low-rank", keep=0.7), calibration=batches, anchored=False)
     metrics = {unit.name: unit.metric for unit in decided.units}
