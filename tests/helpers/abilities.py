@@ -253,7 +253,7 @@ def generate(case: Case) -> None:
 
 
 def squeezed(case: Case) -> None:
-    model, inputs = case.model(FULL), given(case.original)
+    model, inputs = case.model(FULL).train(), given(case.original)
     expected = outputs(case.original)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 

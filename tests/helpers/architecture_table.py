@@ -190,6 +190,8 @@ def page(results: Path) -> str:
         f"In cores: at least {share(least)} ({least['name']}).", "",
     ]  # fmt: skip
     lines += [f"{number}. {_safe(text)}" for text, number in notes.items()]
+    if untried := [name for name in MODELS if name not in {found["name"] for found in rows}]:
+        lines += ["", f"Not tried with these versions: {', '.join(untried)}."]
     return "\n".join(lines) + "\n"
 
 

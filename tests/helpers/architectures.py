@@ -70,7 +70,15 @@ _DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
 }
-_T5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2, "vocab_size": _VOCAB}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "num_heads": 4,
+    "d_ff": 48,
+    "num_layers": 2,
+    "vocab_size": _VOCAB,
+    "decoder_start_token_id": 0,
+}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _GEMMA = {"num_key_value_heads": 2, "head_dim": 8}
 _JAMBA = {
