@@ -369,8 +369,9 @@ def tiny_model(name: str) -> Any:
     build: Any = getattr(transformers, of.build)
     config: Any = getattr(transformers, _CONFIGS[of.build]) if of.build in _CONFIGS else build.config_class
     model = build(config(**of.sizes)).eval()
+    unsaved = set(model._keys_to_ignore_on_save or ())  # tables of sines, which are made anew
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (p for own, p in model.named_parameters() if own not in unsaved):
             parameter += (0.02 if parameter.ndim > 1 else 0.1) * torch.randn_like(parameter)
     without_padding(model)
     return model
