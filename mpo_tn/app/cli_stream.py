@@ -20,22 +20,37 @@ if TYPE_CHECKING:
     from mpo_tn.torch import Calibration, CompressionReport, Plan
     from mpo_tn.torch.hf.stream import DryRun
 
+_PANEL = "Models of any size, on any number of workers"
 Stream = Annotated[
     bool | None,
     typer.Option(
         "--stream/--no-stream",
+        rich_help_panel=_PANEL,
         help="Never load the model: one matrix in memory at a time, and a run that was killed goes on where it was. By "
         "default with the options below, and for models of more than half of the memory that is free.",
         show_default=False,
     ),
 ]
-Workers = Annotated[int | None, typer.Option(help="Stream, in so many processes of one thread each.")]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Stream, on the workers of this Dask scheduler: tcp://HOST:PORT. Folders are shared.")
+Workers = Annotated[
+    int | None, typer.Option(rich_help_panel=_PANEL, help="Stream, in so many processes of one thread each.")
 ]
-ShardSize = Annotated[str | None, typer.Option(help="Stream, into files of this size (default: 2GB).")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        help="Stream, on the workers of this Dask scheduler: tcp://HOST:PORT. Folders are shared.",
+    ),
+]
+ShardSize = Annotated[
+    str | None, typer.Option(rich_help_panel=_PANEL, help="Stream, into files of this size (default: 2GB).")
+]
 Only = Annotated[
-    bool, typer.Option("--dry-run", help="Say what streaming would read and write, how long and in how much memory.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        rich_help_panel=_PANEL,
+        help="Say what streaming would read and write, how long and in how much memory.",
+    ),
 ]
 
 
@@ -66,8 +81,8 @@ class Streaming:
         if wanted and with_text:
             raise MPOError(
                 "text needs the whole model in memory, and streaming never loads it: leave --texts, --refine and "
-                "--anchored "
-                "out, give moments that were saved (--calibration), or a --plan that was made with text elsewhere"
+                "--anchored out, give moments that were saved (--calibration), or a --plan that was made with text "
+                "elsewhere"
             )
         if self.stream is None and not asked:
             return not with_text and not by_budget and _is_large(Path(model))

@@ -30,8 +30,8 @@ def verify(
     ] = 128,
     as_json: Json = False,
 ) -> None:
-    """Check digests, shapes and bits of a compressed folder, and with --against every error; exit code 1 if any "
-    "differs.
+    """Check digests, shapes and bits of a compressed folder, and with --against every error; exit code 1 if any
+    differs.
     """
     with working(as_json) as progress:
         from mpo_tn.torch.hf.folder import load_model
