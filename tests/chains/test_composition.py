@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers.chains import EPS, dense, fro, host, left_defect, legs, random_chain, right_defect, slack
+from helpers.chains import EPS, dense, fewer, fro, host, left_defect, legs, random_chain, right_defect, slack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +42,7 @@ def close(chain, expected, scale):
 
 
 @pytest.mark.guarantee("kron")
+@fewer
 @given(pairs())
 def test_kron(pair):
     a, b = pair
@@ -84,6 +85,7 @@ def test_reverse(pair):
 
 
 @pytest.mark.guarantee("hadamard")
+@fewer
 @given(pairs())
 def test_hadamard(pair):
     a, b = pair

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers.chains import EPS, dense, fro, host, legs, random_chain, slack, to_backend
+from helpers.chains import EPS, dense, fewer, fro, host, legs, random_chain, slack, to_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +25,7 @@ def chains(draw):
 
 
 @pytest.mark.guarantee("entry")
+@fewer
 @given(chains(), st.data())
 def test_index_as_of_a_matrix(found, data):
     a, w, off = found
@@ -45,6 +46,7 @@ def test_index_as_of_a_matrix(found, data):
 
 
 @pytest.mark.guarantee("diagonal")
+@fewer
 @given(chains(), st.booleans())
 def test_diagonal(found, square):
     a, w, off = found

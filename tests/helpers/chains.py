@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from hypothesis import settings
 
 from mpo_tn import MPO, Sites, linalg
 from mpo_tn.testing import (
@@ -52,6 +53,8 @@ __all__ = [
     "unfoldings",
 ]
 
+fewer = settings(max_examples=max(10, settings.default.max_examples // 8))
+"""For properties of many calls, each of which JAX compiles for every new shape: an eighth of the examples."""
 EPS = {dtype: linalg.EPS[dtype] for dtype in DTYPES}
 HALF_EPS = {dtype: linalg.EPS[dtype] for dtype in HALF_DTYPES}
 

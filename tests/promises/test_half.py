@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.chains import dense, fro, host, legs, make, slack, to_backend
+from helpers.chains import dense, fewer, fro, host, legs, make, slack, to_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ def half(kind, sites, seed, which, scale=1.0):
 
 @pytest.mark.guarantee("full-bonds")
 @pytest.mark.slow
+@fewer
 @given(legs(), st.integers(0, 2**32 - 1), HALVES, st.sampled_from((1.0, 1e-2, 30.0)))
 def test_full_bonds(sites, seed, which, scale):
     w, dtype = half("gaussian", sites, seed, which, scale)

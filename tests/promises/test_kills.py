@@ -16,9 +16,9 @@ from helpers.paths import ROOT, TESTS
 @pytest.mark.guarantee("old-or-new", "leftovers-cleared", "resumed-same-bits", "heal-same-bits")
 def test_killed_and_run_again_a_command_ends_in_the_same_bytes(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
-    command = [sys.executable, "-m", "helpers.kill_commands", str(tmp_path / "home"), "2"]
+    command = [sys.executable, "-m", "helpers.kill_commands", str(tmp_path / "home"), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     lines = re.findall(r"^.*: (\d+) kills, (\d+) resumed", done.stdout, flags=re.MULTILINE)
     assert len(lines) >= 7, done.stdout
-    assert sum(int(kills) for kills, _ in lines) >= 7, done.stdout
+    assert sum(int(kills) for kills, _ in lines) >= 5, done.stdout
