@@ -244,3 +244,4 @@ def test_residuals_are_added_in_place() -> None:
     y = model(torch.randn(3, 8))
     y += 1
     y.sum().backward()
+    assert all(core.grad is not None and core.grad.any() for core in model.parameters())
