@@ -83,7 +83,7 @@ def _best_values(values: Array, steps: Array, pull: Array, inside: Array, diagon
             to_numpy(pull[part, :]),
             around[part, part],
             inverse[part],
-            2 ** (bits - 1),
+            top,
         )
         values[part, :] = xp.asarray(found, device=array_api_compat.device(values))
         pull -= inside[:, part] @ xp.asarray(moved, device=array_api_compat.device(values))
