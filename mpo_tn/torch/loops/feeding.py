@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.models.ranks import own_rows, world
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class Fed:
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
         }
         return Fed(moved, None if self.labels is None else self.labels.to(device), self.key)
+
+    def own_part(self) -> Fed | None:
+        """What of it this process takes, which is all of it if there is one; None for nothing.
+
+        Raises:
+            MPOError: tensors whose rows are not those of the others.
+        """
+        if world() == 1:
+            return self
+        tensors = [value for value in self.inputs.values() if isinstance(value, torch.Tensor) and value.ndim]
+        first = self.inputs.get("input_ids", tensors[0] if self.mask is None else self.mask)
+        labels = {} if self.labels is None else {"labels": self.labels}
+        part = own_rows({**self.inputs, **labels}, first.shape[0])
+        return None if part is None else Fed(part, part.pop("labels", None), self.key)
 
 
 class Feed:
