@@ -18,6 +18,9 @@ from mpo_tn.exceptions import MPOError
 
 T = TypeVar("T")
 
+_KNOWN = "known_to_all_processes"
+"""The attribute of errors that all have been told of."""
+
 
 def world() -> int:
     """How many processes there are."""
@@ -47,20 +50,42 @@ def together(make: Callable[[], T]) -> list[T]:
         raised = error
     told: list[Any] = [None] * world()
     with _answered():
-        distributed.all_gather_object(told, (_said(raised), found))
-    if raised is not None:
-        raise raised
-    for number, (said, _) in enumerate(told):
-        if said is not None:
-            raise MPOError(f"process {number} of {world()} stopped: {said}")
+        distributed.all_gather_object(told, (None if raised is None else _said(raised), found))
+    failed = [f"process {number} of {world()} stopped: {said}" for number, (said, _) in enumerate(told) if said]
+    if failed:
+        error = raised or MPOError(failed[0])
+        vars(error)[_KNOWN] = True
+        raise error
     return [value for _, value in told]
+
+
+@contextmanager
+def agreeing() -> Generator[None]:
+    """What is done in it by each process on its own raises in all if it raises in one. See :func:`together`."""
+    raised: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        if world() == 1:
+            raise
+        raised = error
+
+    def tell() -> None:
+        if raised is not None:
+            raise raised
+
+    together(tell)
 
 
 def agreed(make: Callable[[], T]) -> T:
     """What ``make()`` gives in this process, once it has not raised in any. See :func:`together`."""
-    held: list[T] = []
-    together(lambda: held.append(make()))
-    return held[0]
+    with agreeing():
+        return make()
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether all processes know of an error, so that it is enough if the first says it."""
+    return bool(vars(error).get(_KNOWN))
 
 
 def of_first(make: Callable[[], T]) -> T:
@@ -164,9 +189,7 @@ def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
 
 
-def _said(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
+def _said(error: BaseException) -> str:
     return str(error) if isinstance(error, MPOError) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
