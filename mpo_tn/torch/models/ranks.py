@@ -6,6 +6,7 @@ batch. Without a process group of torch.distributed, or with one process in it, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -198,7 +199,8 @@ def _answered() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL say it in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r"^\[[^]]*\] ", "", line).partition(". ")[0]  # gloo says where in its source, and much more
         raise MPOError(
             f"another of the {world()} processes has ended or does not answer ({reason}): see what it said last"
         ) from error
