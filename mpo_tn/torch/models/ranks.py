@@ -7,7 +7,8 @@ batch. Without a process group of torch.distributed, or with one process in it, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -179,6 +180,12 @@ def own_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
     if number >= rows:
         return None
     return {name: value[number::every] if _has_rows(value, rows) else value for name, value in inputs.items()}
+
+
+def is_spread(tensors: Iterable[object]) -> bool:
+    """Whether any of them is held in parts, each by another process, as ``fully_shard`` does it."""
+    known = sys.modules.get("torch.distributed.tensor")  # who has one has loaded it
+    return known is not None and any(isinstance(tensor, known.DTensor) for tensor in tensors)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
