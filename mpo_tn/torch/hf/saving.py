@@ -119,7 +119,7 @@ def _saved_as_it_is(
 def _check_whole(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
     if is_spread(state.values()):
         raise MPOError(
-            f"the tensors of this {type(model).__name__.removeprefix("FSDP")} are spread over several processes: in all of them let state = "
+            f"the tensors of this {type(model).__name__.removeprefix('FSDP')} are spread over several processes: in all of them let state = "
             "accelerator.get_state_dict(model), then save_pretrained(folder, state_dict=state, "
             "is_main_process=accelerator.is_main_process)"
         )

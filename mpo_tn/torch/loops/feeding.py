@@ -44,10 +44,8 @@ class Fed:
         """
         if world() == 1:
             return self
-        tensors = [value for value in self.inputs.values() if isinstance(value, torch.Tensor) and value.ndim]
-        first = self.inputs.get("input_ids", tensors[0] if self.mask is None else self.mask)
         labels = {} if self.labels is None else {"labels": self.labels}
-        part = own_rows({**self.inputs, **labels}, first.shape[0])
+        part = own_rows({**self.inputs, **labels})
         return None if part is None else Fed(part, part.pop("labels", None), self.key)
 
 

@@ -19,7 +19,7 @@ from mpo_tn.torch.loops.healer import Healer, Progressed, lent
 from mpo_tn.torch.loops.log_folder import LogFolder, counts, expect
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import TRAINED, HealResult, Recipe
-from mpo_tn.torch.models.ranks import agreed, check_same, of_first, rank, spread, unwrapped, world
+from mpo_tn.torch.models.ranks import agreed, check_same, of_first, rank, spread, tensors_of, unwrapped, world
 from mpo_tn.torch.models.trainable import count_trainable, freeze, is_scale
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.host_values import tensors_digest
@@ -175,7 +175,7 @@ def heal(
 
         healer, settings, same = agreed(prepared)
         check_same(same)
-        spread(model)
+        spread(tensors_of(model))
 
         home = None
         if folder is not None:
@@ -303,13 +303,12 @@ def _same_everywhere(
     """What several processes have to have in common; nothing for one."""
     if world() == 1:
         return {}
-    tensors = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
     return {
         **settings,
         "folder": folder is not None,
         "resume": resume,
         "tensors in the model": [(name, value.dtype, value.shape) for name, value in model.state_dict().items()],
-        "numbers in the teacher": tensors_digest(tensors),
+        "numbers in the teacher": tensors_digest([] if teacher is None else tensors_of(teacher)),
     }
 
 

@@ -16,9 +16,8 @@ from mpo_tn.torch.loops.feeding import Fed, Feed
 from mpo_tn.torch.loops.objectives import Measured, Objective, Targets, Term
 from mpo_tn.torch.loops.recipe import Recipe, share_of_rate
 from mpo_tn.torch.models.evaluating import set_training, training_flags
-from mpo_tn.torch.models.ranks import add_gradients, agreed, check_same, of_first, together, world
+from mpo_tn.torch.models.ranks import add_gradients, agreed, check_equal, of_first, together, world
 from mpo_tn.torch.models.trainable import parameter_groups, scales_kept
-from mpo_tn.torch.state.host_values import tensors_digest
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 
 # Enough steps to see past the lengths of single batches, few enough not to be felt.
@@ -179,8 +178,7 @@ class Healer:
         Raises:
             MPOError: the processes have not the same numbers any more.
         """
-        if world() > 1:
-            check_same({f"numbers after step {len(self.done.losses)}": tensors_digest(self.trained)})
+        check_equal(f"numbers after step {len(self.done.losses)}", self.trained)
         done, value = self.done, self._measure_dev()
         best = True
         if value is not None:

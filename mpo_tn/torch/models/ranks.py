@@ -17,6 +17,8 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.tensors import bytes_digest
+from mpo_tn.torch.models.feeding import entries_of
 
 T = TypeVar("T")
 
@@ -120,17 +122,32 @@ def check_same(things: Mapping[str, object]) -> None:
             )
 
 
-def spread(model: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first, bit for bit."""
+def check_equal(what: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse processes whose tensors are not the same, bit for bit.
+
+    Raises:
+        MPOError: they are not.
+    """
+    if world() > 1:
+        check_same({what: bytes_digest(map(entries_of, tensors))})
+
+
+def spread(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the numbers of the first, bit for bit, in place."""
     if world() == 1:
         return
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            sent = tensor.detach().clone(memory_format=torch.contiguous_format)
+        for tensor in tensors:
+            sent = tensor.detach().to(_way(tensor.device), copy=True).contiguous()
             with _answered():
                 distributed.broadcast(sent.view(-1).view(torch.uint8), src=0)  # of any dtype
             if rank():
                 tensor.copy_(sent)
+
+
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -149,37 +166,44 @@ def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for group in kinds.values():
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
         total = torch.cat([part.reshape(-1) for part in parts])
+        sent = total.to(_way(total.device))
         with _answered():
-            distributed.all_reduce(total)
+            distributed.all_reduce(sent)
+        total.copy_(sent)
         for parameter, own in zip(group, total.split([part.numel() for part in parts]), strict=True):
             parameter.grad = own.view_as(parameter)
 
 
-def own_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
+def own_rows(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     """Of a batch the rows that this process takes: every so many-th, as many as there are processes.
 
-    Args:
-        inputs: tensors whose first dimension counts ``rows``, or is 1 for what is the same for all of them, and others.
-        rows: of the batch.
+    Rows are those of ``input_ids``, of ``attention_mask``, or else of the first tensor.
 
     Returns:
-        None if there are fewer rows than processes, and none for this one.
+        None if there are fewer rows than processes, and none for this one, or if those are all padding.
 
     Raises:
-        MPOError: a tensor with another first dimension.
+        MPOError: a tensor whose first dimension is neither the number of rows nor 1, for what all rows share.
     """
     number, every = rank(), world()
     if every == 1:
-        return dict(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] not in (1, rows):
+        return dict(batch)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim}
+    mask = tensors.get("attention_mask")
+    counted = tensors.get("input_ids", next(iter(tensors.values()), None) if mask is None else mask)
+    rows = 1 if counted is None else counted.shape[0]
+    for name, value in tensors.items():
+        if value.shape[0] not in (1, rows):
             raise MPOError(
                 f"{name} has the shape {list(value.shape)} in a batch of {rows} rows, so it is not known which of it "
                 f"belongs to which row, and {every} processes cannot share the batch: use one process"
             )
     if number >= rows:
         return None
-    return {name: value[number::every] if _has_rows(value, rows) else value for name, value in inputs.items()}
+    own = {name: value[number::every] for name, value in tensors.items() if value.shape[0] == rows}
+    if mask is not None and not bool(own.get("attention_mask", mask).any()):
+        return None
+    return {**batch, **own}
 
 
 def is_spread(tensors: Iterable[object]) -> bool:
@@ -193,8 +217,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
+def _way(device: torch.device) -> torch.device:
+    """The device by which numbers of another one travel: NCCL alone knows none but its own."""
+    kinds = [part.partition(":")[0] for part in distributed.get_backend_config().split(",")]
+    return device if device.type in kinds else torch.device(kinds[0], torch.accelerator.current_device_index())
 
 
 def _said(error: BaseException) -> str:
