@@ -22,6 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import is_sharded
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.torch.hf.names import transformers_models
 from mpo_tn.torch.hf.quantization_config import is_ours
@@ -29,7 +30,6 @@ from mpo_tn.torch.hf.quantizer import MPOHfQuantizer, attach, detach, lead
 from mpo_tn.torch.hf.rehearsal import rehearse
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.models.host import use_host
-from mpo_tn.torch.models.ranks import is_spread
 
 
 class TransformersHost:
@@ -117,9 +117,10 @@ def _saved_as_it_is(
 
 
 def _check_whole(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
-    if is_spread(state.values()):
+    if any(map(is_sharded, state.values())):
+        name = type(model).__name__.removeprefix("FSDP")
         raise MPOError(
-            f"the tensors of this {type(model).__name__.removeprefix('FSDP')} are spread over several processes: in all of them let state = "
+            f"the tensors of this {name} are sharded over processes: in all of them let state = "
             "accelerator.get_state_dict(model), then save_pretrained(folder, state_dict=state, "
             "is_main_process=accelerator.is_main_process)"
         )

@@ -19,7 +19,17 @@ from mpo_tn.torch.loops.healer import Healer, Progressed, lent
 from mpo_tn.torch.loops.log_folder import LogFolder, counts, expect
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import TRAINED, HealResult, Recipe
-from mpo_tn.torch.models.ranks import agreed, check_same, of_first, rank, spread, tensors_of, unwrapped, world
+from mpo_tn.torch.models.ranks import (
+    agreed,
+    check_same,
+    check_whole,
+    of_first,
+    rank,
+    spread,
+    tensors_of,
+    unwrapped,
+    world,
+)
 from mpo_tn.torch.models.trainable import count_trainable, freeze, is_scale
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.host_values import tensors_digest
@@ -152,6 +162,9 @@ def heal(
             """What each process does by itself, and what has to be the same in all of them."""
             recipe, goal = asked(), objective_of(objective, temperature=temperature, blocks=blocks)
             dense = None if teacher is None else unwrapped(teacher)
+            check_whole(model)
+            if dense is not None:
+                check_whole(dense)
             if goal.needs_teacher:
                 _check_teacher(model, dense, objective)
             dense = dense if goal.needs_teacher else None

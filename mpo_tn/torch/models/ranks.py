@@ -7,7 +7,6 @@ batch. Without a process group of torch.distributed, or with one process in it, 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.models.feeding import entries_of
 
@@ -206,10 +206,14 @@ def own_rows(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**batch, **own}
 
 
-def is_spread(tensors: Iterable[object]) -> bool:
-    """Whether any of them is held in parts, each by another process, as ``fully_shard`` does it."""
-    known = sys.modules.get("torch.distributed.tensor")  # who has one has loaded it
-    return known is not None and any(isinstance(tensor, known.DTensor) for tensor in tensors)
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose parameters processes hold in parts, or nobody.
+
+    Raises:
+        MPOError: it is sharded, or on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        check_loaded(parameter, name)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
