@@ -123,18 +123,10 @@ def check_dtype(array: Array, what: str) -> None:
         )
 
 
-def is_sharded(array: object) -> bool:
-    """Whether it is a tensor that processes hold in parts (FSDP): a DTensor of torch, which is not loaded for this."""
-    return hasattr(array, "placements") and hasattr(array, "full_tensor")
-
-
 def check_loaded(array: Array, what: str) -> None:
-    """Refuse tensors on torch's meta device, which have a shape and no values, and those held in parts."""
-    if is_sharded(array):
-        raise MPOError(
-            f"{what} is sharded over processes (FSDP) and is needed whole: do this before the model is sharded, or "
-            "with a model that each process holds"
-        )
+    """Refuse tensors on torch's meta device, which have no values, and its DTensors, of which a process has a part."""
+    if hasattr(array, "placements"):
+        raise MPOError(f"{what} is sharded over processes (FSDP), and needed whole: do this before it is sharded")
     if "meta" in str(array_api_compat.device(array)):
         raise MPOError(f"{what} is on the meta device (offloaded or not loaded) and has no values: load it first")
 

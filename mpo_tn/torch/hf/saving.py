@@ -22,7 +22,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.linalg import is_sharded
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.torch.hf.names import transformers_models
 from mpo_tn.torch.hf.quantization_config import is_ours
@@ -117,7 +116,7 @@ def _saved_as_it_is(
 
 
 def _check_whole(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
-    if any(map(is_sharded, state.values())):
+    if any(hasattr(tensor, "placements") for tensor in state.values()):  # a DTensor
         name = type(model).__name__.removeprefix("FSDP")
         raise MPOError(
             f"the tensors of this {name} are sharded over processes: in all of them let state = "

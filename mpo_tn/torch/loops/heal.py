@@ -122,11 +122,16 @@ def heal(
     among them, also if anything raises: ``after <= before``.
     Guarantee (heal-same-bits): killed at any point and called again with the same arguments and ``folder``, the run
     ends in the same bits.
+    Guarantee (heal-as-one): in a process group of torch.distributed all processes call it with the same arguments, and
+    each takes its rows of every batch. They begin with the model of the first and end in the same bits, in what one
+    process alone comes to up to rounding; the first alone writes to ``folder`` and tells ``progress``. Losses have to
+    be means over rows or tokens, as those above are.
 
     Raises:
         MPOError: a bad argument, no batch or no text in one, a model without MPO modules or without anything to train,
             a teacher of another width or vocabulary, an objective that the model cannot give, a ``folder`` of another
-            run, or that another process writes to; nothing has been changed. A loss that is NaN or infinite: the
+            run, or that another process writes to; a sharded model; processes with other arguments, and whatever one
+            of them raises; nothing has been changed. A loss that is NaN or infinite, a process that has ended: the
             message names the step, and the model is in the best state before it.
 
     Cost: a step is one forward and one backward pass of the model and, where it is not held, a forward of the teacher.

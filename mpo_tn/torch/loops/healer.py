@@ -167,7 +167,7 @@ class Healer:
         share = share_of_rate(number, self.steps, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
-        value = self._step(self._train.at(number), self.optimizer, number)
+        value = self._step(number, self.optimizer)
         self.done.losses.append(value)
         self.done.step_seconds += time.perf_counter() - start
         return value
@@ -204,12 +204,12 @@ class Healer:
             group["initial_lr"] = group["lr"]
         return optimizer
 
-    def _step(self, batch: Fed, optimizer: torch.optim.Optimizer, number: int) -> float:
+    def _step(self, number: int, optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad(set_to_none=True)
         terms: list[Term] = []
 
         def forward() -> list[tuple[float, float]]:
-            terms[:] = self._measure(batch, "train").terms
+            terms[:] = self._measure(self._train.at(number), "train").terms
             return [(float(term.mean.detach()), term.weight) for term in terms]
 
         parts = together(forward)
@@ -283,10 +283,10 @@ class Healer:
         before, chosen, optimizer = capture(self.model), self.precision, self._new_optimizer()
         try:
             self.precision = precision
-            self._step(self._train.at(0), optimizer, 0)  # the first makes what the others reuse
+            self._step(0, optimizer)  # the first makes what the others reuse
             start = time.perf_counter()
             for number in range(1, steps + 1):
-                self._step(self._train.at(number), optimizer, number)
+                self._step(number, optimizer)
             return (time.perf_counter() - start) / steps
         finally:
             self.precision = chosen

@@ -82,7 +82,8 @@ def refine_blocks(
     it gave in the dense model, both of what it is given there, is nowhere above what it was before: ``after <= before``
     for every block; and no integer changes.
 
-    In a process group all processes do it together, each with its own rows of the text, and end with the same bits.
+    Guarantee (refine-as-one): in a process group all processes do it together, each with its rows of the text, and end
+    in the same bits, in what one process alone comes to up to rounding.
 
     Cost: about twenty forward passes a batch; memory as :func:`~mpo_tn.torch.calibrate_blocks`.
 
