@@ -151,7 +151,7 @@ def check_values(array: Array, what: str) -> None:
         array, xp = to_numpy(array), np  # JAX would compile for every shape
     if not bool(xp.all(xp.isfinite(array))):
         bad = int(to_numpy(~xp.isfinite(array)).sum())
-        raise MPOError(f"{what} of shape {tuple(array.shape)} has {bad} entries that are NaN or infinite: clean it first")
+        raise MPOError(f"{what} of shape {tuple(array.shape)} has {bad} entries that are NaN or infinite: clean them")
 
 
 def check_matrix(matrix: Array) -> Array:
