@@ -10,8 +10,11 @@ import typer
 
 from mpo_tn.exceptions import MPOError
 
-_TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 """What launchers tell a process about the others."""
+
+_SHARED = ("heal",)
+"""The commands that several processes share."""
 
 
 @contextmanager
@@ -23,8 +26,8 @@ def launched() -> Generator[bool]:
     Raises:
         MPOError: the others cannot be reached.
     """
-    told = [os.environ.get(name, "") for name in _TOLD]
-    if not all(told) or not told[1].isdecimal() or int(told[1]) < 2:
+    told = _told()
+    if told is None:
         yield True
         return
     from torch import distributed
@@ -47,6 +50,29 @@ def launched() -> Generator[bool]:
         raise
     finally:
         distributed.destroy_process_group()
+
+
+def refuse_several(command: str | None) -> None:
+    """Refuse to do twice what several processes do not share; the first of them says it.
+
+    Raises:
+        MPOError: a launcher started this command several times.
+    """
+    told = _told()
+    if told is None or command in _SHARED:
+        return
+    if told[0] != "0":
+        raise typer.Exit(2)
+    raise MPOError(
+        f"this is one of {told[1]} processes, and {command} does not share its work among processes of a launcher: "
+        "start it once, without torchrun or accelerate launch"
+    )
+
+
+def _told() -> list[str] | None:
+    """What a launcher said; None if there is none, or it started one process."""
+    told = [os.environ.get(name, "") for name in _TOLD]
+    return told if all(told) and told[1].isdecimal() and int(told[1]) > 1 else None
 
 
 def own_device(name: str) -> str:

@@ -145,10 +145,13 @@ def command(home: Path, rank: int) -> None:
     save_model(model, dense, small, overwrite=False, files={})
 
     def run(target: Path, *options: str) -> tuple[int, str, str]:
-        sys.argv = [
-            "mpo-tn", "heal", str(small), "--against", str(dense), "--texts", str(texts), "--steps", "10",
-            "--batch-size", "5", "--out", str(target), *options,
-        ]  # fmt: skip
+        return started(
+            "heal", str(small), "--against", str(dense), "--texts", str(texts), "--steps", "10", "--batch-size", "5",
+            "--out", str(target), *options,
+        )  # fmt: skip
+
+    def started(*arguments: str) -> tuple[int, str, str]:
+        sys.argv = ["mpo-tn", *arguments]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:
             cli.main()
@@ -169,6 +172,9 @@ def command(home: Path, rank: int) -> None:
     assert ("process 1 of 2 stopped: steps=0" in " ".join(err.split())) == (rank == 0)
     assert bool(err) == (rank == 0)
     assert not list(home.glob("wrong*"))
+    code, out, err = started("inspect", str(small))
+    assert (code, out) == (2, "")
+    assert ("one of 2 processes, and inspect does not share" in " ".join(err.split())) == (rank == 0) == bool(err)
 
 
 @check
@@ -192,12 +198,25 @@ def healing_is_that_of_one(home: Path, rank: int) -> None:
         assert apart(task.model.state_dict(), other.model.state_dict()) < close, name
 
 
+def begun_alone(home: Path) -> None:
+    """A run of one process that was stopped, which two go on with."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        Task().run(every=2, folder=home / "begun-alone", progress=progress)
+
+
 @check
 def healing_goes_on(home: Path, rank: int) -> None:
     """The one that stopped it stops all; only the first one writes; all go on from there."""
     whole, task = Task(), Task()
     expected = whole.run(every=2)
-    folder = home / "run"
+    folder, others = home / "run", home / "begun-alone"
+    result = Task().run(every=2, folder=others if rank == 0 else home / "nowhere")
+    assert without_seconds(result)["losses"] == pytest.approx(expected.losses, rel=1e-5)
     calls: list[int] = []
 
     def progress(done: int, total: int, what: str) -> None:
@@ -371,13 +390,16 @@ def who_dies_ends_all(home: Path, rank: int) -> None:
 def main(rank: int, home: Path, port: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, str] = {}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, function in CHECKS.items():
         if name == "healing_is_that_of_one":  # alone what is compared with; from here on there is a group
             for case in CASES:
                 healed_alone(case)
             for case in ("bits", "chains"):
                 refined(case)
+            if rank == 0:
+                begun_alone(home)
             distributed.init_process_group("gloo", timeout=timedelta(seconds=240))
         found[name] = "ended" if name == "who_dies_ends_all" else "not finished"
         (home / f"{rank}.json").write_text(json.dumps(found))
