@@ -408,7 +408,9 @@ def main(rank: int, home: Path, port: str) -> None:
             found[name] = "ok"
         except BaseException:
             found[name] = traceback.format_exc()
+            break  # the other process cannot go on alone
     (home / f"{rank}.json").write_text(json.dumps(found))
+    sys.exit(found[name] != "ok")
 
 
 if __name__ == "__main__":
