@@ -266,8 +266,8 @@ def shard_names(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
     return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": keys for k, keys in enumerate(shards, 1)}
 
 
-def write_shard(path: Path, tensors: Mapping[str, RawTensor]) -> None:
-    """Write tensors to one safetensors file such as transformers reads; no copy is made.
+def write_shard(path: Path, tensors: Mapping[str, RawTensor], notes: Mapping[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file such as transformers reads, and notes in its header; no copy is made.
 
     Raises:
         OSError: it cannot be written.
@@ -279,7 +279,17 @@ def write_shard(path: Path, tensors: Mapping[str, RawTensor]) -> None:
         for key, tensor in tensors.items()
     }
     with as_os_error():
-        serialize_file(specs, path, metadata={"format": "pt"})
+        serialize_file(specs, path, metadata={"format": "pt", **(notes or {})})
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file has beside tensors; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            return dict(json.loads(file.read(length))["__metadata__"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total: int) -> None:
