@@ -278,8 +278,22 @@ def write_shard(path: Path, tensors: Mapping[str, RawTensor], notes: Mapping[str
         )
         for key, tensor in tensors.items()
     }
+    written = {"format": "pt", **(notes or {})}
     with as_os_error():
-        serialize_file(specs, path, metadata={"format": "pt", **(notes or {})})
+        serialize_file(specs, path, metadata=written)
+    if notes:
+        _put_in_order(path, written)
+
+
+def _put_in_order(path: Path, notes: Mapping[str, str]) -> None:
+    """Notes come out of a hash table of safetensors, in another order every time."""
+    begin, text = b'{"__metadata__":', json.dumps(notes, separators=(",", ":"), ensure_ascii=False).encode()
+    with path.open("r+b") as file:
+        head = file.read(8 + len(begin) + len(text))
+        if not head[8:].startswith(begin) or sorted(head[8 + len(begin) :]) != sorted(text):
+            raise OSError(f"{path} has an unknown header")
+        file.seek(8 + len(begin))
+        file.write(text)
 
 
 def notes_of(path: Path) -> dict[str, str]:

@@ -488,16 +488,3 @@ def test_a_checkpoint_of_four_times_the_memory_there_is(tmp_path: Path) -> None:
     assert "in memory:" in done.stdout
     assert resource.getrlimit(resource.RLIMIT_DATA)
     assert (tmp_path / "large" / "out" / "config.json").is_file()
-
-
-@pytest.mark.guarantee("stream-any-workers")
-@pytest.mark.slow
-def test_workers_of_dask_give_the_same_bytes_though_one_is_killed(tmp_path: Path) -> None:
-    pytest.importorskip("distributed", reason="the extra [distributed] is not installed")
-    log = tmp_path / "log"
-    with log.open("w") as file:  # through a pipe it would be waited for workers that outlive it
-        done = subprocess.run(
-            [sys.executable, "-m", "helpers.dask_stream", tmp_path], cwd=TESTS, stdout=file, stderr=file, timeout=200,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
-        )  # fmt: skip
-    assert done.returncode == 0, log.read_text()[-2000:]
