@@ -1,7 +1,7 @@
 """Kills streamed runs at random moments: in one process, in a pool (a worker, or the run), on Dask (the same).
 
-Run by tests/promises/test_kills.py and ``make soak``:
-``python -m helpers.kill_streams FOLDER [KILLS] [SEED] [KIND ...]``. Every run that was killed is run again and compared with one that was not; meanwhile ``verify`` is asked about whatever
+Run by tests/promises/test_kills.py and ``make soak``: ``python -m helpers.kill_streams FOLDER [KILLS] [SEED] [KINDS]``.
+Every run that was killed is run again and compared with one that was not; meanwhile ``verify`` is asked about whatever
 there is. Prints a line a kind; what is wrong is printed, too, and the exit code is then 1.
 """
 
@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -40,8 +41,8 @@ Victims = Callable[[int], list[int]]
 class Home:
     """A source, what becomes of it, and how a kind of run is made of it."""
 
-    def __init__(self, folder: Path, go: Callable[[Path, Path], None], victims: Victims) -> None:
-        self.folder, self.go, self.victims = folder, go, victims
+    def __init__(self, folder: Path, scratch: Path, go: Callable[[Path, Path], None], victims: Victims) -> None:
+        self.folder, self.scratch, self.go, self.victims = folder, scratch, go, victims
         folder.mkdir(parents=True)
         self.source, self.out = source_in(folder), folder / "out"
         compress_folder(self.source, self.out, CONFIG, shard_bytes=SHARD)
@@ -53,7 +54,8 @@ class Home:
         shutil.rmtree(self.out, ignore_errors=True)
         child = os.fork()
         if child == 0:
-            os.environ[MARK] = str(self.folder)
+            os.environ |= {MARK: str(self.folder), "TMPDIR": str(self.scratch)}
+            tempfile.tempdir = None
             sys.modules["__main__"] = ModuleType("__main__")  # workers would import this file and all that it imports
             try:
                 self.go(self.source, self.out)
@@ -193,16 +195,15 @@ def main(folder: Path, kills: int = 3, seed: int = 0, *kinds: str) -> int:
     torch.set_num_threads(1)
     faults = 0
     with contextlib.ExitStack() as open_:
+        # Of pools that were killed a socket is left, whose path must not be long.
+        scratch = Path(open_.enter_context(tempfile.TemporaryDirectory()))
         for kind in kinds or ("one process", "pool", "dask"):
             if kind == "dask":
                 go, victims = open_.enter_context(dask(folder / "cluster"))
             else:
                 go, victims = (one_process, lambda _run: []) if kind == "one process" else (pool, pool_victims)
-            home, moment, counts = (
-                Home(folder / kind.replace(" ", "-"), go, victims),
-                random.Random(seed),
-                Counter[str](),
-            )
+            home = Home(folder / kind.replace(" ", "-"), scratch, go, victims)
+            moment, counts = random.Random(seed), Counter[str]()
             began = time.perf_counter()
             while sum(counts.values()) - counts["ended before"] < kills and sum(counts.values()) < 5 * kills:
                 # Of a pool and of Dask a worker is killed, and the next time the run itself.
