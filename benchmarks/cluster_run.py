@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -40,7 +41,8 @@ given = AutoTokenizer.from_pretrained(sys.argv[1])("Once upon a time", return_te
 found = model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False)
 print(f"{loaded:.1f} {found.shape[1] - given.input_ids.shape[1]}")
 """
-POLL = 0.05
+POLL = 0.2
+"""Seconds between two looks at the processes."""
 
 
 class Watch:
@@ -48,21 +50,21 @@ class Watch:
 
     def __init__(self) -> None:
         self.found: dict[str, dict[int, tuple[float, float, float]]] = {}
-        self._roots: dict[str, psutil.Process] = {}
+        self._roots: dict[str, int] = {}
         self._stop = Event()
         self._thread = Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def add(self, label: str, pid: int) -> None:
         """Follow a process under a label."""
-        self._roots[label] = psutil.Process(pid)
+        self._roots[label] = pid
 
     def most(self, label: str) -> dict[str, float]:
-        """Of the process below a label that held most: MB of its own and of all that was mapped; CPU seconds of all."""
+        """Of the process below a label that held most: MB of its own, and with mapped files; CPU seconds of all."""
         found = self.found.get(label, {}).values()
         return {
-            "anonymous_mb": max((own for own, _, _ in found), default=0.0),
-            "resident_mb": max((held for _, held, _ in found), default=0.0),
+            "anonymous_mb": round(max((own for own, _, _ in found), default=0.0)),
+            "resident_mb": round(max((held for _, held, _ in found), default=0.0)),
             "cpu_s": round(sum(seconds for _, _, seconds in found), 1),
         }
 
@@ -74,24 +76,30 @@ class Watch:
     def _follow(self) -> None:
         while not self._stop.wait(POLL):
             for label, root in list(self._roots.items()):
-                try:
-                    for process in (root, *root.children(recursive=True)):
-                        self._look(label, process)
-                except psutil.Error:
-                    continue
+                for process in family(root):
+                    self._look(label, process)
 
-    def _look(self, label: str, process: psutil.Process) -> None:
+    def _look(self, label: str, process: int) -> None:
         try:
-            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
-            times = process.cpu_times()
+            lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+            times = psutil.Process(process).cpu_times()
         except (OSError, psutil.Error):
             return
         values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmHWM"))}
         if not values:  # it has ended
             return
-        before = self.found.setdefault(label, {}).get(process.pid, (0.0, 0.0, 0.0))
-        now = int(values["RssAnon"]) / 1e3 * 1.024, int(values["VmHWM"]) / 1e3 * 1.024, times.user + times.system
-        self.found[label][process.pid] = tuple(map(max, before, now))  # pyright: ignore[reportArgumentType]
+        before = self.found.setdefault(label, {}).get(process, (0.0, 0.0, 0.0))
+        now = int(values["RssAnon"]) * 1.024e-3, int(values["VmHWM"]) * 1.024e-3, times.user + times.system
+        self.found[label][process] = tuple(map(max, before, now))  # pyright: ignore[reportArgumentType]
+
+
+def family(process: int) -> list[int]:
+    """A process and all that it and those have started; of one that has ended, none."""
+    found = [process]
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [number for child in file.read_text().split() for number in family(int(child))]
+    return found
 
 
 class Machine:
@@ -138,14 +146,9 @@ class Machine:
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """``kill -9``, of all that it started, too."""
-        try:
-            family = psutil.Process(process.pid).children(recursive=True)
-        except psutil.Error:
-            family = []
-        process.kill()
-        for child in family:
-            if child.is_running():
-                child.kill()
+        for number in family(process.pid):
+            with suppress(OSError):
+                os.kill(number, signal.SIGKILL)
         process.wait()
 
     def close(self) -> None:

@@ -342,6 +342,20 @@ def test_an_executor_that_calls_work_off_is_said(tmp_path: Path) -> None:
         compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=CallingOff())
 
 
+class OfItsOwn:
+    """Gives jobs, as submitit does."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Path:
+        return Path("job")
+
+
+def test_an_executor_without_futures_is_said(tmp_path: Path) -> None:
+    source = source_in(tmp_path)
+    with pytest.raises(MPOError, match=r"the executor gives PosixPath objects, .* docs/scale\.md"):
+        compress_folder(source, tmp_path / "out", CONFIG, executor=OfItsOwn())  # pyright: ignore[reportArgumentType]
+    assert dry_run(source, tmp_path / "out", CONFIG).done == 0
+
+
 def test_a_closed_executor_is_said(tmp_path: Path) -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
