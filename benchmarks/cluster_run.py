@@ -1,9 +1,10 @@
 """A checkpoint compressed under a Dask cluster whose worker is killed, and the run as well, as a user would.
 
-Run with ``python benchmarks/cluster_run.py FOLDER [--results FILE] [--layers 20 ...]``; further options are those of
-``checkpoint.py``. Real commands in processes of their own: a scheduler, two workers, a run that loses one of them and
-is killed itself, the same run again, one that nothing happens to, ``verify``, and a script that loads and generates.
-Prints the record, and adds it as a line to FILE. Everything is written below FOLDER, which is deleted afterwards.
+``python benchmarks/cluster_run.py run FOLDER [--results FILE] [--layers 20 ...]``, further options being those of
+``checkpoint.py``; ``table FILE`` prints the tables of docs/scale.md. Real commands in processes of their own: a
+scheduler, two workers, a run that loses one of them and is killed itself, the same run again, one that nothing happens
+to, ``verify``, and a script that loads and generates. The record is added as a line to FILE. Everything is written
+below FOLDER, which is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -259,22 +261,71 @@ def run(home: Machine, options: Sequence[str]) -> dict[str, Any]:
     }
 
 
+STEPS = {
+    "run that is killed": "the run, until it is killed",
+    "run again": "the same command again",
+    "scheduler": "scheduler",
+    "worker 0": "worker that is killed",
+    "worker 1": "worker that stays",
+    "worker 2": "worker in place of the first",
+    "undisturbed run": "the run with two processes, none of which is killed",
+    "verify": "verify --against",
+    "load and generate": "load, generate 8 tokens",
+}
+
+
+def tables(row: dict[str, Any]) -> Iterator[str]:
+    """A record in Markdown."""
+    took, where = row["took"], row["surroundings"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    yield (
+        f"{row['model_gb']:.2f} GB in {row['units']} matrices become {row['result_gb']:.2f} GB; a worker was killed "
+        f"after {took['units when a worker is killed']}, the run after {took['units when the run is killed']}, of "
+        f"which {took['of those done again']} were done again. Bytes of all {row['files']} files equal to those of the "
+        f"undisturbed run: {'yes' if row['same_bytes'] else 'NO'}. Tokens generated: {row['generated']}."
+    )
+    yield f"{where['machine']}, 2 cores, load {where['load'][0]:.0f} to {where['load'][1]:.0f}; {versions}."
+    yield ""
+    yield from rows.markdown(
+        ("process", "seconds on the wall", "CPU seconds", "anonymous memory, at most", "resident, at most"),
+        [
+            (
+                shown,
+                str(round(took[step]["wall_s"])) if "wall_s" in took[step] else "",
+                str(round(took[step]["cpu_s"])),
+                f"{took[step]['anonymous_mb']:.0f} MB",
+                f"{took[step]['resident_mb']:.0f} MB",
+            )
+            for step, shown in STEPS.items()
+        ],
+    )
+
+
 def main() -> None:
-    """The record."""
+    """The record, or tables of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--results", type=Path)
+    commands = parser.add_subparsers(dest="command", required=True)
+    doing = commands.add_parser("run")
+    doing.add_argument("folder", type=Path)
+    doing.add_argument("--results", type=Path)
+    commands.add_parser("table").add_argument("results", type=Path)
     asked, options = parser.parse_known_args()
+    if asked.command == "table":
+        for line in asked.results.read_text(encoding="utf-8").splitlines():
+            print("\n".join(tables(json.loads(line))))
+        return
     load = os.getloadavg()[0]
     with machine(asked.folder.resolve()) as home:
         found = run(home, options)
-    row = {**found, "options": options, "surroundings": {**rows.surroundings(), "load": [load, *os.getloadavg()[:2]]}}
-    print(json.dumps(row, indent=1))
+    where = {**rows.surroundings(), "threads": 1, "load": [load, os.getloadavg()[1]]}
+    where["versions"]["distributed"] = version("distributed")
+    row = {**found, "options": options, "surroundings": {name: where[name] for name in where if name != "text"}}
+    print("\n".join(tables(row)))
     if asked.results is not None:
         with asked.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     if not found["same_bytes"] or found["left_over"]:
-        raise SystemExit("the results differ, or something was left")
+        raise SystemExit(f"the results differ, or something was left: {found['left_over']}")
 
 
 if __name__ == "__main__":
