@@ -157,7 +157,12 @@ class _Run:
         name = self.left[number].name
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             return error
-        if type(error).__name__ in ("KilledWorker", "NoValidWorkerError"):
+        if type(error).__name__ in ("NoWorkerError", "NoValidWorkerError"):
+            return MPOError(
+                f"{name}: no worker is left to do it ({_said(error)}): start some, and run it again; "
+                "what is done is kept"
+            )
+        if type(error).__name__ == "KilledWorker":
             return MPOError(
                 f"{name}: workers died over it ({_said(error)}), most likely of too little memory: give each more, "
                 f"or use "

@@ -356,6 +356,40 @@ def test_an_executor_without_futures_is_said(tmp_path: Path) -> None:
     assert dry_run(source, tmp_path / "out", CONFIG).done == 0
 
 
+class KilledWorker(Exception):  # noqa: N818 - the names that Dask has
+    pass
+
+
+class NoWorkerError(Exception):
+    pass
+
+
+class Failing(ThreadPoolExecutor):
+    """Ends every unit with an error, as Dask does that has no workers or loses them."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(self.error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KilledWorker("died"), r"^model\..*: workers died over it .died.*; what is done is kept"),
+        (NoWorkerError("none"), r"^model\..*: no worker is left to do it .none.: start some, .*; what is done is kept"),
+        (ValueError("odd"), r"^model\..*: ValueError: odd; what is done is kept"),
+    ],
+)
+def test_errors_of_dask_are_said(tmp_path: Path, error: Exception, said: str) -> None:
+    with Failing(error) as executor, pytest.raises(MPOError, match=said):
+        compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=executor)
+
+
 def test_a_closed_executor_is_said(tmp_path: Path) -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
