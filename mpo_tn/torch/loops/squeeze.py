@@ -125,8 +125,8 @@ def refuse_several_processes() -> None:
     """
     if world() > 1:
         raise MPOError(
-            f"this is one of {world()} processes, and each would cut the bonds that its own evaluation says: squeeze in "
-            "one process, and spread only the tuning afterwards"
+            f"this is one of {world()} processes, and each would cut the bonds that its own evaluation says: squeeze "
+            "in one process, and spread only the tuning afterwards"
         )
 
 
