@@ -59,6 +59,7 @@ architectures: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large
+	$(BIN)/python benchmarks/low_rank.py --largest 4096
 	$(BIN)/python benchmarks/compress.py
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/scaling.py
