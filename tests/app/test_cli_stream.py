@@ -9,7 +9,7 @@ import pytest
 from helpers.program import run
 from helpers.streaming import contents, source_in
 
-from mpo_tn.app import cli_stream
+from mpo_tn.app import cli_stream, cluster
 
 Run = Callable[..., tuple[int, str, str]]
 HOW = ("--sites", "3", "--keep", "0.5")
@@ -69,7 +69,10 @@ def test_large_models_are_streamed_by_themselves(tmp_path: Path, program: Run, m
         (("--scheduler", "tcp://127.0.0.1:1"), "Dask"),
     ],
 )
-def test_what_cannot_be_is_said(tmp_path: Path, program: Run, options: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_is_said(
+    tmp_path: Path, program: Run, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.5)
     source = source_in(tmp_path)
     (tmp_path / "texts.txt").write_text("a\nb\n")
     given = [str(tmp_path / part) if part == "texts.txt" else part for part in options]

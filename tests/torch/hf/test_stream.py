@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -346,6 +347,17 @@ def test_a_worker_that_dies_is_replaced_and_a_unit_that_kills_all_is_named(
     assert dry_run(source, tmp_path / "other", CONFIG).done == 13
     with pytest.raises(MPOError, match=r"the executor broke .* 1 units left, .*up_proj among them"):
         compress_folder(source, tmp_path / "other", CONFIG, executor=Dying(name, 1))
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_end_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_FAREWELL", 0.5)
+    with stream._pool(2) as pool:
+        workers = {pool.submit(os.getpid).result(60)}
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)  # as one that waits for the lock that a killed one held
+    for worker in workers:
+        assert not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text()
 
 
 class CallingOff(Executor):
