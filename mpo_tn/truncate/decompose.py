@@ -72,7 +72,7 @@ def decompose(
     del given  # the largest array there is
     tensor = times_power_of_two(tensor, -exponent, in_place=not _share_memory(tensor, matrix))
     budget.scale(scale)
-    sweep = Sweep(caps, budget, chosen, single, scale, callback)
+    sweep = Sweep(caps, budget, chosen, single, scale, callback, best=known is not None)
     cores = _peel(tensor, sites, sweep)
 
     center = sites.center
