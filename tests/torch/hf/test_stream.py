@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from helpers.tiny_models import VOCAB, tiny
 from mpo_tn import MPOError
 from mpo_tn.storage.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from mpo_tn.torch import Calibration, MPOConfig, Plan, calibrate, compress, plan
+from mpo_tn.torch.hf import stream_job
 from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import empty_model, load_model, save_model
 from mpo_tn.torch.hf.stream import compress_folder, dry_run
+from mpo_tn.torch.hf.stream_job import Job
 from mpo_tn.torch.hf.verify import verify_folder
 from mpo_tn.torch.models import stream
-from mpo_tn.torch.models.stream_unit import one_thread
+from mpo_tn.torch.models.stream_unit import do_unit, one_thread
 from mpo_tn.truncate import basis, leading
 
 CONFIGS = {
@@ -315,6 +319,29 @@ def test_a_matrix_that_fails_names_itself_and_the_others_are_kept(tmp_path: Path
     assert 0 < dry_run(source, out, CONFIG).done < 14
 
 
+def test_a_worker_of_other_versions_or_without_the_folder_does_nothing(tmp_path: Path) -> None:
+    source, out = source_in(tmp_path), tmp_path / "out"
+    job = Job.of(source, out, CONFIG, None)
+    job.work.open()
+    task = job.task(0)
+    with pytest.raises(MPOError, match=rf"^{re.escape(task.name)}: the worker on .* has .*torch {torch.__version__}"):
+        do_unit(replace(task, versions={**task.versions, "torch": "1.0"}))
+    with pytest.raises(MPOError, match=rf"^{re.escape(task.name)}: the worker on .* does not see"):
+        do_unit(replace(task, file=str(tmp_path / "elsewhere" / "units" / "0.safetensors")))
+    assert not Path(task.file).exists()
+    assert do_unit(task) == task.name
+    assert Path(task.file).exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "dangling"])
+def test_what_is_in_the_way_of_unfinished_work_is_left_alone(tmp_path: Path, kind: str) -> None:
+    source, work = source_in(tmp_path), tmp_path / "out.work"
+    work.write_text("a thesis") if kind == "file" else work.symlink_to("out.work" if kind == "loop" else "nowhere")
+    with pytest.raises(MPOError, match=r"out\.work is in the way, and it is no folder"):
+        compress_folder(source, tmp_path / "out", CONFIG)
+    assert work.read_text() == "a thesis" if kind == "file" else work.is_symlink()
+
+
 class Dying(Executor):
     """Breaks at a unit so many times, as a pool does whose process is killed."""
 
@@ -492,6 +519,13 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MPOError, match="was changed while it was read"):
         compress_folder(source, out, CONFIG, progress=shorten)
     assert not out.exists()
+
+
+def test_the_card_names_what_a_hub_name_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_in(tmp_path)
+    monkeypatch.setattr(stream_job, "local_folder", lambda _: source)
+    compress_folder("someone/some-model", tmp_path / "out", CONFIG)
+    assert "base_model: someone/some-model" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_compressed_folder_is_no_source(tmp_path: Path) -> None:
