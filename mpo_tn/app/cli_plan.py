@@ -271,6 +271,11 @@ def compress(
         streams = streaming.wanted(model, with_text=with_text, by_budget=by_budget)
         _check(config, sampling)
         if streams:
+            if device != "cpu":
+                raise MPOError(
+                    f"--device {device} and streaming do not go together: matrices are factorised one by one on the "
+                    "processor, in as many --workers as there are cores; leave --device out, or pass --no-stream"
+                )
             known = None if sampling.calibration is None else Calibration.load(sampling.calibration)
             found = streaming.run(model, folder, decided or config, known, overwrite=overwrite, progress=progress)
         else:

@@ -106,7 +106,7 @@ class Streaming:
         lent = nullcontext[Executor | None](None)
         with lent if self.scheduler is None else dask_executor(self.scheduler, [source, folder.parent]) as executor:
             return compress_folder(
-                source, folder, config, calibration=calibration, workers=workers, executor=executor,
+                model, folder, config, calibration=calibration, workers=workers, executor=executor,
                 shard_bytes=shard_bytes, overwrite=overwrite, progress=progress,
             )  # fmt: skip
 

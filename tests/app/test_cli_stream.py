@@ -65,6 +65,7 @@ def test_large_models_are_streamed_by_themselves(tmp_path: Path, program: Run, m
         (("--stream", "--texts", "texts.txt"), "text needs the whole model in memory"),
         (("--stream", "--refine"), "text needs the whole model in memory"),
         (("--workers", "0"), "workers=0"),
+        (("--stream", "--device", "cuda"), "--device cuda and streaming do not go together"),
         (("--shard-size", "much"), "is not a size"),
         (("--scheduler", "tcp://127.0.0.1:1"), "Dask"),
     ],
