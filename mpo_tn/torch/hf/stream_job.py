@@ -121,14 +121,14 @@ class Job:
     def task(self, number: int) -> UnitTask:
         """What a worker needs."""
         planned, unit = self.pairs[number]
-        moments: str | None = None
+        moments: tuple[str, ...] | None = None
         biases: dict[str, tuple[StoredTensor, str]] = {}
         if planned.metric == ACTIVATION and self.calibration is not None:
             path = self.work.moments(number)
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 write_moments(path, _known(self.calibration, unit))
-            moments = str(path.resolve())
+            moments = (str(path.resolve()),)
             biases = {} if not is_biased(unit) else dict(self._biases(unit))
         return UnitTask(
             planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,

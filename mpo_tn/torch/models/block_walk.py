@@ -110,7 +110,7 @@ def walk_blocks(
     wanted = find_readers(model, target_modules, exclude_modules)
     passing = partial(Passage, _model=model, _calls=calls, _fingerprint=Fingerprint.of(model))
     blocks = find_blocks(model, calls[0].batch)
-    place_of, halves = _places(wanted, blocks), is_encoder_decoder(model)
+    place_of, halves = places_of(wanted, blocks), is_encoder_decoder(model)
 
     def now(names: Iterable[str]) -> dict[str, Reader]:
         """The units as they are now: their modules may have been replaced."""
@@ -129,7 +129,7 @@ def walk_blocks(
         return
 
     tell(0, len(blocks) + 1, "before the blocks")
-    early, late = _early_and_late(model, blocks, calls[0], now(unit for unit in wanted if place_of[unit] is None))
+    early, late = early_and_late(model, blocks, calls[0], now(unit for unit in wanted if place_of[unit] is None))
     before, after = Gatherer(model, now(early)), Gatherer(model, now(late))
     recorded, heard_before, heard_after = _recorded(model, blocks, calls, before, after)
     streams = recorded
@@ -194,7 +194,7 @@ def _recorded(
     return recorded, heard_before, heard_after
 
 
-def _places(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int | None]:
+def places_of(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int | None]:
     """In which block each unit lies; None for those outside, or in several."""
     found: dict[str, int | None] = {}
     for unit, reader in readers.items():
@@ -204,7 +204,7 @@ def _places(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int 
     return found
 
 
-def _early_and_late(
+def early_and_late(
     model: nn.Module, blocks: Sequence[str], call: Call, rest: dict[str, Reader]
 ) -> tuple[list[str], list[str]]:
     """Of the units in no block those that are done with before the first block, and the others."""

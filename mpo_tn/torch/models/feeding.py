@@ -18,6 +18,10 @@ from mpo_tn.torch.models.evaluating import set_training, training_flags
 _MASK, _DECODER_MASK = "attention_mask", "decoder_attention_mask"
 
 
+class EnoughError(Exception):
+    """All that is wanted of a run is known: it is broken off, and whoever wanted it catches this."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a model. ``masks`` are those that tell padding (0) from tokens, (batch, length), by argument name."""
@@ -77,7 +81,8 @@ def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
         raise MPOError(
             f"batches is one {type(batches).__name__}, not several batches: put it into a list, and tokenize texts"
         )
-    parameter = next(iter(model.parameters()), None)
+    # Of a model whose weights are read while it is run, those that are not there yet are on no device.
+    parameter = next((parameter for parameter in model.parameters() if not parameter.is_meta), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     try:
         signature = inspect.signature(model.forward)

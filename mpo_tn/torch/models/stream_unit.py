@@ -46,7 +46,8 @@ class UnitTask:
         biases: where those of its biases lie and in which dtype they are computed with, by parameter name of the model;
             needed where moments may move them.
         file: where the result goes.
-        moments: a file of :func:`write_moments`, of what its layer is given; None for the Frobenius norm.
+        moments: files of :func:`write_moments`, which hold together what its layer is given; None for the Frobenius
+            norm.
         versions: of the libraries that must do it.
         task: a digest of the plan and source that it belongs to.
     """
@@ -56,7 +57,7 @@ class UnitTask:
     weight: StoredTensor
     biases: Mapping[str, tuple[StoredTensor, str]]
     file: str
-    moments: str | None
+    moments: tuple[str, ...] | None
     versions: Mapping[str, str]
     task: str
 
@@ -206,6 +207,15 @@ def raw(tensor: torch.Tensor) -> RawTensor:
     return RawTensor(name, tuple(tensor.shape), data)
 
 
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array of its shape, which carries the bits where NumPy has no such dtype."""
+    return _carried(raw(tensor))
+
+
+def _carried(part: RawTensor) -> np.ndarray:
+    return part.data.view(_CARRIED.get(part.dtype, part.dtype)).reshape(part.shape)
+
+
 def _do(task: UnitTask) -> None:
     data = task.weight.read()
     source = bytes_digest([data.data])
@@ -235,10 +245,7 @@ def _do(task: UnitTask) -> None:
         dense,
     )
     record = {"format": FORMAT, "version": VERSION, "task": task.task, **found.to_dict()}
-    arrays = {
-        key: part.data.view(_CARRIED.get(part.dtype, part.dtype)).reshape(part.shape) for key, part in raws.items()
-    }
-    write_tensors(Path(task.file), arrays, record)
+    write_tensors(Path(task.file), {key: _carried(part) for key, part in raws.items()}, record)
 
 
 def read_unit(path: Path, task: str) -> tuple[UnitRecord, dict[str, RawTensor]]:
@@ -268,11 +275,15 @@ def write_moments(path: Path, known: Moments) -> None:
     write_tensors(path, arrays, {"format": MOMENTS_FORMAT, "version": VERSION, "tokens": known.tokens})
 
 
-def read_moments(path: str) -> Moments:
-    """What :func:`write_moments` wrote.
+def read_moments(paths: Sequence[str]) -> Moments:
+    """What :func:`write_moments` wrote to several files, together: what a unit shares with others, and its own.
 
     Raises:
         MPOError: no such file, or damaged.
     """
-    arrays, record = read_tensors(Path(path), MOMENTS_FORMAT, VERSION)
-    return Moments(record["tokens"], **{kind: torch.from_numpy(array) for kind, array in arrays.items()})
+    tokens, found = list[int](), dict[str, torch.Tensor]()
+    for path in paths:
+        arrays, record = read_tensors(Path(path), MOMENTS_FORMAT, VERSION)
+        tokens.append(record["tokens"])
+        found |= {kind: torch.from_numpy(array) for kind, array in arrays.items()}
+    return Moments(tokens[0], **found)

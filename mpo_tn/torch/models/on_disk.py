@@ -1,0 +1,114 @@
+"""A model whose weights lie in files: read when a part of it is run, given back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.storage.checkpoint import StoredTensor
+from mpo_tn.torch.models.stream_unit import tensor_of
+
+
+@dataclass(eq=False)
+class _Weight:
+    """A parameter or buffer of a model, at all its places; ``users`` have asked for it and not given it back."""
+
+    name: str
+    empty: torch.Tensor
+    stored: StoredTensor | None
+    places: list[tuple[nn.Module, str]] = field(default_factory=list[tuple[nn.Module, str]])
+    users: int = 0
+
+    def put(self, tensor: torch.Tensor) -> None:
+        for module, attribute in self.places:
+            held = module._parameters if attribute in module._parameters else module._buffers
+            held[attribute] = tensor  # type: ignore[assignment]
+
+
+class WeightsOnDisk:
+    """Fills a model on the meta device part by part.
+
+    Args:
+        model: its parameters, and those buffers that are stored, are on the meta device; other buffers hold their data.
+        stored: tensor of the model, by the first name of it that is stored, to where it lies.
+
+    Guarantee (weights-given-back): outside of :meth:`loaded` and :meth:`as_called` every parameter is the very empty
+    one that it was.
+    """
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+        self.model = model
+        self._of: dict[nn.Module, list[_Weight]] = {}
+        known: dict[int, _Weight] = {}
+        for prefix, module in model.named_modules():
+            held = {**module._parameters, **module._buffers}
+            for attribute, tensor in held.items():
+                name = f"{prefix}.{attribute}".lstrip(".")
+                if tensor is None or (attribute in module._buffers and name not in stored):
+                    continue
+                weight = known.setdefault(id(tensor), _Weight(name, tensor, None))
+                weight.stored = weight.stored or stored.get(name)
+                weight.places.append((module, attribute))
+                self._of.setdefault(module, []).append(weight)
+
+    @contextmanager
+    def loaded(self, module: nn.Module) -> Generator[None]:
+        """With all weights of a module, and of those in it.
+
+        Raises:
+            MPOError: one of them is in no file as it is, or its file was changed.
+        """
+        wanted = [weight for part in module.modules() for weight in self._of.get(part, ())]
+        taken: list[_Weight] = []
+        try:
+            for weight in wanted:
+                self._take(weight, taken)
+            yield
+        finally:
+            self._give_back(taken)
+
+    @contextmanager
+    def as_called(self, but: Iterable[nn.Module] = ()) -> Generator[None]:
+        """Every module gets its own weights when it is called, and keeps them to the end, but those in ``but``."""
+        apart = {part for module in but for part in module.modules()}
+        taken: list[_Weight] = []
+        begun: set[nn.Module] = set()
+
+        def take(module: nn.Module, _args: object) -> None:
+            if module not in begun:
+                begun.add(module)
+                for weight in self._of[module]:
+                    self._take(weight, taken)
+
+        handles = [part.register_forward_pre_hook(take, prepend=True) for part in self._of if part not in apart]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._give_back(taken)
+
+    def _take(self, weight: _Weight, taken: list[_Weight]) -> None:
+        if weight.users == 0:
+            if weight.stored is None:
+                raise MPOError(
+                    f"{weight.name} is not in the checkpoint as it is, transformers makes it of other tensors, so the "
+                    "model cannot be run block by block: give moments that were made where it fits into memory "
+                    "(Calibration.save, --calibration FILE)"
+                )
+            data = tensor_of(weight.stored, weight.empty.dtype)
+            weight.put(nn.Parameter(data, requires_grad=False) if isinstance(weight.empty, nn.Parameter) else data)
+        weight.users += 1
+        taken.append(weight)
+
+    @staticmethod
+    def _give_back(taken: list[_Weight]) -> None:
+        for weight in taken:
+            weight.users -= 1
+            if weight.users == 0:
+                weight.put(weight.empty)

@@ -1,0 +1,233 @@
+"""Moments of a model of any size: forwards and back through its blocks, one of them in memory at a time.
+
+Forwards the hidden states that every block is given go to files. Backwards every block is run once more, from its
+file, with what its units are given and the gradients at their outputs heard, as one run of the whole model hears them::
+
+    x_0 --[block 0]--> x_1 --[block 1]--> x_2 --[what lies after]--> the distance to what the model gives
+    g_0 <-[block 0]--- g_1 <-[block 1]--- g_2 <-[what lies after]---
+           S, G               S, G                  S, G
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_tn.exceptions import MPOError
+from mpo_tn.progress import Progress
+from mpo_tn.torch.models.backward import Backward
+from mpo_tn.torch.models.block_walk import early_and_late, places_of
+from mpo_tn.torch.models.blocks import BlockCall, slot_of
+from mpo_tn.torch.models.calibration import Fingerprint
+from mpo_tn.torch.models.feeding import Call, EnoughError, calls_of, is_encoder_decoder, only_looked_at
+from mpo_tn.torch.models.gathering import Gatherer
+from mpo_tn.torch.models.listening import Reader, find_readers
+from mpo_tn.torch.models.on_disk import WeightsOnDisk
+from mpo_tn.torch.models.stand_ins import StandIns
+from mpo_tn.torch.models.walk_files import PartFiles, WalkFiles
+
+BEFORE = -1
+"""The place of what lies before the blocks."""
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""A block with all that it is called with, but the hidden states."""
+
+_NOBODY = Fingerprint("", {}, "")
+
+
+class StreamWalk:
+    """A walk through a model whose weights are on disk.
+
+    Args:
+        weights: of the model.
+        batches: as for :func:`~mpo_tn.torch.calibrate`.
+        units: names of the units whose moments are wanted.
+        files: what is kept between the steps.
+        progress: told of every step.
+
+    Guarantee (walk-same-moments): the moments are sums of the same terms in the same order as those of
+    ``calibrate(model, batches, target_modules=units, gradients=True)`` of the loaded model: equal to
+    ``c eps(dtype of the model)`` of their norm, c a small multiple of the number of blocks, because a product may round
+    by where its operands lie in memory.
+    Guarantee (walk-memory): of the weights one block is in memory, or what lies outside of all blocks; of the hidden
+    states one batch, with what going back through one block needs; of the moments those of one block. What else
+    blocks are called with (masks of attention, positions) is kept for all batches.
+
+    Raises:
+        MPOError: a model of two halves, without blocks, or whose blocks depend on more than each other; as
+            :func:`~mpo_tn.torch.calibrate`.
+    """
+
+    def __init__(
+        self, weights: WeightsOnDisk, batches: Iterable[Any], units: Sequence[str], files: WalkFiles, progress: Progress
+    ) -> None:
+        self.weights, self.model, self.files, self.progress = weights, weights.model, files, progress
+        if is_encoder_decoder(self.model):
+            raise MPOError(
+                f"a {type(self.model).__name__} has an encoder and a decoder, and is not run block by block: give "
+                "moments that were made where it fits into memory (Calibration.save, --calibration FILE)"
+            )
+        self.calls = list(calls_of(self.model, batches))
+        self.stand_ins = StandIns(weights)
+        progress(0, 1, "looking for the blocks")
+        readers = find_readers(self.model, list(units))
+        self.blocks = self.stand_ins.find_blocks(self.calls[0].batch)
+        self.modules: list[nn.Module] = [self.model.get_submodule(name) for name in self.blocks]
+        self.readers = self._by_place(readers)
+        self.first = min(place for place, own in self.readers.items() if own)
+        self._ways: list[tuple[BlockCall, ...]] = []
+
+    @property
+    def end(self) -> int:
+        """The place of what lies after the blocks."""
+        return len(self.blocks)
+
+    def parts(self) -> Generator[PartFiles]:
+        """The parts that have units, from the last to the first, as soon as their moments are there.
+
+        Whoever is given a part may delete its moments before the next is asked for. A walk that was broken off goes on
+        with the part that it was broken off in.
+
+        Raises:
+            StaleWalkError: what an earlier walk left is damaged or missing.
+        """
+        self.files.open()
+        known = {place: self.files.part(place) for place in range(self.end, self.first - 1, -1)}
+        if known[self.end] is None:
+            self._forwards()
+        for step, place in enumerate(known):
+            part = known[place]
+            if part is None:
+                self.progress(step, len(known), f"moments {self._name(place)}")
+                part = self._backwards(place)
+            if part.units:
+                yield part
+            self.files.forget("hidden", place)
+            self.files.forget("gradients", place + 1)
+        self.progress(len(known), len(known), "moments")
+
+    def _name(self, place: int) -> str:
+        return "before the blocks" if place < 0 else "after the blocks" if place == self.end else self.blocks[place]
+
+    def _by_place(self, readers: dict[str, Reader]) -> dict[int, dict[str, Reader]]:
+        places = places_of(readers, self.blocks)
+        outside = {name: reader for name, reader in readers.items() if places[name] is None}
+        for name, reader in outside.items():
+            names = [own for group in reader.names for own in group]
+            inside = [own for own in names if any(f"{own}.".startswith(f"{block}.") for block in self.blocks)]
+            if inside:
+                raise MPOError(
+                    f"{name} is used in several blocks, or in one and outside of it ({inside[0]}), so what it is given "
+                    "is not known block by block: leave it out (--exclude)"
+                )
+        with self.weights.as_called(self.modules):
+            self.stand_ins.check(self.blocks, self.calls[0])
+            with self.stand_ins.between(self.blocks):
+                early, _ = early_and_late(self.model, self.blocks, self.calls[0], outside)
+        found: dict[int, dict[str, Reader]] = {place: {} for place in range(BEFORE, len(self.blocks) + 1)}
+        for name, reader in readers.items():
+            place = places[name]
+            found[BEFORE if name in early else self.end if place is None else place][name] = reader
+        return found
+
+    def _recorded(self) -> list[tuple[BlockCall, ...]]:
+        """How the blocks are called in every batch; the hidden states that the first is given go to files."""
+        if not self._ways:
+            with self.weights.as_called(self.modules):
+                for batch, call in enumerate(self.calls):
+                    self.progress(batch, len(self.calls), "before the blocks")
+                    found = self.stand_ins.record(self.blocks, call)
+                    if not self.files.tensor_file("hidden", 0, batch).exists():
+                        self.files.write("hidden", 0, batch, found.hidden)
+                    self._ways.append(found.calls)
+        return self._ways
+
+    def _forwards(self) -> None:
+        """The hidden states that every block is given, and what the last gives."""
+        ways = self._recorded()
+        for place, block in enumerate(self.modules):
+            batches = range(len(self.calls))
+            missing = [batch for batch in batches if not self.files.tensor_file("hidden", place + 1, batch).exists()]
+            if not missing:
+                continue
+            self.progress(place, self.end, f"forwards through {self.blocks[place]}")
+            with self.weights.loaded(block), only_looked_at(self.model):
+                for batch in missing:
+                    hidden = ways[batch][place].run(block, self.files.read("hidden", place, batch))
+                    self.files.write("hidden", place + 1, batch, hidden)
+
+    def _backwards(self, place: int) -> PartFiles:
+        """Moments of one part, and what gradients there are before it."""
+        readers = self.readers[place]
+        gatherer, backward = Gatherer(self.model, readers), Backward(self.model, readers, True, 0)
+        if place == self.end or place == BEFORE:
+            run = self._after if place == self.end else self._before
+            with self.weights.as_called(self.modules):
+                for batch, call in enumerate(self.calls):
+                    run(batch, call, gatherer, backward)
+        else:
+            ways = self._recorded()
+            with self.weights.loaded(self.modules[place]):
+                for batch, call in enumerate(self.calls):
+                    self._block(place, batch, partial(ways[batch][place].run, self.modules[place]), gatherer, backward)
+        found = gatherer.calibration(_NOBODY) if gatherer.reached else None
+        return self.files.keep_part(place, readers, found, backward.outers())
+
+    def _after(self, batch: int, call: Call, gatherer: Gatherer, backward: Backward) -> None:
+        hidden = self.files.read("hidden", self.end, batch).requires_grad_()
+        run = partial(self.model, *call.args, **call.kwargs)
+        with self.stand_ins.between(self.blocks, lambda _: hidden.clone()):
+            with only_looked_at(self.model):
+                gatherer.probe(run)
+            with only_looked_at(self.model, gradients=True), backward.listening(call):
+                backward.run(call, gatherer.gather(call, run))
+        self._keep_gradient(self.end, batch, hidden)
+
+    def _block(self, place: int, batch: int, run: Run, gatherer: Gatherer, backward: Backward) -> None:
+        call, hidden = self.calls[batch], self.files.read("hidden", place, batch)
+        with only_looked_at(self.model):
+            gatherer.probe(partial(run, hidden))
+        if place > self.first:
+            hidden.requires_grad_()
+        with only_looked_at(self.model, gradients=True), backward.listening(call):
+            output = gatherer.gather(call, partial(run, hidden))
+            if output.requires_grad:
+                output.backward(self.files.read("gradients", place + 1, batch))
+        if place > self.first:
+            self._keep_gradient(place, batch, hidden)
+
+    def _before(self, batch: int, call: Call, gatherer: Gatherer, backward: Backward) -> None:
+        given: list[torch.Tensor] = []
+
+        def hear(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            slot = slot_of(args, kwargs)
+            if slot is not None:
+                given.append(args[slot] if isinstance(slot, int) else kwargs[slot])
+            raise EnoughError
+
+        def run() -> torch.Tensor:
+            given.clear()
+            with suppress(EnoughError):
+                self.model(*call.args, **call.kwargs)
+            return given[0]
+
+        handle = self.modules[0].register_forward_pre_hook(hear, with_kwargs=True)
+        try:
+            with only_looked_at(self.model):
+                gatherer.probe(run)
+            with only_looked_at(self.model, gradients=True), backward.listening(call):
+                hidden = gatherer.gather(call, run)
+                if hidden.requires_grad:
+                    hidden.backward(self.files.read("gradients", 0, batch))
+        finally:
+            handle.remove()
+
+    def _keep_gradient(self, place: int, batch: int, hidden: torch.Tensor) -> None:
+        if hidden.grad is None:
+            raise MPOError(f"no gradient comes back to {self._name(place)}: does the output depend on it?")
+        self.files.write("gradients", place, batch, hidden.grad)
