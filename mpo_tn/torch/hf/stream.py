@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan
-from mpo_tn.progress import Progress, doing, silent
+from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.places import claimed
 from mpo_tn.torch.hf.assembling import write_result
 from mpo_tn.torch.hf.folder import check_model_target
 from mpo_tn.torch.hf.stream_job import Job
+from mpo_tn.torch.hf.stream_text import fit_on_text
 from mpo_tn.torch.models.calibration import Calibration
+from mpo_tn.torch.models.decide import samples_of
 from mpo_tn.torch.models.report import CompressionReport
+from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.stream import run_units
+from mpo_tn.torch.models.stream_unit import UnitTask
 
 SHARD_BYTES = 2 * 10**9
 """Of the files of the result: one at a time is in memory."""
@@ -28,7 +34,7 @@ def compress_folder(
     out: str | Path,
     config: MPOConfig | Plan,
     *,
-    calibration: Calibration | None = None,
+    calibration: Iterable[Any] | Calibration | Samples | None = None,
     workers: int = 1,
     executor: Executor | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -71,7 +77,7 @@ def compress_folder(
         raise MPOError(f"shard_bytes={shard_bytes!r} must be a whole number of at least 1")
     tell = progress or silent
     tell(0, 1, "looking at the checkpoint")
-    job = Job.of(source, Path(out), config, calibration)
+    job = Job.of(source, Path(out), config, samples_of(calibration))
     with claimed(Path(out)):
         finished = job.finished_result()
         if finished is not None and not overwrite:
@@ -82,9 +88,10 @@ def compress_folder(
         records = job.records()
         job.check_space(records)
         job.work.open()
-        missing = [number for number in range(len(job.pairs)) if number not in records]
-        tasks = [job.task(number) for number in sorted(missing, key=job.longest_first)]
-        run_units(tasks, workers=workers, executor=executor, progress=doing("compressing", tell), total=len(job.pairs))
+        do = partial(_do, job, workers, executor, tell)
+        on_text = set(job.on_text.values())
+        do([job.task(k) for k in range(len(job.pairs)) if k not in records and k not in on_text], len(records))
+        fit_on_text(job, do, tell)
         records = job.records()
         ordered = [records[number] for number in range(len(job.pairs))]
         tell(0, 1, "writing the model")
@@ -95,6 +102,19 @@ def compress_folder(
         tell(1, 1, "writing the model")
         job.work.delete()
     return report
+
+
+def _do(
+    job: Job, workers: int, executor: Executor | None, tell: Progress, tasks: Sequence[UnitTask], done: int
+) -> None:
+    """Do units, the longest first, of which so many of the run are done."""
+    numbers = {unit.name: number for number, (_, unit) in enumerate(job.pairs)}
+    ordered = sorted(tasks, key=lambda task: job.longest_first(numbers[task.name]))
+
+    def told(at: int, _total: int, what: str) -> None:
+        tell(at, len(job.pairs), f"compressing {what}")
+
+    run_units(ordered, workers=workers, executor=executor, progress=told, total=done + len(ordered))
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ def dry_run(
     out: str | Path,
     config: MPOConfig | Plan,
     *,
-    calibration: Calibration | None = None,
+    calibration: Iterable[Any] | Calibration | Samples | None = None,
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> DryRun:
@@ -136,7 +156,7 @@ def dry_run(
     Raises:
         MPOError: as :func:`compress_folder`, as far as it can be known by then.
     """
-    job = Job.of(source, Path(out), config, calibration)
+    job = Job.of(source, Path(out), config, samples_of(calibration))
     job.work.check()
     finished = job.finished_result()
     records = job.records() if finished is None else dict(enumerate(finished))

@@ -51,12 +51,14 @@ class StandIns:
         Raises:
             MPOError: there are none, or they hand on more than hidden states.
         """
-        lists = [module for module in _outermost(self.model) if len(module)]
-        members = [member for module in lists for member in module]
+        lists = _outermost(self.model)
+        members = [member for module in lists.values() for member in module]
         with self.weights.as_called(members), self._instead_of(members, lambda _, hidden: hidden.clone()):
             blocks = find_blocks(self.model, batch)
         kind = type(self.model).__name__
-        if not blocks:
+        # What is in a block that was stood in for was not seen as often as it is called.
+        stood_in = [name for name, module in lists.items() if any(self._forms.get(type(part)) for part in module)]
+        if not blocks or any(blocks[0].startswith(f"{name}.") and blocks[0].count(".") > name.count(".") + 1 for name in stood_in):
             raise MPOError(
                 f"a {kind} has no blocks that hidden states go through one after another, so it cannot be run block by "
                 f"block: {_ELSEWHERE}"
@@ -143,9 +145,11 @@ class StandIns:
         return form(gives(place, hidden))
 
 
-def _outermost(model: nn.Module) -> list[nn.ModuleList]:
+def _outermost(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return {
+        name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    }
 
 
 def _form_of(output: Any, hidden: torch.Tensor) -> _Form | None:

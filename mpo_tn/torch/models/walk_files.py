@@ -32,10 +32,12 @@ class PartFiles:
         place: the number of the block; -1 is what lies before all of them, and what lies after them comes last.
         units: by name the files that hold together what is known of a unit, see
             :func:`~mpo_tn.torch.models.stream_unit.read_moments`.
+        is_old: whether an earlier run wrote them.
     """
 
     place: int
     units: Mapping[str, tuple[str, ...]]
+    is_old: bool = False
 
 
 class WalkFiles:
@@ -130,7 +132,8 @@ class WalkFiles:
             record = json.loads(path.read_text(encoding="utf-8"))
             if (record["format"], record["run"]) != (FORMAT, self.run):
                 raise ValueError("it is of another run")
-            return PartFiles(place, {str(unit): tuple(map(str, paths)) for unit, paths in record["units"].items()})
+            units = {str(unit): tuple(map(str, paths)) for unit, paths in record["units"].items()}
+            return PartFiles(place, units, is_old=True)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
