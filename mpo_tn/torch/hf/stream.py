@@ -35,6 +35,7 @@ def compress_folder(
     config: MPOConfig | Plan,
     *,
     calibration: Iterable[Any] | Calibration | Samples | None = None,
+    anchored: bool | None = None,
     workers: int = 1,
     executor: Executor | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -77,7 +78,7 @@ def compress_folder(
         raise MPOError(f"shard_bytes={shard_bytes!r} must be a whole number of at least 1")
     tell = progress or silent
     tell(0, 1, "looking at the checkpoint")
-    job = Job.of(source, Path(out), config, samples_of(calibration))
+    job = Job.of(source, Path(out), config, samples_of(calibration), anchored=anchored is not False)
     with claimed(Path(out)):
         finished = job.finished_result()
         if finished is not None and not overwrite:
@@ -148,6 +149,7 @@ def dry_run(
     config: MPOConfig | Plan,
     *,
     calibration: Iterable[Any] | Calibration | Samples | None = None,
+    anchored: bool | None = None,
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> DryRun:

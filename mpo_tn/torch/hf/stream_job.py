@@ -29,6 +29,7 @@ from mpo_tn.torch.hf.quantizer import attach
 from mpo_tn.torch.hf.sentinel import sentinels
 from mpo_tn.torch.hf.snapshot import Names, core_prefix, local_folder, read_names
 from mpo_tn.torch.layers.parameter import dense_key
+from mpo_tn.torch.models.anchoring import ANCHOR, ROUNDS
 from mpo_tn.torch.models.calibration import SAMPLED, Calibration, Fingerprint
 from mpo_tn.torch.models.compress import empty_modules, report_of, specs_of
 from mpo_tn.torch.models.coverage import matrix_numbers
@@ -134,8 +135,11 @@ class Job:
             return {}
         return {unit.name: k for k, (planned, unit) in enumerate(self.pairs) if planned.metric == ACTIVATION}
 
-    def task(self, number: int, moments: tuple[str, ...] | None = None) -> UnitTask:
-        """What a worker needs; ``moments`` are files of what is known of its layer, if that is not a calibration."""
+    def task(self, number: int, moments: tuple[str, ...] | None = None, *, anchored: bool = False) -> UnitTask:
+        """What a worker needs; ``moments`` are files of what is known of its layer, if that is not a calibration.
+
+        If ``anchored`` they are of what it is given once those before it are changed.
+        """
         planned, unit = self.pairs[number]
         biases: dict[str, tuple[StoredTensor, str]] = {}
         if planned.metric == ACTIVATION:
@@ -147,9 +151,8 @@ class Job:
                 moments = (str(path.resolve()),)
             biases = {} if not is_biased(unit) else dict(self._biases(unit))
         return UnitTask(
-            planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,
-            versions(),
-            self.work.task,
+            planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number, anchored=anchored).resolve()), moments, versions(),
+            self.work.task, *((ANCHOR, ROUNDS) if anchored else ()),
         )  # fmt: skip
 
     def _biases(self, unit: DenseUnit) -> list[tuple[str, tuple[StoredTensor, str]]]:

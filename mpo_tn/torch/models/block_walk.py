@@ -58,7 +58,7 @@ class Passage:
         gatherer = Gatherer(self._model, self.readers)
         with only_looked_at(self._model):
             for place, call in enumerate(self._calls):
-                gatherer.gather(call, self._run(place), self.heard[place])
+                gatherer.gather(call, self.run(place), self.heard[place])
         return gatherer.calibration(self._fingerprint)
 
     def moments(self, key: str) -> Moments | None:
@@ -75,14 +75,15 @@ class Passage:
         with only_looked_at(self._model):
             try:
                 for place, call in enumerate(self._calls):
-                    gatherer.gather_until_known(call, self._run(place), self.heard[place])
+                    gatherer.gather_until_known(call, self.run(place), self.heard[place])
             except OtherCallsError:
                 gatherer = Gatherer(self._model, reader)
                 for place, call in enumerate(self._calls):
-                    gatherer.gather(call, self._run(place))
+                    gatherer.gather(call, self.run(place))
         return gatherer.calibration(self._fingerprint).of(key) if gatherer.reached else None
 
-    def _run(self, place: int) -> Callable[[], object]:
+    def run(self, place: int) -> Callable[[], object]:
+        """What runs it, or the whole model, as it is by then on one batch."""
         call = self._calls[place]
         if self.block is None:
             return partial(self._model, *call.args, **call.kwargs)

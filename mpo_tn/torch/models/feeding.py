@@ -13,7 +13,7 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.models.evaluating import set_training, training_flags
+from mpo_tn.torch.models.evaluating import device_of, set_training, training_flags
 
 _MASK, _DECODER_MASK = "attention_mask", "decoder_attention_mask"
 
@@ -81,9 +81,7 @@ def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
         raise MPOError(
             f"batches is one {type(batches).__name__}, not several batches: put it into a list, and tokenize texts"
         )
-    # Of a model whose weights are read while it is run, those that are not there yet are on no device.
-    parameter = next((parameter for parameter in model.parameters() if not parameter.is_meta), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = device_of(model)
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):

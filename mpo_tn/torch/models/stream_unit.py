@@ -22,7 +22,7 @@ from mpo_tn.storage.tensors import bytes_digest, read_tensors, write_tensors
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.compress import factorise, fitted, outgrows, specs_of
-from mpo_tn.torch.models.fitting import Fitter
+from mpo_tn.torch.models.fitting import fit_matrix
 from mpo_tn.torch.models.report import LayerReport
 from mpo_tn.torch.models.samples import is_biased
 from mpo_tn.torch.models.survey import DenseUnit
@@ -50,6 +50,8 @@ class UnitTask:
             norm.
         versions: of the libraries that must do it.
         task: a digest of the plan and source that it belongs to.
+        anchor: see :func:`~mpo_tn.torch.models.fitting.metric_of`, and
+        rounds: :func:`~mpo_tn.torch.models.fitting.fit_matrix`.
     """
 
     planned: UnitPlan
@@ -60,6 +62,8 @@ class UnitTask:
     moments: tuple[str, ...] | None
     versions: Mapping[str, str]
     task: str
+    anchor: float = 0.0
+    rounds: int = 1
 
     @property
     def name(self) -> str:
@@ -199,6 +203,11 @@ def as_tensor(dtype: str, shape: tuple[int, ...], data: np.ndarray, cast: torch.
     return found.to(cast) if cast is not None and found.is_floating_point() else found
 
 
+def raw_tensor(part: RawTensor) -> torch.Tensor:
+    """What :func:`raw` was made of, on the same memory."""
+    return as_tensor(part.dtype, part.shape, part.data)
+
+
 def raw(tensor: torch.Tensor) -> RawTensor:
     """A tensor as bytes, on the same memory if it is contiguous."""
     name = str(tensor.dtype).removeprefix("torch.")
@@ -226,7 +235,10 @@ def _do(task: UnitTask) -> None:
     if task.moments is None:
         layer, cores = factorise(task.planned, unit)
     else:
-        fit = Fitter(unit.matrix(), read_moments(task.moments), biased=is_biased(unit)).fit(task.planned.spec, rounds=1)
+        known = read_moments(task.moments)
+        fit = fit_matrix(
+            unit.matrix(), task.planned.spec, known, anchor=task.anchor, biased=is_biased(unit), rounds=task.rounds
+        )
         layer, cores, shift = fitted(task.planned, unit, fit)
     dense = outgrows(task.planned, layer)
     if dense is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,20 @@ BEFORE = -1
 Run = Callable[[torch.Tensor], torch.Tensor]
 """A block with all that it is called with, but the hidden states."""
 
-_NOBODY = Fingerprint("", {}, "")
+NOBODY = Fingerprint("", {}, "")
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Text on its way through the blocks: files of its hidden states, and how the blocks are called in every batch."""
+
+    kind: str
+    calls: Sequence[Call]
+    ways: Sequence[Sequence[BlockCall]]
+
+    def block(self, walk: StreamWalk, place: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of hidden states in one batch."""
+        return self.ways[batch][place].run(walk.modules[place], hidden)
 
 
 class StreamWalk:
@@ -80,7 +94,7 @@ class StreamWalk:
         self.modules: list[nn.Module] = [self.model.get_submodule(name) for name in self.blocks]
         self.readers = self._by_place(readers)
         self.first = min(place for place, own in self.readers.items() if own)
-        self._ways: list[tuple[BlockCall, ...]] = []
+        self._dense: Stream | None = None
 
     @property
     def end(self) -> int:
@@ -103,7 +117,7 @@ class StreamWalk:
         for step, place in enumerate(known):
             part = known[place]
             if part is None:
-                self.progress(step, len(known), f"moments {self._name(place)}")
+                self.progress(step, len(known), f"moments {self.name_of(place)}")
                 part = self._backwards(place)
             if part.units:
                 yield part
@@ -111,7 +125,8 @@ class StreamWalk:
             self.files.forget("gradients", place + 1)
         self.progress(len(known), len(known), "moments")
 
-    def _name(self, place: int) -> str:
+    def name_of(self, place: int) -> str:
+        """What the part at a place is called."""
         return "before the blocks" if place < 0 else "after the blocks" if place == self.end else self.blocks[place]
 
     def _by_place(self, readers: dict[str, Reader]) -> dict[int, dict[str, Reader]]:
@@ -135,31 +150,45 @@ class StreamWalk:
             found[BEFORE if name in early else self.end if place is None else place][name] = reader
         return found
 
-    def _recorded(self) -> list[tuple[BlockCall, ...]]:
-        """How the blocks are called in every batch; the hidden states that the first is given go to files."""
-        if not self._ways:
-            with self.weights.as_called(self.modules):
-                for batch, call in enumerate(self.calls):
-                    self.progress(batch, len(self.calls), "before the blocks")
-                    found = self.stand_ins.record(self.blocks, call)
-                    if not self.files.tensor_file("hidden", 0, batch).exists():
-                        self.files.write("hidden", 0, batch, found.hidden)
-                    self._ways.append(found.calls)
-        return self._ways
+    def begin(self, kind: str, calls: Sequence[Call]) -> Stream:
+        """What the first block is given by the model as it is by now, into files of this kind."""
+        ways: list[tuple[BlockCall, ...]] = []
+        with self.weights.as_called(self.modules):
+            for batch, call in enumerate(calls):
+                self.progress(batch, len(calls), "before the blocks")
+                found = self.stand_ins.record(self.blocks, call)
+                if not self.files.there(kind, 0, batch):
+                    self.files.write(kind, 0, batch, found.hidden)
+                ways.append(found.calls)
+        return Stream(kind, calls, ways)
+
+    def advance(self, stream: Stream, place: int) -> None:
+        """Through one block, which is loaded, as it is by now; batches that are there already are not done again."""
+        with only_looked_at(self.model):
+            for batch in range(len(stream.calls)):
+                if not self.files.there(stream.kind, place + 1, batch):
+                    hidden = self.files.read(stream.kind, place, batch)
+                    self.files.write(stream.kind, place + 1, batch, stream.block(self, place, batch, hidden))
+
+    @property
+    def dense(self) -> Stream:
+        """The text in the dense model."""
+        if self._dense is None:
+            self._dense = self.begin("hidden", self.calls)
+        return self._dense
+
+    def is_through(self, stream: Stream, place: int) -> bool:
+        """Whether all batches are through a block."""
+        return all(self.files.there(stream.kind, place + 1, batch) for batch in range(len(stream.calls)))
 
     def _forwards(self) -> None:
         """The hidden states that every block is given, and what the last gives."""
-        ways = self._recorded()
+        stream = self.dense
         for place, block in enumerate(self.modules):
-            batches = range(len(self.calls))
-            missing = [batch for batch in batches if not self.files.tensor_file("hidden", place + 1, batch).exists()]
-            if not missing:
-                continue
-            self.progress(place, self.end, f"forwards through {self.blocks[place]}")
-            with self.weights.loaded(block), only_looked_at(self.model):
-                for batch in missing:
-                    hidden = ways[batch][place].run(block, self.files.read("hidden", place, batch))
-                    self.files.write("hidden", place + 1, batch, hidden)
+            if not self.is_through(stream, place):
+                self.progress(place, self.end, f"forwards through {self.blocks[place]}")
+                with self.weights.loaded(block):
+                    self.advance(stream, place)
 
     def _backwards(self, place: int) -> PartFiles:
         """Moments of one part, and what gradients there are before it."""
@@ -171,21 +200,20 @@ class StreamWalk:
                 for batch, call in enumerate(self.calls):
                     run(batch, call, gatherer, backward)
         else:
-            ways = self._recorded()
+            stream = self.dense
             with self.weights.loaded(self.modules[place]):
-                for batch, call in enumerate(self.calls):
-                    self._block(place, batch, partial(ways[batch][place].run, self.modules[place]), gatherer, backward)
-        found = gatherer.calibration(_NOBODY) if gatherer.reached else None
+                for batch in range(len(self.calls)):
+                    self._block(place, batch, partial(stream.block, self, place, batch), gatherer, backward)
+        found = gatherer.calibration(NOBODY) if gatherer.reached else None
         return self.files.keep_part(place, readers, found, backward.outers())
 
     def _after(self, batch: int, call: Call, gatherer: Gatherer, backward: Backward) -> None:
         hidden = self.files.read("hidden", self.end, batch).requires_grad_()
-        run = partial(self.model, *call.args, **call.kwargs)
-        with self.stand_ins.between(self.blocks, lambda _: hidden.clone()):
-            with only_looked_at(self.model):
-                gatherer.probe(run)
-            with only_looked_at(self.model, gradients=True), backward.listening(call):
-                backward.run(call, gatherer.gather(call, run))
+        run = partial(self.run_after, call, hidden)
+        with only_looked_at(self.model):
+            gatherer.probe(run)
+        with only_looked_at(self.model, gradients=True), backward.listening(call):
+            backward.run(call, gatherer.gather(call, run))
         self._keep_gradient(self.end, batch, hidden)
 
     def _block(self, place: int, batch: int, run: Run, gatherer: Gatherer, backward: Backward) -> None:
@@ -202,6 +230,21 @@ class StreamWalk:
             self._keep_gradient(place, batch, hidden)
 
     def _before(self, batch: int, call: Call, gatherer: Gatherer, backward: Backward) -> None:
+        run = partial(self.run_before, call)
+        with only_looked_at(self.model):
+            gatherer.probe(run)
+        with only_looked_at(self.model, gradients=True), backward.listening(call):
+            hidden = gatherer.gather(call, run)
+            if hidden.requires_grad:
+                hidden.backward(self.files.read("gradients", 0, batch))
+
+    def run_after(self, call: Call, hidden: torch.Tensor) -> Any:
+        """What the model makes of what the last block gives."""
+        with self.stand_ins.between(self.blocks, lambda _: hidden.clone()):
+            return self.model(*call.args, **call.kwargs)
+
+    def run_before(self, call: Call) -> torch.Tensor:
+        """What the first block is given."""
         given: list[torch.Tensor] = []
 
         def hear(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -210,24 +253,15 @@ class StreamWalk:
                 given.append(args[slot] if isinstance(slot, int) else kwargs[slot])
             raise EnoughError
 
-        def run() -> torch.Tensor:
-            given.clear()
-            with suppress(EnoughError):
-                self.model(*call.args, **call.kwargs)
-            return given[0]
-
         handle = self.modules[0].register_forward_pre_hook(hear, with_kwargs=True)
         try:
-            with only_looked_at(self.model):
-                gatherer.probe(run)
-            with only_looked_at(self.model, gradients=True), backward.listening(call):
-                hidden = gatherer.gather(call, run)
-                if hidden.requires_grad:
-                    hidden.backward(self.files.read("gradients", 0, batch))
+            with suppress(EnoughError):
+                self.model(*call.args, **call.kwargs)
         finally:
             handle.remove()
+        return given[0]
 
     def _keep_gradient(self, place: int, batch: int, hidden: torch.Tensor) -> None:
         if hidden.grad is None:
-            raise MPOError(f"no gradient comes back to {self._name(place)}: does the output depend on it?")
+            raise MPOError(f"no gradient comes back to {self.name_of(place)}: does the output depend on it?")
         self.files.write("gradients", place, batch, hidden.grad)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
@@ -18,6 +19,7 @@ from mpo_tn.torch.models.stream_unit import array_of, as_tensor, read_moments, w
 
 FORMAT = "mpo_tn.walk"
 VERSION = 1
+_OWN = "-own"
 
 
 class StaleWalkError(MPOError):
@@ -59,7 +61,7 @@ class WalkFiles:
             MPOError: it cannot be written to.
         """
         try:
-            for kind in ("hidden", "gradients", "moments", "parts"):
+            for kind in ("moments", "parts"):
                 (self.path / kind).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MPOError(f"{self.path} could not be made ({error.strerror}): name another result") from error
@@ -68,15 +70,13 @@ class WalkFiles:
         """All of it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def tensor_file(self, kind: str, place: int, batch: int) -> Path:
-        """Of the hidden states that block ``place`` is given, or of the gradients there, in one batch."""
-        return self.path / kind / f"{place:04d}-{batch:06d}.safetensors"
+    def there(self, kind: str, place: int, batch: int) -> bool:
+        """Whether :meth:`write` wrote that."""
+        return self._tensors(kind, place, batch).exists()
 
     def write(self, kind: str, place: int, batch: int, tensor: torch.Tensor) -> None:
-        """Keep hidden states or gradients (batch, length, width), whole or not at all."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        record = {"format": FORMAT, "version": VERSION, "run": self.run, "dtype": dtype, "shape": list(tensor.shape)}
-        write_tensors(self.tensor_file(kind, place, batch), {"x": array_of(tensor.cpu())}, record)
+        """Keep hidden states or gradients (batch, length, width) before block ``place``, whole or not at all."""
+        self.write_all(kind, place, batch, {"x": [tensor]})
 
     def read(self, kind: str, place: int, batch: int) -> torch.Tensor:
         """What :meth:`write` wrote, on the host.
@@ -84,18 +84,39 @@ class WalkFiles:
         Raises:
             StaleWalkError: it is not there, damaged, or of another run.
         """
-        path = self.tensor_file(kind, place, batch)
+        return self.read_all(kind, place, batch)["x"][0]
+
+    def write_all(self, kind: str, place: int, batch: int, tensors: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """The same of several tensors under each of several names."""
+        path = self._tensors(kind, place, batch)
+        path.parent.mkdir(exist_ok=True)
+        listed = [(name, tensor.cpu()) for name, own in tensors.items() for tensor in own]
+        entries = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in listed]
+        record = {"format": FORMAT, "version": VERSION, "run": self.run, "entries": entries}
+        write_tensors(path, {f"{k:06d}": array_of(tensor) for k, (_, tensor) in enumerate(listed)}, record)
+
+    def read_all(self, kind: str, place: int, batch: int) -> dict[str, list[torch.Tensor]]:
+        """What :meth:`write_all` wrote.
+
+        Raises:
+            StaleWalkError: as :meth:`read`.
+        """
+        path = self._tensors(kind, place, batch)
         try:
             arrays, record = read_tensors(path, FORMAT, VERSION)
         except MPOError as error:
             raise StaleWalkError(str(error)) from error
         if record["run"] != self.run:
             raise StaleWalkError(f"{path} is of another run")
-        return as_tensor(record["dtype"], tuple(record["shape"]), arrays["x"].reshape(-1).view("uint8"))
+        found: dict[str, list[torch.Tensor]] = {}
+        for k, (name, dtype, shape) in enumerate(record["entries"]):
+            data = arrays[f"{k:06d}"].reshape(-1).view(np.uint8)
+            found.setdefault(name, []).append(as_tensor(dtype, tuple(shape), data))
+        return found
 
     def forget(self, kind: str, place: int) -> None:
         """Delete the files of one place."""
-        for path in (self.path / kind).glob(f"{place:04d}-*.safetensors"):
+        for path in (self.path / kind).glob(f"{place + 1:04d}-*.safetensors"):
             path.unlink()
 
     def keep_part(self, place: int, units: Iterable[str], found: Calibration | None,
@@ -113,7 +134,7 @@ class WalkFiles:
             rows = None if found is None else found.rows.get(unit)
             outer = outers.get(unit)
             if rows is not None or outer is not None or not paths:
-                paths.append(self._moments(number, "-own"))
+                paths.append(self._moments(number, _OWN))
                 tokens = 0 if rows is None else int(rows.sum())
                 write_moments(paths[-1], Moments(tokens, outer=outer, rows=rows))
             files[unit] = tuple(str(path.resolve()) for path in paths)
@@ -151,13 +172,43 @@ class WalkFiles:
         except MPOError as error:
             raise StaleWalkError(str(error)) from error
 
-    def forget_moments(self, part: PartFiles) -> None:
-        """Delete the moments of a part."""
+    def forget_moments(self, part: PartFiles, *, but_own: bool = False) -> None:
+        """Delete the moments of a part; or only what its units are given, and not what is their own."""
         for path in {path for paths in part.units.values() for path in paths}:
-            Path(path).unlink(missing_ok=True)
+            if not (but_own and _is_own(path)):
+                Path(path).unlink(missing_ok=True)
+
+    @staticmethod
+    def own_of(paths: Iterable[str]) -> tuple[str, ...]:
+        """Those files of a unit that it shares with no other."""
+        return tuple(path for path in paths if _is_own(path))
+
+    def keep_given(self, unit: str, known: Moments) -> str:
+        """Write what a unit is given once those before it are changed; the name of the file."""
+        path = self._moments(self.numbers[unit], "-given")
+        write_moments(path, known)
+        return str(path.resolve())
+
+    def step_is_done(self, step: str) -> bool:
+        """Whether :meth:`keep_step` was called."""
+        return self._step(step).exists()
+
+    def keep_step(self, step: str) -> None:
+        """Remember that a step is done."""
+        write_whole(self._step(step), self.run.encode())
+
+    def _step(self, step: str) -> Path:
+        return self.path / "parts" / f"{step}.done"
+
+    def _tensors(self, kind: str, place: int, batch: int) -> Path:
+        return self.path / kind / f"{place + 1:04d}-{batch:06d}.safetensors"
 
     def _moments(self, number: int, which: str = "") -> Path:
         return self.path / "moments" / f"{number:06d}{which}.safetensors"
 
     def _part(self, place: int) -> Path:
         return self.path / "parts" / f"{place + 1:04d}.json"
+
+
+def _is_own(path: str) -> bool:
+    return Path(path).stem.endswith(_OWN)
