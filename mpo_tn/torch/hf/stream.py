@@ -48,7 +48,11 @@ def compress_folder(
         source: a folder of safetensors files with ``config.json``, or a name on the hub.
         out: where the compressed model goes. Finished matrices wait in ``<out>.work`` beside it, until all are there.
         config: as for :func:`mpo_tn.torch.compress`, but not what needs text, a budget: make a plan of that first.
-        calibration: of the dense model, for a plan that fits matrices in the metric of their layers.
+        calibration: as for :func:`mpo_tn.torch.compress`, for a plan that fits matrices in the metric of their layers:
+            batches of text, with which the model is run block by block, or moments of the dense model that were saved.
+            With it, what a configuration makes of matrices is fitted so.
+        anchored: as there: whether what is fitted to text is also fitted layer after layer, and what was held back
+            says which is kept. By default wherever there is text.
         workers: processes, of one BLAS thread each.
         executor: any of ``concurrent.futures`` in place of them, Dask's and MPI's too; its workers must see the folders
             under the same paths.
@@ -60,17 +64,22 @@ def compress_folder(
         The report that ``compress`` gives.
 
     Guarantee (stream-same-model): all tensors are bit for bit those that :func:`mpo_tn.torch.compress` in one thread
-    gives of the loaded model, with the moments of the same calibration and ``anchored=False``.
+    gives of the loaded model, with the same moments. With text, what is fitted to it are the same sums over the same
+    tokens in the same order; a model may round a product by where its operands lie in memory, and what is fitted
+    follows that.
     Guarantee (stream-any-workers): every byte of the result is the same for any number of workers and threads, any
-    executor, and however often it was killed and run again, for the same versions and kind of machine.
+    executor, and however often it was killed and run again, for the same versions and kind of machine. With text the
+    model itself is run in as many threads as torch is given, on which last digits of moments depend.
     Guarantee (stream-resumes): after a kill at any moment, or an error, the same call does only what is not done yet.
     With another plan, source, calibration or other versions it is refused, with both fingerprints.
     Guarantee (stream-memory): a process holds one matrix at a time while matrices are done, and one file of the result
-    while that is written.
+    while that is written. With text it first holds the weights of one block, or what lies outside of all, the moments
+    of one block, and what running one batch through that takes; of all batches what the blocks are called with beside
+    hidden states, such as masks.
 
     Raises:
         MPOError: the folder is damaged, incomplete, changed meanwhile or no dense model; too little space; a budget;
-            a matrix that cannot be done, by name, and whatever is done by then is kept.
+            text and a model that cannot be run block by block, as one with an encoder and a decoder; a matrix that cannot be done, by name, and whatever is done by then is kept.
     """
     if whole_number(workers) is None or workers < 1:
         raise MPOError(f"workers={workers!r} must be a whole number of at least 1")

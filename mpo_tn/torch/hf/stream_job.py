@@ -150,10 +150,11 @@ class Job:
                     write_moments(path, _known(self.calibration, unit))
                 moments = (str(path.resolve()),)
             biases = {} if not is_biased(unit) else dict(self._biases(unit))
-        return UnitTask(
-            planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number, anchored=anchored).resolve()), moments, versions(),
-            self.work.task, *((ANCHOR, ROUNDS) if anchored else ()),
+        found = UnitTask(
+            planned, _light(unit), self._places[unit.weight][1], biases,
+            str(self.work.file(number, anchored=anchored).resolve()), moments, versions(), self.work.task,
         )  # fmt: skip
+        return replace(found, anchor=ANCHOR, rounds=ROUNDS) if anchored else found
 
     def _biases(self, unit: DenseUnit) -> list[tuple[str, tuple[StoredTensor, str]]]:
         found: dict[str, tuple[StoredTensor, str]] = {}

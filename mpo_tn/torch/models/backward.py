@@ -17,7 +17,14 @@ from mpo_tn.torch.models.sums import GradientSum, Loss, sketched_distance
 
 
 class Backward:
-    """Gradients at the outputs of units."""
+    """Sums up gradients at the outputs of units.
+
+    Args:
+        model: that is run, or a part of it.
+        readers: the units in it.
+        gradients: a loss, called with the output and the batch; ``True`` for random combinations of the output.
+        seed: of those.
+    """
 
     def __init__(self, model: nn.Module, readers: Mapping[str, Reader], gradients: bool | Loss, seed: int) -> None:
         self.model = model
@@ -70,9 +77,11 @@ class Backward:
         loss.backward()
 
     def outers(self) -> dict[str, torch.Tensor]:
+        """``G`` of every unit that a gradient came back to."""
         return {unit: total.mean() for unit, total in self.sums.items() if total.tokens}
 
     def notes(self) -> list[str]:
+        """Of which units there is none."""
         silent_ = [
             name
             for name, reader in self.readers.items()

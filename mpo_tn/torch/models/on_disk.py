@@ -1,5 +1,7 @@
 """A model whose weights lie in files: read when a part of it is run, given back afterwards."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
@@ -27,7 +29,7 @@ class _Weight:
     def put(self, tensor: torch.Tensor) -> None:
         for module, attribute in self.places:
             held = module._parameters if attribute in module._parameters else module._buffers
-            held[attribute] = tensor  # type: ignore[assignment]
+            held[attribute] = tensor
 
 
 class WeightsOnDisk:

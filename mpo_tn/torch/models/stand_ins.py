@@ -20,7 +20,6 @@ Gives = Callable[[int, torch.Tensor], torch.Tensor]
 """What the stand-in for the block at a place gives for the hidden states that it is given."""
 
 
-
 def ended(_hidden: torch.Tensor) -> torch.Tensor:
     """In place of the last block: what comes after it is not wanted.
 
@@ -58,7 +57,9 @@ class StandIns:
         kind = type(self.model).__name__
         # What is in a block that was stood in for was not seen as often as it is called.
         stood_in = [name for name, module in lists.items() if any(self._forms.get(type(part)) for part in module)]
-        if not blocks or any(blocks[0].startswith(f"{name}.") and blocks[0].count(".") > name.count(".") + 1 for name in stood_in):
+        if not blocks or any(
+            blocks[0].startswith(f"{name}.") and blocks[0].count(".") > name.count(".") + 1 for name in stood_in
+        ):
             raise MPOError(
                 f"a {kind} has no blocks that hidden states go through one after another, so it cannot be run block by "
                 f"block: {_ELSEWHERE}"
@@ -69,7 +70,9 @@ class StandIns:
         return blocks
 
     @contextmanager
-    def between(self, blocks: Sequence[str], at_end: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Generator[None]:
+    def between(
+        self, blocks: Sequence[str], at_end: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    ) -> Generator[None]:
         """Around runs in which the blocks are stood in for; the last of them gives what ``at_end`` says."""
 
         def gives(place: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -147,9 +150,7 @@ class StandIns:
 
 def _outermost(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return {
-        name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
-    }
+    return {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
 
 
 def _form_of(output: Any, hidden: torch.Tensor) -> _Form | None:

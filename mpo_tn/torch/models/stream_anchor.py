@@ -131,7 +131,9 @@ class AnchoredWalk:
 
     def _fit_units(self, names: Sequence[str], known: Moments | None) -> None:
         # Where nothing before it is changed, or nothing is known of what is, a unit stays as it is fitted on its own.
-        wanted = [name for name in names if known is not None and (known.cross is not None or not self.own[name].reached)]
+        wanted = [
+            name for name in names if known is not None and (known.cross is not None or not self.own[name].reached)
+        ]
         if wanted and known is not None:
             given = self.files.keep_given(names[0], known)
             self.fit({name: (given, *self.own[name].files) for name in wanted})
@@ -157,13 +159,13 @@ class _HeardFiles(Sequence[Heard]):
     """What units were given in the dense model, batch for batch, read when it is asked for."""
 
     def __init__(self, files: WalkFiles, place: int, count: int) -> None:
-        self.files, self.place, self.count = files, place, count
+        self.files, self.place, self.size = files, place, count
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, batch: Any) -> Any:
-        return self.files.read_all(_HEARD, self.place, range(self.count)[batch])
+        return self.files.read_all(_HEARD, self.place, range(self.size)[batch])
 
 
 def distances(walk: StreamWalk, finished: FinishedUnits, held_back: Sequence[Mapping[str, Any]]) -> dict[bool, float]:
