@@ -79,7 +79,8 @@ def compress_folder(
 
     Raises:
         MPOError: the folder is damaged, incomplete, changed meanwhile or no dense model; too little space; a budget;
-            text and a model that cannot be run block by block, as one with an encoder and a decoder; a matrix that cannot be done, by name, and whatever is done by then is kept.
+            text and a model that cannot be run block by block, as one with an encoder and a decoder; a matrix that
+            cannot be done, by name, and whatever is done by then is kept.
     """
     if whole_number(workers) is None or workers < 1:
         raise MPOError(f"workers={workers!r} must be a whole number of at least 1")
@@ -87,7 +88,7 @@ def compress_folder(
         raise MPOError(f"shard_bytes={shard_bytes!r} must be a whole number of at least 1")
     tell = progress or silent
     tell(0, 1, "looking at the checkpoint")
-    job = Job.of(source, Path(out), config, samples_of(calibration), anchored=anchored is not False)
+    job = Job.of(source, Path(out), config, samples_of(calibration), anchored=anchored)
     with claimed(Path(out)):
         finished = job.finished_result()
         if finished is not None and not overwrite:

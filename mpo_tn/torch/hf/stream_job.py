@@ -55,7 +55,7 @@ class Job:
         decided: Plan,
         out: Path,
         known: Calibration | Samples | None,
-        anchored: bool,
+        anchored: bool | None,
     ) -> None:
         self.model, self.checkpoint, self.names, self.decided, self.out = model, checkpoint, names, decided, out
         self.pairs = units_of_plan(model, decided)
@@ -67,7 +67,9 @@ class Job:
             )
         self.calibration = known if in_metric and isinstance(known, Calibration) else None
         self.text = known if in_metric and isinstance(known, Samples) else None
-        self.anchored = anchored and self.text is not None
+        if anchored and isinstance(known, Calibration):
+            raise MPOError("anchored=True goes through the model block by block: give batches, not moments alone")
+        self.anchored = anchored is not False and self.text is not None
         if self.calibration is not None:
             self.calibration.check_print(self._fingerprint())
         owners = dict(model.named_parameters(remove_duplicate=False))
@@ -92,7 +94,7 @@ class Job:
     @classmethod
     def of(
         cls, source: str | Path, out: Path, config: MPOConfig | Plan, known: Calibration | Samples | None,
-        *, anchored: bool = False,
+        *, anchored: bool | None = None,
     ) -> Job:  # fmt: skip
         """Read the headers and decide.
 

@@ -242,3 +242,12 @@ def _equal(a: Any, b: Any, known: set[tuple[int, int]]) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
     return type(a) is type(b)
+
+
+def takes_gradient(value: Any) -> bool:
+    """Whether a tensor in what a block is called with takes a gradient."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(takes_gradient(part) for part in value)
+    return isinstance(value, torch.Tensor) and value.requires_grad

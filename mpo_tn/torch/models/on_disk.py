@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class _Weight:
 
     def put(self, tensor: torch.Tensor) -> None:
         for module, attribute in self.places:
-            held = module._parameters if attribute in module._parameters else module._buffers
+            held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
             held[attribute] = tensor
 
 
@@ -39,8 +40,7 @@ class WeightsOnDisk:
         model: its parameters, and those buffers that are stored, are on the meta device; other buffers hold their data.
         stored: tensor of the model, by the first name of it that is stored, to where it lies.
 
-    Guarantee (weights-given-back): outside of :meth:`loaded` and :meth:`as_called` every parameter is the very empty
-    one that it was.
+    Guarantee (weights-given-back): outside of :meth:`loaded` every parameter is the very empty one that it was.
     """
 
     def __init__(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
@@ -59,40 +59,20 @@ class WeightsOnDisk:
                 self._of.setdefault(module, []).append(weight)
 
     @contextmanager
-    def loaded(self, module: nn.Module) -> Generator[None]:
-        """With all weights of a module, and of those in it.
+    def loaded(self, module: nn.Module, but: Iterable[nn.Module] = ()) -> Generator[None]:
+        """With all weights of a module, and of those in it, but not of those in ``but``.
 
         Raises:
             MPOError: one of them is in no file as it is, or its file was changed.
         """
-        wanted = [weight for part in module.modules() for weight in self._of.get(part, ())]
+        apart = {part for other in but for part in other.modules()}
+        wanted = [weight for part in module.modules() if part not in apart for weight in self._of.get(part, ())]
         taken: list[_Weight] = []
         try:
             for weight in wanted:
                 self._take(weight, taken)
             yield
         finally:
-            self._give_back(taken)
-
-    @contextmanager
-    def as_called(self, but: Iterable[nn.Module] = ()) -> Generator[None]:
-        """Every module gets its own weights when it is called, and keeps them to the end, but those in ``but``."""
-        apart = {part for module in but for part in module.modules()}
-        taken: list[_Weight] = []
-        begun: set[nn.Module] = set()
-
-        def take(module: nn.Module, _args: object) -> None:
-            if module not in begun:
-                begun.add(module)
-                for weight in self._of[module]:
-                    self._take(weight, taken)
-
-        handles = [part.register_forward_pre_hook(take, prepend=True) for part in self._of if part not in apart]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
             self._give_back(taken)
 
     def _take(self, weight: _Weight, taken: list[_Weight]) -> None:

@@ -29,14 +29,17 @@ def ended(_hidden: torch.Tensor) -> torch.Tensor:
     raise EnoughError
 
 
-_Form = Callable[[torch.Tensor], Any]
-_ELSEWHERE = "give moments that were made where the model fits into memory (Calibration.save, --calibration FILE)"
+_Form = Callable[[torch.Tensor, int], Any]
+"""What a block returns with these hidden states; other tensors beside them are left out, of so many entries."""
+
+ELSEWHERE = "give moments that were made where the model fits into memory (Calibration.save, --calibration FILE)"
 
 
 class StandIns:
     """Runs of a model on disk in which blocks are only stood in for.
 
-    What a block returns beside hidden states is seen once for every class of blocks, from one that is really run.
+    What a block returns beside hidden states is seen once for every class of blocks, from one that is really run. If
+    what comes beside them are tensors, nothing may depend on them.
     """
 
     def __init__(self, weights: WeightsOnDisk) -> None:
@@ -52,7 +55,11 @@ class StandIns:
         """
         lists = _outermost(self.model)
         members = [member for module in lists.values() for member in module]
-        with self.weights.as_called(members), self._instead_of(members, lambda _, hidden: hidden.clone()):
+        with (
+            self._explained(),
+            self.weights.loaded(self.model, but=members),
+            self._instead_of(members, lambda _, hidden: hidden.clone()),
+        ):
             blocks = find_blocks(self.model, batch)
         kind = type(self.model).__name__
         # What is in a block that was stood in for was not seen as often as it is called.
@@ -62,11 +69,11 @@ class StandIns:
         ):
             raise MPOError(
                 f"a {kind} has no blocks that hidden states go through one after another, so it cannot be run block by "
-                f"block: {_ELSEWHERE}"
+                f"block: {ELSEWHERE}"
             )
         odd = [name for name in blocks if self._forms.get(type(self.model.get_submodule(name))) is None]
         if odd:
-            raise MPOError(f"{odd[0]} of a {kind} hands on more than hidden states: {_ELSEWHERE}")
+            raise MPOError(f"{odd[0]} of a {kind} hands on more than hidden states: {ELSEWHERE}")
         return blocks
 
     @contextmanager
@@ -104,11 +111,11 @@ class StandIns:
 
         found: list[tuple[Recorded, torch.Tensor | None]] = []
         modules = [self.model.get_submodule(name) for name in blocks]
-        for gives in (other, same):
+        for beside, gives in enumerate((other, same)):
             outputs: list[Any] = []
             handle = self.model.register_forward_hook(lambda _m, _a, output, seen=outputs: seen.append(output))
             try:
-                with only_looked_at(self.model), self._instead_of(modules, gives):
+                with self._explained(), only_looked_at(self.model), self._instead_of(modules, gives, beside):
                     recorded = record(self.model, blocks, call)
             finally:
                 handle.remove()
@@ -118,22 +125,36 @@ class StandIns:
         if not one.same_as(two) or not equal:
             raise MPOError(
                 f"in a {type(self.model).__name__} more depends on the hidden states of a block than the next one, so "
-                f"it cannot be run block by block: {_ELSEWHERE}"
+                f"it cannot be run block by block: {ELSEWHERE}"
             )
 
     @contextmanager
-    def _instead_of(self, blocks: Sequence[nn.Module], gives: Gives) -> Generator[None]:
+    def _explained(self) -> Generator[None]:
+        """Around runs with stand-ins of which it is not known yet that the model bears them."""
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if isinstance(error, MPOError):
+                raise
+            raise MPOError(
+                f"a {type(self.model).__name__} cannot be run block by block, without what its blocks give "
+                f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}): {ELSEWHERE}"
+            ) from error
+
+    @contextmanager
+    def _instead_of(self, blocks: Sequence[nn.Module], gives: Gives, beside: int = 0) -> Generator[None]:
         try:
             for place, block in enumerate(blocks):
-                block.forward = partial(self._forward, place, block, block.forward, gives)
+                block.forward = partial(self._forward, place, block, block.forward, gives, beside)
             yield
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)
 
     def _forward(
-        self, place: int, block: nn.Module, run: Callable[..., Any], gives: Gives, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, place: int, block: nn.Module, run: Callable[..., Any], gives: Gives, beside: int, /, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         slot = slot_of(args, kwargs)
         hidden = None if slot is None else args[slot] if isinstance(slot, int) else kwargs[slot]
         kind = type(block)
@@ -145,7 +166,7 @@ class StandIns:
             return output
         form = self._forms[kind]
         assert form is not None
-        return form(gives(place, hidden))
+        return form(gives(place, hidden), beside)
 
 
 def _outermost(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -159,14 +180,19 @@ def _form_of(output: Any, hidden: torch.Tensor) -> _Form | None:
     if first is None or first.shape != hidden.shape or first.dtype != hidden.dtype:
         return None
     if isinstance(output, torch.Tensor):
-        return lambda tensor: tensor
-    if type(output) in (tuple, list) and output[0] is first and not any(map(_holds_tensor, output[1:])):
-        rest = output[1:]
-        return lambda tensor: type(output)([tensor]) + rest
+        return lambda tensor, _beside: tensor
+    if type(output) in (tuple, list) and output[0] is first:
+        rest = _without(output[1:])
+        return lambda tensor, beside: type(output)([tensor]) + _without(rest, beside)
     return None
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, torch.Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
+def _without(value: Any, size: int = 0) -> Any:
+    """The same with so many zeros in the place of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.new_zeros(size)
+    if type(value) in (tuple, list):
+        return type(value)(_without(part, size) for part in value)
+    if type(value) is dict:
+        return {key: _without(part, size) for key, part in value.items()}
+    return value

@@ -89,7 +89,7 @@ class AnchoredWalk:
 
     def _outside(self, place: int, dense: Runs, given: Runs) -> None:
         if self.walk.readers[place]:
-            with self.weights.as_called(self.walk.modules), ExitStack() as changed:
+            with self.walk.outside(), ExitStack() as changed:
                 self._fit_part(place, dense, given, changed)
 
     def _block(self, place: int, dense: Stream, given: Stream) -> None:
@@ -202,7 +202,7 @@ def distances(walk: StreamWalk, finished: FinishedUnits, held_back: Sequence[Map
         return walk.stand_ins.between(walk.blocks, lambda _: next(given))
 
     found: dict[bool, float] = {}
-    with walk.weights.as_called(walk.modules):
+    with walk.outside():
         with of("held-dense"):
             for batch, wanted in enumerate(outputs(walk.model, batches)):
                 walk.files.write("wanted", walk.end, batch, wanted)

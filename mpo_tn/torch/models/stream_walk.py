@@ -11,7 +11,7 @@ file, with what its units are given and the gradients at their outputs heard, as
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +23,13 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.progress import Progress
 from mpo_tn.torch.models.backward import Backward
 from mpo_tn.torch.models.block_walk import early_and_late, places_of
-from mpo_tn.torch.models.blocks import BlockCall, slot_of
+from mpo_tn.torch.models.blocks import BlockCall, slot_of, takes_gradient
 from mpo_tn.torch.models.calibration import Fingerprint
 from mpo_tn.torch.models.feeding import Call, EnoughError, calls_of, is_encoder_decoder, only_looked_at
 from mpo_tn.torch.models.gathering import Gatherer
-from mpo_tn.torch.models.listening import Reader, find_readers
+from mpo_tn.torch.models.listening import Reader, find_readers, is_table
 from mpo_tn.torch.models.on_disk import WeightsOnDisk
-from mpo_tn.torch.models.stand_ins import StandIns
+from mpo_tn.torch.models.stand_ins import ELSEWHERE, StandIns
 from mpo_tn.torch.models.walk_files import PartFiles, WalkFiles
 
 BEFORE = -1
@@ -83,8 +83,8 @@ class StreamWalk:
         self.weights, self.model, self.files, self.progress = weights, weights.model, files, progress
         if is_encoder_decoder(self.model):
             raise MPOError(
-                f"a {type(self.model).__name__} has an encoder and a decoder, and is not run block by block: give "
-                "moments that were made where it fits into memory (Calibration.save, --calibration FILE)"
+                f"a {type(self.model).__name__} has an encoder and a decoder, and is not run block by block: "
+                f"{ELSEWHERE}"
             )
         self.calls = list(calls_of(self.model, batches))
         self.stand_ins = StandIns(weights)
@@ -140,7 +140,7 @@ class StreamWalk:
                     f"{name} is used in several blocks, or in one and outside of it ({inside[0]}), so what it is given "
                     "is not known block by block: leave it out (--exclude)"
                 )
-        with self.weights.as_called(self.modules):
+        with self.outside():
             self.stand_ins.check(self.blocks, self.calls[0])
             with self.stand_ins.between(self.blocks):
                 early, _ = early_and_late(self.model, self.blocks, self.calls[0], outside)
@@ -150,10 +150,14 @@ class StreamWalk:
             found[BEFORE if name in early else self.end if place is None else place][name] = reader
         return found
 
+    def outside(self) -> AbstractContextManager[None]:
+        """With the weights of all that lies outside of the blocks."""
+        return self.weights.loaded(self.model, but=self.modules)
+
     def begin(self, kind: str, calls: Sequence[Call]) -> Stream:
         """What the first block is given by the model as it is by now, into files of this kind."""
         ways: list[tuple[BlockCall, ...]] = []
-        with self.weights.as_called(self.modules):
+        with self.outside():
             for batch, call in enumerate(calls):
                 self.progress(batch, len(calls), "before the blocks")
                 found = self.stand_ins.record(self.blocks, call)
@@ -196,7 +200,7 @@ class StreamWalk:
         gatherer, backward = Gatherer(self.model, readers), Backward(self.model, readers, True, 0)
         if place == self.end or place == BEFORE:
             run = self._after if place == self.end else self._before
-            with self.weights.as_called(self.modules):
+            with self.outside():
                 for batch, call in enumerate(self.calls):
                     run(batch, call, gatherer, backward)
         else:
@@ -212,8 +216,11 @@ class StreamWalk:
         run = partial(self.run_after, call, hidden)
         with only_looked_at(self.model):
             gatherer.probe(run)
-        with only_looked_at(self.model, gradients=True), backward.listening(call):
+        around = Backward(self.model, self._early_layers(), True, 0)
+        with only_looked_at(self.model, gradients=True), backward.listening(call), around.listening(call):
             backward.run(call, gatherer.gather(call, run))
+        if around.sums:
+            raise self._early(next(iter(around.sums)), "what comes after the blocks depends on")
         self._keep_gradient(self.end, batch, hidden)
 
     def _block(self, place: int, batch: int, run: Run, gatherer: Gatherer, backward: Backward) -> None:
@@ -235,7 +242,9 @@ class StreamWalk:
             gatherer.probe(run)
         with only_looked_at(self.model, gradients=True), backward.listening(call):
             hidden = gatherer.gather(call, run)
-            if hidden.requires_grad:
+            if self._early_layers():
+                if not hidden.requires_grad:
+                    raise self._early(next(iter(self._early_layers())), "the blocks do not come after")
                 hidden.backward(self.files.read("gradients", 0, batch))
 
     def run_after(self, call: Call, hidden: torch.Tensor) -> Any:
@@ -249,8 +258,10 @@ class StreamWalk:
 
         def hear(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             slot = slot_of(args, kwargs)
-            if slot is not None:
-                given.append(args[slot] if isinstance(slot, int) else kwargs[slot])
+            named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            if any(key != slot and takes_gradient(value) for key, value in named):
+                raise self._early(next(iter(self._early_layers())), "more than the hidden states of blocks depends on")
+            given.extend(value for key, value in named if key == slot)
             raise EnoughError
 
         handle = self.modules[0].register_forward_pre_hook(hear, with_kwargs=True)
@@ -260,6 +271,17 @@ class StreamWalk:
         finally:
             handle.remove()
         return given[0]
+
+    def _early_layers(self) -> dict[str, Reader]:
+        """Units before the blocks that are no tables: gradients come back to them through the first block alone."""
+        early = self.readers[BEFORE]
+        return {name: own for name, own in early.items() if not all(is_table(module) for module in own.modules)}
+
+    def _early(self, name: str, why: str) -> MPOError:
+        return MPOError(
+            f"{why} {name}, which is called before them, so gradients do not come back to it block by block: leave it "
+            f"out (--exclude), or {ELSEWHERE}"
+        )
 
     def _keep_gradient(self, place: int, batch: int, hidden: torch.Tensor) -> None:
         if hidden.grad is None:
