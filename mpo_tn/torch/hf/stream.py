@@ -17,7 +17,8 @@ from mpo_tn.storage.places import claimed
 from mpo_tn.torch.hf.assembling import write_result
 from mpo_tn.torch.hf.folder import check_model_target
 from mpo_tn.torch.hf.stream_job import Job
-from mpo_tn.torch.hf.stream_text import fit_on_text
+from mpo_tn.torch.hf.stream_text import fit_on_text, is_fitted
+from mpo_tn.torch.hf.text_sizes import TextSizes
 from mpo_tn.torch.models.calibration import Calibration
 from mpo_tn.torch.models.decide import samples_of
 from mpo_tn.torch.models.report import CompressionReport
@@ -97,7 +98,7 @@ def compress_folder(
         check_model_target(Path(out), job.checkpoint.folder, overwrite=overwrite)
         job.work.check()
         records = job.records()
-        job.check_space(records)
+        job.check_space(records, 0 if is_fitted(job, records) else TextSizes.of(job).disk)
         job.work.open()
         do = partial(_do, job, workers, executor, tell)
         on_text = set(job.on_text.values())
@@ -137,8 +138,11 @@ class DryRun:
         done: those that an earlier run has finished.
         bytes_read: of the source.
         bytes_written: of finished matrices and of the result together; so much space is needed.
-        seconds: with so many workers as asked for, by the cost law, on a machine such as it was measured on.
+        seconds: with so many workers as asked for, by the cost law, on a machine such as it was measured on; running
+            the model on text comes on top.
         memory: the most that one worker holds at a time, in bytes, above 300 MB for the libraries.
+        bytes_meanwhile: of moments, gradients and hidden states that wait in files until they are used, at most; so
+            much space is needed besides.
     """
 
     units: int
@@ -147,6 +151,7 @@ class DryRun:
     bytes_written: int
     seconds: float
     memory: int
+    bytes_meanwhile: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -168,19 +173,23 @@ def dry_run(
     Raises:
         MPOError: as :func:`compress_folder`, as far as it can be known by then.
     """
-    job = Job.of(source, Path(out), config, samples_of(calibration))
+    job = Job.of(source, Path(out), config, samples_of(calibration), anchored=anchored)
     job.work.check()
     finished = job.finished_result()
-    records = job.records() if finished is None else dict(enumerate(finished))
+    if finished is not None:
+        return DryRun(len(job.pairs), len(finished), 0, 0, 0.0, 0)
+    records = job.records()
     left = [job.effort(number) for number in range(len(job.pairs)) if number not in records]
+    text = TextSizes() if is_fitted(job, records) else TextSizes.of(job)
     memory = max((effort.memory for effort in left), default=0)
     return DryRun(
         len(job.pairs),
         len(records),
-        0 if finished else sum(effort.bytes_read for effort in left) + job.bytes_beside,
-        0 if finished else job.bytes_to_write(records),
-        0.0 if finished else finish_time([effort.seconds for effort in left], workers),
-        max(memory, min(shard_bytes, job.result_bytes)),
+        sum(effort.bytes_read for effort in left) + job.bytes_beside + text.read,
+        job.bytes_to_write(records),
+        finish_time([effort.seconds for effort in left], workers),
+        max(memory, text.memory, min(shard_bytes, job.result_bytes)),
+        text.disk,
     )
 
 

@@ -205,19 +205,23 @@ class Job:
         """Units that are missing, and the result."""
         return sum(pair[0].bytes for number, pair in enumerate(self.pairs) if number not in records) + self.result_bytes
 
-    def check_space(self, records: Mapping[int, UnitRecord]) -> None:
+    def check_space(self, records: Mapping[int, UnitRecord], meanwhile: int = 0) -> None:
         """Refuse a disk on which there is no room for the result, before anything is done.
+
+        Args:
+            records: of units that are done.
+            meanwhile: bytes of what waits in files until it is used.
 
         Raises:
             MPOError: it is so.
         """
         there = next(folder for folder in self.out.resolve().parents if folder.exists())
-        needed, free = self.bytes_to_write(records), shutil.disk_usage(there).free
+        needed, free = self.bytes_to_write(records) + meanwhile, shutil.disk_usage(there).free
         if needed > free:
             raise MPOError(
                 f"{self.out.parent} has {free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed for the "
-                f"matrices and the "
-                "result: free some space or name another folder"
+                f"matrices and the result{', and what is made of text meanwhile' if meanwhile else ''}: free some "
+                f"space or name another folder"
             )
 
     def pieces(self, records: list[UnitRecord]) -> list[Piece]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from mpo_tn.progress import Progress
@@ -29,9 +29,7 @@ def fit_on_text(job: Job, do: Do, progress: Progress) -> None:
     Raises:
         MPOError: as :class:`~mpo_tn.torch.models.stream_walk.StreamWalk`, and as units that fail.
     """
-    done = job.records()
-    through = not job.anchored or job.work.decision is not None
-    if job.text is None or (through and all(number in done for number in job.on_text.values())):
+    if is_fitted(job, job.records()):
         return
     job.work.decide(None)
     files = WalkFiles(job.work.path / "walk", job.on_text, job.work.task)
@@ -41,6 +39,12 @@ def fit_on_text(job: Job, do: Do, progress: Progress) -> None:
         files.delete()
         _fit(job, files, do, progress)
     files.delete()
+
+
+def is_fitted(job: Job, done: Container[int]) -> bool:
+    """Whether nothing is left to do for :func:`fit_on_text`, ``done`` being the numbers of units that are done."""
+    decided = not job.anchored or job.work.decision is not None
+    return decided and all(number in done for number in job.on_text.values())
 
 
 def _fit(job: Job, files: WalkFiles, do: Do, progress: Progress) -> None:
