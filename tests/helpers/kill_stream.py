@@ -1,7 +1,8 @@
 """Streams a tiny model, killed at every event in turn and begun again, and compares what comes with a run in one go.
 
-Run by tests/torch/hf/test_stream.py in a process of its own: ``python -m helpers.kill_stream FOLDER EVERY``, of whose
-events every so many are tried; with a third argument ``text``, with matrices that are fitted to text. Prints what is wrong and exits with 1, or prints how many kills there were.
+Run by tests/torch/hf/test_stream.py and test_stream_text.py in a process of its own: ``python -m helpers.kill_stream
+FOLDER EVERY``, of whose events every so many are tried; with a third argument ``text``, with matrices that are fitted
+to text. Prints what is wrong and exits with 1, or prints how many kills there were.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 from transformers.utils.hub import cached_file
 
 from mpo_tn.exceptions import MPOError, bounded_text, clipped
@@ -56,9 +57,27 @@ def hollow_model(source: str | Path) -> Any:
     Raises:
         MPOError: as :func:`empty_model`.
     """
-    model = _empty(source, lambda: init_empty_weights(include_buffers=False))
+    model = _empty(source, _without_parameters)
+    if any(buffer.is_meta for buffer in model.buffers()):  # made by torch.empty, and filled in
+        model = _empty(source, lambda: init_empty_weights(include_buffers=False))
     model.tie_weights()  # which the context takes apart
     return model.eval()
+
+
+class _WithoutRoom(TorchFunctionMode):
+    """``torch.empty`` takes no memory: not even for the moment until accelerate has put a parameter elsewhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty and options.get("device") is None:
+            options["device"] = "meta"
+        return func(*args, **options)
+
+
+@contextmanager
+def _without_parameters() -> Generator[None]:
+    with init_empty_weights(include_buffers=False), _WithoutRoom():
+        yield
 
 
 def _empty(source: str | Path, without_data: Callable[[], AbstractContextManager[Any]]) -> Any:
