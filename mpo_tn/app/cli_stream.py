@@ -27,8 +27,9 @@ Stream = Annotated[
     typer.Option(
         "--stream/--no-stream",
         rich_help_panel=_PANEL,
-        help="Never load the model: one matrix in memory at a time, and a run that was killed goes on where it was. By "
-        "default with the options below, and for models of more than half of the memory that is free.",
+        help="Never load the model: one matrix in memory at a time, with --texts one block, and a run that was killed "
+        "goes on where it was. By default with the options below, and for models of more than half of the memory that "
+        "is free.",
         show_default=False,
     ),
 ]
