@@ -96,7 +96,7 @@ def test_text_is_run_through_a_model_that_is_streamed(
     assert "and running the model on text" in said
     code, said, _ = program("compress", tmp_path / "source", tmp_path / "out", *given, "--stream", "--json")
     assert code == 0
-    assert {layer["metric"] for layer in json.loads(said)["layers"]} == {"activation"}
+    assert all(layer["metric"].startswith("activation") for layer in json.loads(said)["layers"])
     assert json.loads((tmp_path / "out" / "mpo_record.json").read_text())["run"]["calibration"]
     assert not (tmp_path / "out.work").exists()
     code, said, _ = program("compress", tmp_path / "source", tmp_path / "memory", *given, "--json")
