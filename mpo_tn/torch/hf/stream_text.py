@@ -51,7 +51,8 @@ def _fit(job: Job, files: WalkFiles, do: Do, progress: Progress) -> None:
     assert job.text is not None
     done = set(job.records())
     names = list(job.on_text)
-    weights = WeightsOnDisk(hollow_model(job.checkpoint.folder), job.names.stored)
+    model = hollow_model(job.checkpoint.folder)
+    weights = WeightsOnDisk(model, job.names.readers(model))
     walk = StreamWalk(weights, job.text.batches, names, files, progress)
     own: dict[str, Own] = {}
     for part in walk.parts():

@@ -53,7 +53,8 @@ class TextSizes:
             judging = 3 * (layers + 1) * sum(held) * row + 4 * sum(held) * (vocabulary or width)
             kept = sum(_own(unit) + unit.bytes for unit in planned)
             disk = kept + max(disk, after, judging)
-        weights = _by_part((name, stored.nbytes) for name, stored in job.names.stored.items())
+        stored = [*job.names.stored.items(), *job.names.kept.items()]
+        weights = _by_part((name, tensor.nbytes) for name, tensor in stored)
         memory = max(map(sum, weights.values())) + moments + _LOGITS * 8 * max(tokens) * vocabulary
         return cls(disk, memory, (4 if job.anchored else 2) * job.checkpoint.nbytes)
 

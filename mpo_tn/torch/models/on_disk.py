@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.storage.checkpoint import StoredTensor
-from mpo_tn.torch.models.stream_unit import tensor_of
+
+Read = Callable[[], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -23,7 +23,7 @@ class _Weight:
 
     name: str
     empty: torch.Tensor
-    stored: StoredTensor | None
+    read: Read | None
     places: list[tuple[nn.Module, str]] = field(default_factory=list[tuple[nn.Module, str]])
     users: int = 0
 
@@ -38,12 +38,12 @@ class WeightsOnDisk:
 
     Args:
         model: its parameters, and those buffers that are stored, are on the meta device; other buffers hold their data.
-        stored: tensor of the model, by the first name of it that is stored, to where it lies.
+        readers: what reads a tensor, in the dtype of the model, by one of its names.
 
     Guarantee (weights-given-back): outside of :meth:`loaded` every parameter is the very empty one that it was.
     """
 
-    def __init__(self, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, model: nn.Module, readers: Mapping[str, Read]) -> None:
         self.model = model
         self._of: dict[nn.Module, list[_Weight]] = {}
         known: dict[int, _Weight] = {}
@@ -51,10 +51,10 @@ class WeightsOnDisk:
             held = {**module._parameters, **module._buffers}
             for attribute, tensor in held.items():
                 name = f"{prefix}.{attribute}".lstrip(".")
-                if tensor is None or (attribute in module._buffers and name not in stored):
+                if tensor is None or (attribute in module._buffers and name not in readers):
                     continue
                 weight = known.setdefault(id(tensor), _Weight(name, tensor, None))
-                weight.stored = weight.stored or stored.get(name)
+                weight.read = weight.read or readers.get(name)
                 weight.places.append((module, attribute))
                 self._of.setdefault(module, []).append(weight)
 
@@ -77,13 +77,12 @@ class WeightsOnDisk:
 
     def _take(self, weight: _Weight, taken: list[_Weight]) -> None:
         if weight.users == 0:
-            if weight.stored is None:
+            if weight.read is None:
                 raise MPOError(
-                    f"{weight.name} is not in the checkpoint as it is, transformers makes it of other tensors, so the "
-                    "model cannot be run block by block: give moments that were made where it fits into memory "
-                    "(Calibration.save, --calibration FILE)"
+                    f"{weight.name} is not in the checkpoint, so the model cannot be run block by block: give moments "
+                    "that were made where it fits into memory (Calibration.save, --calibration FILE)"
                 )
-            data = tensor_of(weight.stored, weight.empty.dtype)
+            data = weight.read()
             weight.put(nn.Parameter(data, requires_grad=False) if isinstance(weight.empty, nn.Parameter) else data)
         weight.users += 1
         taken.append(weight)
