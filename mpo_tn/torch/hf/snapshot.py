@@ -75,8 +75,7 @@ class Names:
         for key, pattern in self.made[name]:
             read = partial(tensor_of, self.kept[key], self.dtypes[name])
             converter.add_tensor(name, key, pattern, read)  # pyright: ignore[reportArgumentType]
-        tensors = converter.convert(name, model=model, config=model.config)
-        found = tensors[name]
+        found: Any = converter.convert(name, model=model, config=model.config)[name]
         return found[0] if isinstance(found, list) else found
 
 
