@@ -150,7 +150,7 @@ def test_moments_of_a_saved_calibration_fit_matrices_and_move_biases(tmp_path: P
     same_tensors(tmp_path / "memory", tmp_path / "out")
     found = verify_folder(tmp_path / "out", source)
     assert found.is_good, found.differences
-    with pytest.raises(MPOError, match="nothing is known of that: give a saved"):
+    with pytest.raises(MPOError, match="nothing is known of that: give text"):
         compress_folder(source, tmp_path / "other", decided)
     other = source_in(tmp_path / "else", "llama" if family == "bert" else "bert")
     with pytest.raises(MPOError, match=r"does not fit|is not of this"):
