@@ -110,17 +110,17 @@ class AnchoredWalk:
     ) -> None:
         """Fit the units of a part in the order in which they are called, and leave them in their places."""
         readers, calls = self.walk.readers[place], self.walk.calls
+        # Looking at a whole model for every batch in every block takes long where there are many.
+        run = self.walk.modules[place] if 0 <= place < self.walk.end else self.model
         ears = Gatherer(self.model, readers)
-        with only_looked_at(self.model):
+        with only_looked_at(run):
             for batch, call in enumerate(calls):
                 output, heard = ears.hear(call, dense(batch))
                 self.files.write_all(_HEARD, place, batch, heard)
                 if keep is not None:
                     keep(batch, output)
         heard = _HeardFiles(self.files, place, len(calls))
-        passage = _OnDisk(
-            self.walk.name_of(place), None, readers, ears.inputs, (), heard, self.model, calls, NOBODY, given
-        )
+        passage = _OnDisk(self.walk.name_of(place), None, readers, ears.inputs, (), heard, run, calls, NOBODY, given)
         for key in dict.fromkeys(ears.inputs.values()):
             names = [name for name, own in ears.inputs.items() if own == key]
             self._fit_units(names, passage.moments(key))

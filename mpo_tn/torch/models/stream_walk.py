@@ -168,7 +168,7 @@ class StreamWalk:
 
     def advance(self, stream: Stream, place: int) -> None:
         """Through one block, which is loaded, as it is by now; batches that are there already are not done again."""
-        with only_looked_at(self.model):
+        with only_looked_at(self.modules[place]):
             for batch in range(len(stream.calls)):
                 if not self.files.there(stream.kind, place + 1, batch):
                     hidden = self.files.read(stream.kind, place, batch)
@@ -224,12 +224,12 @@ class StreamWalk:
         self._keep_gradient(self.end, batch, hidden)
 
     def _block(self, place: int, batch: int, run: Run, gatherer: Gatherer, backward: Backward) -> None:
-        call, hidden = self.calls[batch], self.files.read("hidden", place, batch)
-        with only_looked_at(self.model):
+        call, hidden, block = self.calls[batch], self.files.read("hidden", place, batch), self.modules[place]
+        with only_looked_at(block):
             gatherer.probe(partial(run, hidden))
         if place > self.first:
             hidden.requires_grad_()
-        with only_looked_at(self.model, gradients=True), backward.listening(call):
+        with only_looked_at(block, gradients=True), backward.listening(call):
             output = gatherer.gather(call, partial(run, hidden))
             if output.requires_grad:
                 output.backward(self.files.read("gradients", place + 1, batch))

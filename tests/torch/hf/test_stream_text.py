@@ -276,7 +276,7 @@ except BaseException as error:
 def test_text_runs_through_a_model_that_does_not_fit_into_memory(tmp_path: Path) -> None:
     small = source_in(tmp_path)
     config = transformers.LlamaConfig(
-        hidden_size=256, intermediate_size=256, num_hidden_layers=48, num_attention_heads=4, vocab_size=64,
+        hidden_size=256, intermediate_size=256, num_hidden_layers=40, num_attention_heads=4, vocab_size=64,
         dtype="float32",
     )  # fmt: skip
     source = tmp_path / "large" / "source"
@@ -284,7 +284,7 @@ def test_text_runs_through_a_model_that_does_not_fit_into_memory(tmp_path: Path)
         source, max_shard_size="10MB"
     )
     # A block, moments of two inputs and outputs twice over, a file of the result, and what a fit and allocators take.
-    cap = 7 * 256**2 * 4 + 2 * 4 * 256**2 * 8 + 2_000_000 + 24_000_000
+    cap = 7 * 256**2 * 4 + 2 * 4 * 256**2 * 8 + 2_000_000 + 18_000_000
     size = open_checkpoint(source).nbytes
     assert size >= 2.5 * cap
     done = subprocess.run(
