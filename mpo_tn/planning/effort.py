@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpo_tn.planning.entries import ACTIVATION, UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.truncate.quantize import SWEEPS
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Effort:
     Attributes:
         seconds: on a machine such as the law was measured on; of others the proportions hold.
         memory: the most that is held at a time, bytes.
-        bytes_read: of the dense weight.
+        bytes_read: of the dense weight, and of the moments it is fitted by.
         bytes_written: of its cores.
     """
 
@@ -28,36 +31,106 @@ class Effort:
 def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
     """What a unit costs, its weight being read in numbers of ``itemsize`` bytes. Cost: none, it looks at sizes.
 
-    Two laws: products of the matrix with bases, ``2 rows columns side`` flops a bond, and eigen-decompositions of
-    ``side`` squared Gram matrices, ``side`` cubed. ``side`` is the smaller side of an unfolding, of what is left of the
-    matrix once outer bonds are cut.
+    Seconds are amounts of work, see :func:`work_of`, at the rates of :data:`RATES`; memory is the matrix as stored
+    and what :func:`held_of` counts, in the bytes of :data:`BYTES`. Both were fitted to measurements by
+    ``benchmarks/scale.py``.
     """
     spec = planned.spec
     entries = spec.out_features * spec.in_features
-    products, cubes, widest = _flops(spec)
-    if planned.metric == ACTIVATION:  # the metric is factorised as well, and sweeps follow
-        products, cubes = 3 * products + 2 * entries * spec.in_features, 2 * cubes + spec.in_features**3
-        widest = max(widest, spec.in_features)
-    seconds = _EACH + entries * _ENTRY + products * _PRODUCT + cubes * _CUBE
-    seconds += sum(entries for bits in spec.core_bits if bits not in (None, 16)) * _ROUNDED
-    # The matrix as stored, once wider, a Gram matrix with its eigenvectors and the room LAPACK works in.
-    memory = entries * (itemsize + 8) + 8 * 4 * widest**2
-    return Effort(seconds, memory, entries * itemsize, planned.bytes)
+    seconds = sum(RATES[name] * amount for name, amount in work_of(planned).items())
+    memory = entries * itemsize + sum(BYTES[name] * amount for name, amount in held_of(planned).items())
+    moments = 8 * spec.in_features**2 if planned.metric == ACTIVATION else 0
+    return Effort(seconds, int(memory), entries * itemsize + moments, planned.bytes)
 
 
-_EACH, _ENTRY, _PRODUCT, _CUBE, _ROUNDED = 5e-3, 2e-8, 2e-11, 4e-10, 1e-7
+RATES: Mapping[str, float] = {
+    "unit": 5e-3, "entry": 2e-8, "product": 2e-11, "cube": 4e-10, "rounded": 1e-7, "double": 4e-11, "root": 1e-10,
+    "sweep": 1e-10, "feedback": 1e-10,
+}  # fmt: skip
+"""Seconds for each amount of work."""
+
+BYTES: Mapping[str, float] = {
+    "entry": 8.0, "square": 32.0, "rounded": 32.0, "fitted": 32.0, "moment": 32.0,
+}  # fmt: skip
+"""Bytes for each number that is held."""
 
 
-def _flops(spec: ModuleSpec) -> tuple[float, float, int]:
-    """Flops of products, sides cubed, and the widest side, over all bonds, both ends peeled inward."""
+def work_of(planned: UnitPlan) -> dict[str, float]:
+    """How much there is to do, by kind of work.
+
+    - ``unit``: one; ``entry``: numbers of the matrix, read, cast and summed.
+    - ``product``: flops of products of what is left of the matrix with bases, ``2 rows columns side`` a bond; ``cube``:
+      eigen-decompositions, ``side**3``. ``side`` is the smaller side of an unfolding, of what is left of the matrix
+      once outer bonds are cut.
+    - ``rounded``: numbers that are rounded to the nearest integer at the best scale.
+    - in the metric of a layer, ``double``: flops of products with moments in double precision; ``root``: those of the
+      Cholesky decomposition of moments; ``sweep``: ``2 out in**2`` for chains that are fitted by sweeps; ``feedback``:
+      flops of rounding with error feedback.
+    """
+    spec = planned.spec
     rows, columns = spec.sites.shape
-    left, right = 1, 1
-    rest = float(rows * columns)
-    products, cubes, widest = 0.0, 0.0, 1
-    low, high = 0, len(spec.sites) - 1
+    entries = float(spec.out_features * spec.in_features)
+    coded = [
+        (left * out, in_ * right)
+        for (left, out, in_, right), bits in zip(spec.core_shapes, spec.core_bits, strict=True)
+        if bits not in (None, 16)
+    ]
+    work: dict[str, float] = {"unit": 1.0, "entry": entries}
+    if len(spec.sites) > 1:
+        work["product"], work["cube"] = _flops(spec)
+    if planned.metric != ACTIVATION:
+        work["rounded"] = float(sum(map(math.prod, coded)))
+        return work
+    with_moment = 2 * entries * columns
+    work["root"] = columns**3 / 3
+    work["double"] = 2 * with_moment
+    work["feedback"] = sum(2 * (1 + SWEEPS) * m * n**2 + n**3 / 3 for m, n in coded)
+    if spec.sites.is_low_rank:
+        bond, side = spec.bonds[0], min(rows, columns)
+        work["product"] = 0.0
+        work["double"] += with_moment + 2 * entries * side + 6 * entries * bond
+    elif len(spec.sites) > 1:
+        work["sweep"] = with_moment
+    return work
+
+
+def held_of(planned: UnitPlan) -> dict[str, float]:
+    """How many numbers are held beside the matrix as it is stored, by what they are.
+
+    - ``entry``: of the matrix in other precisions, ``square``: of Gram matrices, their eigenvectors and LAPACK's room.
+    - ``rounded``: of what is rounded, with what its scales are found from.
+    - in the metric of a layer, ``fitted``: of the matrix, weighted or rebuilt, in double precision; ``moment``: of
+      moments and what is made of them, ``in**2``.
+    """
+    spec = planned.spec
+    entries = float(spec.out_features * spec.in_features)
+    if planned.metric == ACTIVATION:
+        return {"fitted": entries, "moment": float(spec.in_features) ** 2}
+    if len(spec.sites) == 1:
+        return {"rounded": entries}
+    return {"entry": entries, "square": float(_widest(spec)) ** 2}
+
+
+def _flops(spec: ModuleSpec) -> tuple[float, float]:
+    """Flops of products and sides cubed, over all bonds."""
+    products = sum(2 * rest * side + 2 * rest * bond for rest, side, bond in _bonds(spec))
+    return products, sum(float(side) ** 3 for _, side, _ in _bonds(spec))
+
+
+def _widest(spec: ModuleSpec) -> int:
+    """The widest side that is decomposed."""
+    return max((side for _, side, _ in _bonds(spec)), default=1)
+
+
+def _bonds(spec: ModuleSpec) -> list[tuple[float, int, int]]:
+    """For every bond, both ends peeled inward, the numbers that are left, the side that is decomposed, and the bond."""
+    rows, columns = spec.sites.shape
     sites, bonds = list(spec.sites), spec.bonds
+    left, right, rest = 1, 1, float(rows * columns)
+    low, high = 0, len(sites) - 1
+    found: list[tuple[float, int, int]] = []
     while low < high:
-        outer, inner = left * sites[low][0] * sites[low][1], right * sites[high][0] * sites[high][1]
+        outer, inner = left * math.prod(sites[low]), right * math.prod(sites[high])
         if outer <= inner:
             side, bond = outer, bonds[low]
             low, left = low + 1, bond
@@ -65,9 +138,6 @@ def _flops(spec: ModuleSpec) -> tuple[float, float, int]:
             side, bond = inner, bonds[high - 1]
             high, right = high - 1, bond
         other = rest / side
-        side = int(min(side, other))
-        products += 2 * rest * side + 2 * rest * bond
-        cubes += float(side) ** 3
-        widest = max(widest, side)
+        found.append((rest, int(min(side, other)), bond))
         rest = other * bond
-    return products, cubes, widest
+    return found

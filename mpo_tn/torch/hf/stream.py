@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan
+from mpo_tn.planning.schedule import forecast
 from mpo_tn.progress import Progress, doing, silent
 from mpo_tn.storage.places import claimed
 from mpo_tn.torch.hf.assembling import write_result
@@ -105,8 +107,10 @@ class DryRun:
         units: matrices in all, and
         done: those that an earlier run has finished.
         bytes_read: of the source.
-        bytes_written: of finished matrices and of the result together; so much space is needed.
-        seconds: with so many workers as asked for, by the cost law, on a machine such as it was measured on.
+        bytes_written: of finished matrices, of moments for those that are missing, and of the result together; so much
+            space is needed.
+        seconds: with so many workers as asked for on the cores of this machine, by the cost law, if they are such as it
+            was measured on.
         memory: the most that one worker holds at a time, in bytes, above 300 MB for the libraries.
     """
 
@@ -140,26 +144,20 @@ def dry_run(
     job.work.check()
     finished = job.finished_result()
     records = job.records() if finished is None else dict(enumerate(finished))
-    left = [job.effort(number) for number in range(len(job.pairs)) if number not in records]
-    memory = max((effort.memory for effort in left), default=0)
+    left = [number for number in range(len(job.pairs)) if number not in records]
+    told = forecast(
+        [job.effort(number) for number in left],
+        workers,
+        cores=os.cpu_count(),
+        beside=job.bytes_beside,
+        most_shard=min(shard_bytes, job.result_bytes),
+        done=sum(job.pairs[number][0].bytes for number in records),
+    )
     return DryRun(
         len(job.pairs),
         len(records),
-        0 if finished else sum(effort.bytes_read for effort in left) + job.bytes_beside,
+        0 if finished else sum(job.source_bytes(number) for number in left) + job.bytes_beside,
         0 if finished else job.bytes_to_write(records),
-        0.0 if finished else finish_time([effort.seconds for effort in left], workers),
-        max(memory, min(shard_bytes, job.result_bytes)),
+        0.0 if finished else told.seconds,
+        told.memory,
     )
-
-
-def finish_time(seconds: list[float], workers: int) -> float:
-    """When the last of several jobs ends that are given to so many workers, the longest first.
-
-    >>> finish_time([3, 3, 2, 2, 2], 2)
-    7.0
-    """
-    ends = [0.0] * workers
-    for each in sorted(seconds, reverse=True):
-        ends.sort()
-        ends[0] += each
-    return max(ends)

@@ -1,0 +1,414 @@
+"""The law fitted to rows of :mod:`scale`, and the marked sections and the picture of ``docs/scale.md``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import common  # threads, before NumPy  # noqa: F401
+import numpy as np
+import scale_runs
+from commands import save
+from rows import markdown
+from scale_units import DTYPE, KINDS, effort, planned
+from scipy.optimize import nnls
+
+from mpo_tn import plot
+from mpo_tn.planning.effort import Effort, effort_of, held_of, work_of
+from mpo_tn.planning.entries import UnitPlan
+from mpo_tn.planning.schedule import forecast
+from mpo_tn.planning.structure import structure
+
+Row = dict[str, Any]
+WORKERS = (1, 8, 64)
+LIBRARIES = 300e6
+"""Bytes of memory of a process that has imported them."""
+
+
+def units(rows: Sequence[Row], kind: str | None = None) -> list[Row]:
+    """The rows of matrices, the small ones first."""
+    found = [row for row in rows if row["part"] == "unit" and kind in (None, row["kind"])]
+    return sorted(found, key=lambda row: (list(KINDS).index(row["kind"]), row["out"] * row["in"]))
+
+
+def runs(rows: Sequence[Row]) -> list[Row]:
+    """The rows of streamed runs."""
+    return sorted((row for row in rows if row["part"] == "run"), key=lambda row: row["workers"])
+
+
+# --- the law ---
+
+
+def fitted(amounts: Sequence[Mapping[str, float]], measured: Sequence[float]) -> dict[str, float]:
+    """What each amount takes, none less than nothing, so that relative errors are least."""
+    names = list(dict.fromkeys(name for each in amounts for name in each))
+    table = np.array([[each.get(name, 0.0) for name in names] for each in amounts])
+    scaled = table / np.asarray(measured)[:, None]
+    # Amounts differ by ten orders of magnitude: columns of one size, or the solver stops too early.
+    sizes = np.linalg.norm(scaled, axis=0)
+    found, _ = nnls(scaled / np.where(sizes > 0, sizes, 1.0), np.ones(len(measured)))
+    return {
+        name: float(f"{value:.3g}") for name, value in zip(names, found / np.where(sizes > 0, sizes, 1), strict=True)
+    }
+
+
+def rates(rows: Sequence[Row]) -> dict[str, float]:
+    """Seconds for each amount of work."""
+    return fitted([work_of(plan_of(row)) for row in rows], [row["cpu"] for row in rows])
+
+
+def held(rows: Sequence[Row]) -> dict[str, float]:
+    """Bytes for each number that is held beside the matrix as it is stored."""
+    amounts = [held_of(plan_of(row)) for row in rows]
+    stored = [row["out"] * row["in"] * DTYPE.itemsize for row in rows]
+    scale = [row["memory"] for row in rows]
+    names = list(dict.fromkeys(name for each in amounts for name in each))
+    # The same least squares of relative errors, of what is left beside the stored matrix.
+    table = np.array([[each.get(name, 0.0) for name in names] for each in amounts]) / np.array(scale)[:, None]
+    found, _ = nnls(table, 1 - np.array(stored) / np.array(scale))
+    return {name: float(f"{value:.3g}") for name, value in zip(names, found, strict=True)}
+
+
+def plan_of(row: Row) -> UnitPlan:
+    return planned(row["kind"], row["out"], row["in"])
+
+
+def law(rows: Sequence[Row]) -> Iterator[str]:
+    """The constants, and how far off they are."""
+    all_units = units(rows)
+    for name, found in (("RATES", rates(all_units)), ("BYTES", held(all_units))):
+        yield f"{name} = {found}"
+    for row in all_units:
+        told = effort_of(plan_of(row), DTYPE.itemsize)
+        new = sum(rates(all_units)[name] * amount for name, amount in work_of(plan_of(row)).items())
+        yield (
+            f"{row['kind']:24} {row['out']:5} {row['in']:5} {row['cpu']:8.3f} s, law {told.seconds:8.3f}, new {new:8.3f}"
+            f" {row['memory'] / 1e6:7.0f} MB, law {told.memory / 1e6:7.0f}"
+        )
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+# --- what was measured ---
+
+
+def measured_table(rows: Sequence[Row], what: str) -> list[str]:
+    """Seconds or memory by kind and size, the law in brackets."""
+    sizes = sorted({(row["out"], row["in"]) for row in units(rows)}, key=math.prod)
+    cells: list[list[str]] = []
+    for kind in KINDS:
+        by_size = {(row["out"], row["in"]): row for row in units(rows, kind)}
+        line = [kind]
+        for size in sizes:
+            told = effort(kind, *size)
+            law_says = shown_seconds(told.seconds) if what == "cpu" else f"{told.memory / 1e6:.0f}"
+            if size in by_size:
+                value = by_size[size][what]
+                line.append(f"{shown_seconds(value) if what == 'cpu' else f'{value / 1e6:.0f}'} ({law_says})")
+            else:
+                line.append(f"({law_says})")
+        cells.append(line)
+    return markdown([what_it_is[what], *(f"{out} x {in_}" for out, in_ in sizes)], cells)
+
+
+what_it_is = {"cpu": "seconds (the law)", "memory": "MB (the law)"}
+
+
+def exponents_table(rows: Sequence[Row]) -> list[str]:
+    """How seconds, flops and memory grow with the number of entries, and how far off the law is."""
+    cells: list[list[str]] = []
+    for kind in KINDS:
+        found = units(rows, kind)
+        entries = [float(row["out"] * row["in"]) for row in found]
+        flops = [flops_of(plan_of(row)) for row in found]
+        off = [
+            max(row["cpu"] / told, told / row["cpu"]) for row in found for told in [effort_of(plan_of(row), 2).seconds]
+        ]
+        off_memory = [
+            max(row["memory"] / told, told / row["memory"])
+            for row in found
+            for told in [effort_of(plan_of(row), 2).memory]
+        ]
+        cells.append(
+            [
+                kind,
+                f"{exponent(entries, [row['cpu'] for row in found]):.2f}",
+                f"{exponent(entries, flops):.2f}",
+                f"{exponent(flops, [row['cpu'] for row in found]):.2f}",
+                f"{exponent(entries, [row['memory'] for row in found]):.2f}",
+                f"{max(off):.2f}",
+                f"{max(off_memory):.2f}",
+                held_out(rows, kind),
+            ]
+        )
+    head = ["", "seconds ~ entries^", "flops ~ entries^", "seconds ~ flops^", "memory ~ entries^", "law off by at most, "
+            "seconds", "memory", "largest, foretold by the others"]  # fmt: skip
+    return markdown(head, cells)
+
+
+def flops_of(unit: UnitPlan) -> float:
+    """Of decompositions and products; rounding is counted with 500 operations an entry."""
+    weights = {"entry": 10.0, "cube": 9.0, "rounded": 500.0, "unit": 0.0, "sweep": 100.0}
+    return sum(weights.get(name, 1.0) * amount for name, amount in work_of(unit).items())
+
+
+def held_out(rows: Sequence[Row], kind: str) -> str:
+    """The seconds of the largest matrix of a kind over those of the law fitted to all rows of smaller ones."""
+    largest = units(rows, kind)[-1]
+    smaller = [row for row in units(rows) if row["out"] * row["in"] < largest["out"] * largest["in"]]
+    fit = rates(smaller)
+    told = sum(fit.get(name, 0.0) * amount for name, amount in work_of(plan_of(largest)).items())
+    return f"{largest['out']} x {largest['in']}: {told:.3g} s for {largest['cpu']:.3g}"
+
+
+def bytes_table(rows: Sequence[Row]) -> list[str]:
+    """Bytes read and written at one size."""
+    cells: list[list[str]] = []
+    for kind in KINDS:
+        row = units(rows, kind)[-1]
+        told = effort_of(plan_of(row), DTYPE.itemsize)
+        dense = row["out"] * row["in"] * DTYPE.itemsize
+        cells.append(
+            [
+                kind,
+                f"{row['out']} x {row['in']}",
+                f"{dense / 1e6:.1f}",
+                f"{row['read'] / 1e6:.1f} ({told.bytes_read / 1e6:.1f})",
+                f"{row['written'] / 1e6:.1f} ({told.bytes_written / 1e6:.1f})",
+            ]
+        )
+    return markdown(["", "largest matrix", "MB in bfloat16", "MB read (the law)", "MB written (the law)"], cells)
+
+
+# --- what it says of large models ---
+
+
+@dataclass(frozen=True)
+class Model:
+    """The matrices of a model: (kind, rows, columns, matrices in one tensor) and how many there are of each."""
+
+    name: str
+    matrices: tuple[tuple[str, int, int, int, int], ...]
+    beside: int
+    """Numbers of what stays as it is: tables and norms."""
+
+    @property
+    def numbers(self) -> int:
+        return sum(rows * columns * count for _, rows, columns, _, count in self.matrices) + self.beside
+
+    @property
+    def count(self) -> int:
+        return sum(count for *_, count in self.matrices)
+
+
+def llama(name: str, layers: int, hidden: int, inner: int, heads_of_keys: int, vocabulary: int) -> Model:
+    """A dense one, whose heads are 128 wide."""
+    keys = 128 * heads_of_keys
+    shapes = ((hidden, hidden, 2), (keys, hidden, 2), (inner, hidden, 2), (hidden, inner, 1))
+    return Model(
+        name,
+        tuple(("linear", rows, columns, 1, layers * count) for rows, columns, count in shapes),
+        2 * vocabulary * hidden,
+    )
+
+
+def experts(name: str, layers: int, hidden: int, inner: int, count: int, vocabulary: int, *, fused: bool) -> Model:
+    """Attention with 8 heads of keys; experts one tensor each, or all of a layer in two tensors."""
+    attention = (("linear", hidden, hidden, 1, 2 * layers), ("linear", 1024, hidden, 1, 2 * layers))
+    rows_first, rows_second = 2 * inner, hidden
+    if fused:
+        inside = (
+            ("parameter", count * rows_first, hidden, count, layers),
+            ("parameter", count * rows_second, inner, count, layers),
+        )
+    else:
+        inside = (("linear", inner, hidden, 1, 2 * layers * count), ("linear", hidden, inner, 1, layers * count))
+    return Model(name, (*attention, *inside), (2 * vocabulary + layers * count) * hidden)
+
+
+MODELS = (
+    llama("7B", 32, 4096, 11008, 32, 32000),
+    llama("70B", 80, 8192, 28672, 8, 128256),
+    llama("405B", 126, 16384, 53248, 8, 128256),
+    experts("400B, 60 x 128 experts, a tensor each", 60, 6144, 2816, 128, 128256, fused=False),
+    experts("400B, 60 x 128 experts, fused", 60, 6144, 2816, 128, 128256, fused=True),
+)
+"""Shapes of Llama 2 7B, Llama 3 70B and 405B; and of a mixture of experts as large as the last."""
+BECOMES = ("low rank", "5 sites", "dense in 4 bits")
+
+
+@cache
+def effort_in(kind: str, rows: int, columns: int, blocks: int, becomes: str) -> Effort:
+    config, metric = KINDS[becomes]
+    spec = structure(kind, rows, columns, config, blocks)
+    return effort_of(UnitPlan(("layer",), spec, "bfloat16", metric=metric), DTYPE.itemsize)
+
+
+def models_table(rows: Sequence[Row]) -> list[str]:
+    """Time, memory and disk of large models."""
+    cells: list[list[str]] = []
+    for model in MODELS:
+        for becomes in BECOMES:
+            largest = max(row["out"] * row["in"] for row in units(rows, becomes))
+            efforts = [
+                effort_in(kind, out, in_, blocks, becomes)
+                for kind, out, in_, blocks, count in model.matrices
+                for _ in range(count)
+            ]
+            told = {
+                n: forecast(efforts, n, beside=model.beside * DTYPE.itemsize, most_shard=2 * 10**9) for n in WORKERS
+            }
+            beyond = any(out * in_ > largest for _, out, in_, _, _ in model.matrices)
+            cells.append(
+                [
+                    f"{model.name}, {model.numbers / 1e9:.0f} G" if becomes == BECOMES[0] else "",
+                    becomes + (" *" if beyond else ""),
+                    f"{model.count:,}",
+                    *(shown_time(told[n].seconds) for n in WORKERS),
+                    shown_bytes(told[1].memory + LIBRARIES),
+                    *(shown_bytes(told[n].together + (n + 1) * LIBRARIES) for n in WORKERS[1:]),
+                    shown_bytes(told[1].bytes_read),
+                    shown_bytes(told[1].bytes_written),
+                ]
+            )
+    head = ["model, numbers", "becomes", "matrices", *(f"{n} worker{'s' * (n > 1)}" for n in WORKERS), "a process holds",
+            *(f"{n} together" for n in WORKERS[1:]), "read", "written"]  # fmt: skip
+    return markdown(head, cells)
+
+
+def shown_seconds(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 1 else f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+
+
+def shown_time(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def shown_bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if number >= size:
+            value = number / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{number / 1e6:.0f} MB"
+
+
+# --- the check ---
+
+
+def runs_table(rows: Sequence[Row]) -> list[str]:
+    """Streamed runs here, and what was foretold."""
+    cells: list[list[str]] = []
+    for row in runs(rows):
+        workers = row["workers"]
+        left = max(row["cores"] - row["cores_of_others"], 0.05)
+        alone, shared = (scale_runs.predicted(workers, cores) for cores in (row["cores"], left))
+        efforts, _ = scale_runs.efforts()
+        told_cpu = sum(each.seconds for each in efforts)
+        libraries = LIBRARIES * row["processes"]
+        cells.append(
+            [
+                str(workers),
+                f"{cpu_of(row):.1f} ({told_cpu:.1f})",
+                f"{row['cores_of_others']:.1f}",
+                f"{row['seconds']:.0f}",
+                f"{shared.seconds:.0f}",
+                f"{alone.seconds:.0f}",
+                f"{row['memory'] / 1e6:.0f} ({(alone.memory + LIBRARIES) / 1e6:.0f})",
+                f"{row['together'] / 1e6:.0f} ({(alone.together + libraries) / 1e6:.0f})",
+                f"{row['read'] / 1e6:.0f} ({alone.bytes_read / 1e6:.0f})",
+                f"{row['written'] / 1e6:.0f} ({alone.bytes_written / 1e6:.0f})",
+            ]
+        )
+    head = ["workers", "CPU s of matrices (foretold)", "cores that others took", "s on the wall", "foretold with the "
+            "cores left", "foretold for a quiet machine", "MB a process (foretold)", "MB together", "MB read",
+            "MB written"]  # fmt: skip
+    return markdown(head, cells)
+
+
+def cpu_of(row: Row) -> float:
+    """CPU seconds while matrices were done, imports of workers apart."""
+    own = row["phases"]["write"][1] - row["phases"]["compress"][1]
+    return own if row["workers"] == 1 else row["cpu_workers"]
+
+
+# --- the page ---
+
+
+def sections(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The marked sections by name."""
+    return {
+        "where": [where(rows)],
+        "seconds": measured_table(rows, "cpu"),
+        "memory": measured_table(rows, "memory"),
+        "bytes": bytes_table(rows),
+        "exponents": exponents_table(rows),
+        "models": models_table(rows),
+        "runs": runs_table(rows),
+    }
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Machine and versions."""
+    about = [row["surroundings"] for row in rows]
+    last = about[-1]
+    loads = [each["load"] for each in about]
+    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items() if name != "peft")
+    return (
+        f"{last['machine']}, two cores, {versions}; in one thread, CPU seconds; the load of the machine was "
+        f"{min(loads):.0f} to {max(loads):.0f} meanwhile."
+    )
+
+
+def with_sections(page: str, rows: Sequence[Row]) -> str:
+    """A page with its marked sections written anew."""
+    for name, lines in sections(rows).items():
+        begin, end = f"<!-- scale.py: {name} -->", "<!-- end -->"
+        pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+        if len(pattern.findall(page)) != 1:
+            raise SystemExit(f"the page has no section {begin} ... {end}, or several")
+        text = "\n".join((begin, *lines, end))
+        page = pattern.sub(lambda _, text=text: text, page)
+    return page
+
+
+def picture(rows: Sequence[Row], file: Path) -> None:
+    """Seconds against the number of entries, and the law through and beyond them."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    sides = np.geomspace(400, 60000, 60)
+    with rc_context(plot.style()):
+        figure = Figure(figsize=(7.6, 4.4))
+        ax = figure.subplots()
+        colours = plot.style()["axes.prop_cycle"].by_key()["color"]
+        for kind, colour in zip((kind for kind in KINDS if kind != "low rank in 4 bits"), colours, strict=True):
+            found = units(rows, kind)
+            most = found[-1]["out"] * found[-1]["in"]
+            entries = [row["out"] * row["in"] for row in found]
+            ax.plot(entries, [row["cpu"] for row in found], "o", color=colour)
+            told = [
+                (float(side) ** 2, effort(kind, int(side) // 16 * 16, int(side) // 16 * 16).seconds) for side in sides
+            ]
+            for style, part in (("-", [p for p in told if p[0] <= most]), (":", [p for p in told if p[0] >= most])):
+                ax.plot(
+                    [p[0] for p in part],
+                    [p[1] for p in part],
+                    style,
+                    color=colour,
+                    label=kind if style == "-" else None,
+                )
+        ax.set(xscale="log", yscale="log", xlabel="entries of the matrix", ylabel="CPU seconds")
+        figure.legend(loc="outside lower center", ncols=3)
+        save(figure, file, "CPU seconds of one matrix against its entries: measured, and the law")
