@@ -25,12 +25,12 @@ import common  # threads, before NumPy  # noqa: F401
 import scale_page
 import scale_runs
 from rows import surroundings
-from scale_units import KINDS, effort, measure, prepare
+from scale_units import KINDS, effort, measure, planned, prepare
 
 from mpo_tn.storage.files import write_whole
 
 SIZES = ((512, 512), (1024, 1024), (1024, 2816), (2048, 2048), (2048, 5504), (4096, 4096), (4096, 11008))
-LONGEST = 120.0
+LONGEST = 150.0
 """Seconds, by the law, beyond which a unit is left out."""
 WORKERS = (1, 2, 4)
 
@@ -85,7 +85,8 @@ def unit_row(kind: str, out: int, in_: int) -> Row:
     repeats = 3 if out * in_ <= 2**20 else 1
     with tempfile.TemporaryDirectory() as folder:
         _apart(prepare, kind, out, in_, Path(folder))
-        return _apart(measure, kind, out, in_, Path(folder), repeats)
+        row = _apart(measure, kind, out, in_, Path(folder), repeats)
+    return {**row, "plan": planned(kind, out, in_).to_dict()}
 
 
 @cache

@@ -44,17 +44,26 @@ def runs(rows: Sequence[Row]) -> list[Row]:
 # --- the law ---
 
 
-def fitted(amounts: Sequence[Mapping[str, float]], measured: Sequence[float]) -> dict[str, float]:
-    """What each amount takes, none less than nothing, so that relative errors are least."""
+def fitted(
+    amounts: Sequence[Mapping[str, float]], measured: Sequence[float], known: Sequence[float] | None = None
+) -> dict[str, float]:
+    """What each amount takes, none less than nothing, so that relative errors are least.
+
+    Args:
+        amounts: of every row.
+        measured: of every row, in all.
+        known: what of it is no matter of the amounts.
+    """
+    if not measured:
+        return {}
     names = list(dict.fromkeys(name for each in amounts for name in each))
-    table = np.array([[each.get(name, 0.0) for name in names] for each in amounts])
-    scaled = table / np.asarray(measured)[:, None]
+    whole = np.asarray(measured, dtype=float)
+    table = np.array([[each.get(name, 0.0) for name in names] for each in amounts]) / whole[:, None]
     # Amounts differ by ten orders of magnitude: columns of one size, or the solver stops too early.
-    sizes = np.linalg.norm(scaled, axis=0)
-    found, _ = nnls(scaled / np.where(sizes > 0, sizes, 1.0), np.ones(len(measured)))
-    return {
-        name: float(f"{value:.3g}") for name, value in zip(names, found / np.where(sizes > 0, sizes, 1), strict=True)
-    }
+    sizes = np.linalg.norm(table, axis=0)
+    sizes[sizes == 0] = 1.0
+    found, _ = nnls(table / sizes, 1 - np.asarray([0.0] * len(whole) if known is None else known) / whole)
+    return {name: float(f"{value:.3g}") for name, value in zip(names, found / sizes, strict=True)}
 
 
 def rates(rows: Sequence[Row]) -> dict[str, float]:
@@ -64,14 +73,8 @@ def rates(rows: Sequence[Row]) -> dict[str, float]:
 
 def held(rows: Sequence[Row]) -> dict[str, float]:
     """Bytes for each number that is held beside the matrix as it is stored."""
-    amounts = [held_of(plan_of(row)) for row in rows]
     stored = [row["out"] * row["in"] * DTYPE.itemsize for row in rows]
-    scale = [row["memory"] for row in rows]
-    names = list(dict.fromkeys(name for each in amounts for name in each))
-    # The same least squares of relative errors, of what is left beside the stored matrix.
-    table = np.array([[each.get(name, 0.0) for name in names] for each in amounts]) / np.array(scale)[:, None]
-    found, _ = nnls(table, 1 - np.array(stored) / np.array(scale))
-    return {name: float(f"{value:.3g}") for name, value in zip(names, found, strict=True)}
+    return fitted([held_of(plan_of(row)) for row in rows], [row["memory"] for row in rows], stored)
 
 
 def plan_of(row: Row) -> UnitPlan:
@@ -81,14 +84,17 @@ def plan_of(row: Row) -> UnitPlan:
 def law(rows: Sequence[Row]) -> Iterator[str]:
     """The constants, and how far off they are."""
     all_units = units(rows)
-    for name, found in (("RATES", rates(all_units)), ("BYTES", held(all_units))):
-        yield f"{name} = {found}"
+    seconds, memory = rates(all_units), held(all_units)
+    yield f"RATES = {seconds}"
+    yield f"BYTES = {memory}"
     for row in all_units:
-        told = effort_of(plan_of(row), DTYPE.itemsize)
-        new = sum(rates(all_units)[name] * amount for name, amount in work_of(plan_of(row)).items())
+        unit = plan_of(row)
+        told = effort_of(unit, DTYPE.itemsize)
+        fresh = sum(seconds[name] * amount for name, amount in work_of(unit).items())
+        holds = unit.dense_parameters * 2 + sum(memory[name] * amount for name, amount in held_of(unit).items())
         yield (
-            f"{row['kind']:24} {row['out']:5} {row['in']:5} {row['cpu']:8.3f} s, law {told.seconds:8.3f}, new {new:8.3f}"
-            f" {row['memory'] / 1e6:7.0f} MB, law {told.memory / 1e6:7.0f}"
+            f"{row['kind']:24} {row['out']:5} {row['in']:5} {row['cpu']:9.3f} s, law {told.seconds:9.3f}, fitted "
+            f"{fresh:9.3f}; {row['memory'] / 1e6:6.0f} MB, law {told.memory / 1e6:6.0f}, fitted {holds / 1e6:6.0f}"
         )
 
 
@@ -127,31 +133,28 @@ def exponents_table(rows: Sequence[Row]) -> list[str]:
     cells: list[list[str]] = []
     for kind in KINDS:
         found = units(rows, kind)
+        told = [effort_of(plan_of(row), DTYPE.itemsize) for row in found]
         entries = [float(row["out"] * row["in"]) for row in found]
         flops = [flops_of(plan_of(row)) for row in found]
-        off = [
-            max(row["cpu"] / told, told / row["cpu"]) for row in found for told in [effort_of(plan_of(row), 2).seconds]
-        ]
-        off_memory = [
-            max(row["memory"] / told, told / row["memory"])
-            for row in found
-            for told in [effort_of(plan_of(row), 2).memory]
-        ]
+        seconds, memory = ([row[what] for row in found] for what in ("cpu", "memory"))
+        powers = ((entries, seconds), (entries, flops), (flops, seconds), (entries, memory))
         cells.append(
             [
                 kind,
-                f"{exponent(entries, [row['cpu'] for row in found]):.2f}",
-                f"{exponent(entries, flops):.2f}",
-                f"{exponent(flops, [row['cpu'] for row in found]):.2f}",
-                f"{exponent(entries, [row['memory'] for row in found]):.2f}",
-                f"{max(off):.2f}",
-                f"{max(off_memory):.2f}",
+                *(f"{exponent(x, y):.2f}" for x, y in powers),
+                f"{furthest(seconds, [each.seconds for each in told]):.2f}",
+                f"{furthest(memory, [each.memory for each in told]):.2f}",
                 held_out(rows, kind),
             ]
         )
-    head = ["", "seconds ~ entries^", "flops ~ entries^", "seconds ~ flops^", "memory ~ entries^", "law off by at most, "
-            "seconds", "memory", "largest, foretold by the others"]  # fmt: skip
+    head = ["", "seconds by entries", "flops by entries", "seconds by flops", "memory by entries", "law off, seconds",
+            "law off, memory", "largest, foretold by smaller ones"]  # fmt: skip
     return markdown(head, cells)
+
+
+def furthest(measured: Sequence[float], told: Sequence[float]) -> float:
+    """The factor by which what was told is off at most."""
+    return max(max(one / other, other / one) for one, other in zip(measured, told, strict=True))
 
 
 def flops_of(unit: UnitPlan) -> float:
@@ -165,6 +168,8 @@ def held_out(rows: Sequence[Row], kind: str) -> str:
     largest = units(rows, kind)[-1]
     smaller = [row for row in units(rows) if row["out"] * row["in"] < largest["out"] * largest["in"]]
     fit = rates(smaller)
+    if not fit:
+        return ""
     told = sum(fit.get(name, 0.0) * amount for name, amount in work_of(plan_of(largest)).items())
     return f"{largest['out']} x {largest['in']}: {told:.3g} s for {largest['cpu']:.3g}"
 
@@ -202,10 +207,12 @@ class Model:
 
     @property
     def numbers(self) -> int:
+        """In all."""
         return sum(rows * columns * count for _, rows, columns, _, count in self.matrices) + self.beside
 
     @property
     def count(self) -> int:
+        """Of matrices."""
         return sum(count for *_, count in self.matrices)
 
 
@@ -279,8 +286,10 @@ def models_table(rows: Sequence[Row]) -> list[str]:
                     shown_bytes(told[1].bytes_written),
                 ]
             )
-    head = ["model, numbers", "becomes", "matrices", *(f"{n} worker{'s' * (n > 1)}" for n in WORKERS), "a process holds",
-            *(f"{n} together" for n in WORKERS[1:]), "read", "written"]  # fmt: skip
+    head = [
+        "model, numbers", "becomes", "matrices", *(f"{n} worker{'s' * (n > 1)}" for n in WORKERS), "a process holds",
+        *(f"{n} together" for n in WORKERS[1:]), "read", "written",
+    ]  # fmt: skip
     return markdown(head, cells)
 
 
@@ -320,7 +329,7 @@ def runs_table(rows: Sequence[Row]) -> list[str]:
         cells.append(
             [
                 str(workers),
-                f"{cpu_of(row):.1f} ({told_cpu:.1f})",
+                f"{row['cpu_units']:.1f} ({told_cpu:.1f})",
                 f"{row['cores_of_others']:.1f}",
                 f"{row['seconds']:.0f}",
                 f"{shared.seconds:.0f}",
@@ -335,12 +344,6 @@ def runs_table(rows: Sequence[Row]) -> list[str]:
             "cores left", "foretold for a quiet machine", "MB a process (foretold)", "MB together", "MB read",
             "MB written"]  # fmt: skip
     return markdown(head, cells)
-
-
-def cpu_of(row: Row) -> float:
-    """CPU seconds while matrices were done, imports of workers apart."""
-    own = row["phases"]["write"][1] - row["phases"]["compress"][1]
-    return own if row["workers"] == 1 else row["cpu_workers"]
 
 
 # --- the page ---
@@ -388,27 +391,20 @@ def picture(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    sides = np.geomspace(400, 60000, 60)
+    sides = [int(side) // 16 * 16 for side in np.geomspace(400, 60000, 60)]
     with rc_context(plot.style()):
         figure = Figure(figsize=(7.6, 4.4))
         ax = figure.subplots()
         colours = plot.style()["axes.prop_cycle"].by_key()["color"]
         for kind, colour in zip((kind for kind in KINDS if kind != "low rank in 4 bits"), colours, strict=True):
             found = units(rows, kind)
-            most = found[-1]["out"] * found[-1]["in"]
             entries = [row["out"] * row["in"] for row in found]
             ax.plot(entries, [row["cpu"] for row in found], "o", color=colour)
-            told = [
-                (float(side) ** 2, effort(kind, int(side) // 16 * 16, int(side) // 16 * 16).seconds) for side in sides
-            ]
-            for style, part in (("-", [p for p in told if p[0] <= most]), (":", [p for p in told if p[0] >= most])):
-                ax.plot(
-                    [p[0] for p in part],
-                    [p[1] for p in part],
-                    style,
-                    color=colour,
-                    label=kind if style == "-" else None,
-                )
+            told = [(side**2, effort(kind, side, side).seconds) for side in sides]
+            within = [point for point in told if point[0] <= entries[-1]]
+            beyond = [within[-1], *(point for point in told if point[0] > entries[-1])]
+            ax.plot(*zip(*within, strict=True), color=colour, label=kind)
+            ax.plot(*zip(*beyond, strict=True), ":", color=colour)
         ax.set(xscale="log", yscale="log", xlabel="entries of the matrix", ylabel="CPU seconds")
         figure.legend(loc="outside lower center", ncols=3)
         save(figure, file, "CPU seconds of one matrix against its entries: measured, and the law")

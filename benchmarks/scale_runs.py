@@ -81,10 +81,12 @@ def measure(source: Path, out: Path, workers: int) -> dict[str, Any]:
     cpu: dict[int, float] = {}
     moved: dict[int, tuple[int, int]] = {}
     most: dict[int, int] = {}
+    depths: dict[int, int] = {}
     together = 0
     while child.poll() is None:
         held = 0
-        for pid in _family(child.pid):
+        for pid, depth in _family(child.pid):
+            depths[pid] = depth
             with suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
                 cpu[pid], moved[pid], now = _cpu_seconds(pid), transferred(pid), anonymous(pid)
                 held += now
@@ -94,27 +96,31 @@ def measure(source: Path, out: Path, workers: int) -> dict[str, Any]:
     elapsed = time.perf_counter() - start
     assert child.stdout is not None
     told = json.loads(child.stdout.read().splitlines()[-1])
+    # The pool's server imports everything, its children do the work.
+    workers_cpu = sum(seconds for pid, seconds in cpu.items() if depths[pid] == 2)
+    phases = told["phases"]
     others = _busy_everywhere() - busy - sum(cpu.values())
     return {
         **told,
-        "cpu_workers": sum(seconds for pid, seconds in cpu.items() if pid != child.pid),
+        "cpu_units": phases["write"][1] - phases["compress"][1] if workers == 1 else workers_cpu,
+        "units": [unit.to_dict() for unit in plan(model(), CONFIG).units],
         "memory": max(most.values()),
         "together": together,
         "processes": len(most),
-        "read": sum(read for read, _ in moved.values()),
-        "written": sum(written for _, written in moved.values()),
+        "read": told["moved"][0] + sum(moved[pid][0] for pid in moved if depths[pid] == 2),
+        "written": told["moved"][1] + sum(moved[pid][1] for pid in moved if depths[pid] == 2),
         "cores": os.cpu_count(),
         "cores_of_others": max(others, 0.0) / elapsed,
     }
 
 
-def _family(pid: int) -> Iterator[int]:
-    """A process and all that it has started."""
-    yield pid
+def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int]]:
+    """A process and all that it has started, with their generation."""
+    yield pid, depth
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                yield from _family(int(child))
+                yield from _family(int(child), depth + 1)
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -132,6 +138,7 @@ def main() -> None:
     source, out, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     transformers.logging.set_verbosity_error()
     began = [time.perf_counter(), time.process_time()]
+    moved = transferred()
     phases: dict[str, list[float]] = {}
 
     def tell(done: int, total: int, what: str) -> None:
@@ -140,7 +147,12 @@ def main() -> None:
 
     compress_folder(source, out, CONFIG, workers=workers, shard_bytes=SHARD, progress=tell)
     ended = [time.perf_counter() - began[0], time.process_time() - began[1]]
-    found = {"seconds": ended[0], "cpu_main": ended[1], "phases": {**phases, "end": ended}}
+    found = {
+        "seconds": ended[0],
+        "cpu_main": ended[1],
+        "moved": [after - before for after, before in zip(transferred(), moved, strict=True)],
+        "phases": {**phases, "end": ended},
+    }
     print(json.dumps(found))
 
 

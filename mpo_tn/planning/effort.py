@@ -44,13 +44,13 @@ def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
 
 
 RATES: Mapping[str, float] = {
-    "unit": 5e-3, "entry": 2e-8, "product": 2e-11, "cube": 4e-10, "rounded": 1e-7, "double": 4e-11, "root": 1e-10,
-    "sweep": 1e-10, "feedback": 1e-10,
+    "unit": 0.0056, "entry": 3.2e-8, "product": 2e-11, "cube": 1.8e-10, "rounded": 8.5e-8, "root": 8.2e-11,
+    "double": 2.2e-11, "feedback": 6.2e-11, "sweep": 3.9e-9,
 }  # fmt: skip
 """Seconds for each amount of work."""
 
 BYTES: Mapping[str, float] = {
-    "entry": 8.0, "square": 32.0, "rounded": 32.0, "fitted": 32.0, "moment": 32.0,
+    "entry": 28.0, "square": 26.7, "rounded": 38.2, "fitted": 134.0, "moment": 0.0,
 }  # fmt: skip
 """Bytes for each number that is held."""
 

@@ -81,9 +81,8 @@ def finish_time(seconds: Iterable[float], workers: int, *, cores: float | None =
         workers: how many are done at a time.
         cores: how many of those at full speed; more share them evenly. None: all.
 
-    Guarantee (finish-bounds): at least ``sum(seconds) / min(workers, cores)`` and at least the longest; at most
-    ``sum(seconds) / workers + longest`` with a core for every worker, and with c fewer cores at most
-    ``sum(seconds) / c + longest``.
+    Guarantee (finish-bounds): at least ``sum(seconds) / c`` and at least the longest, and at most
+    ``sum(seconds) / c + longest``, with ``c = min(workers, cores)`` and one core or more.
 
     Cost: ``n log n`` for n jobs.
 
@@ -93,7 +92,7 @@ def finish_time(seconds: Iterable[float], workers: int, *, cores: float | None =
     Source: Graham, SIAM J. Appl. Math. 17 (1969): longest first is at most 4/3 of the best order.
 
     >>> finish_time([3, 3, 2, 2, 2], 2), finish_time([3, 3, 2, 2, 2], 4, cores=2)
-    (7.0, 6.0)
+    (7.0, 6.5)
     """
     starts, ends, _ = _played(list(seconds), workers)
     return _shared(starts, ends, cores)

@@ -120,8 +120,13 @@ def test_moments_of_a_saved_calibration_fit_matrices_and_move_biases(tmp_path: P
     decided = plan(empty_model(source), MPOConfig(sites="low-rank", bond=8, bits=4, group=16), calibration=known)
     assert decided.needs_calibration
     report = in_memory(source, tmp_path / "memory", decided, calibration=known, anchored=False)
-    assert compress_folder(source, tmp_path / "out", decided, calibration=known).to_dict() == report
+    told = dry_run(source, tmp_path / "out", decided, calibration=known).bytes_written
+    done = compress_folder(source, tmp_path / "out", decided, calibration=known)
+    assert done.to_dict() == report
     same_tensors(tmp_path / "memory", tmp_path / "out")
+    moments = [part for layer in done.layers for part in vars(known.of(layer.name)).values()]
+    written = sum(layer.bytes for layer in done.layers) + open_checkpoint(tmp_path / "out").nbytes
+    assert told == written + sum(part.nbytes for part in moments if isinstance(part, torch.Tensor))
     found = verify_folder(tmp_path / "out", source)
     assert found.is_good, found.differences
     with pytest.raises(MPOError, match="nothing is known of that: give a saved"):
