@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mpo_tn.planning.entries import ACTIVATION, UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.truncate.leading import singular_work
 from mpo_tn.truncate.quantize import SWEEPS
 
 
@@ -61,7 +62,8 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
     - ``unit``: one; ``entry``: numbers of the matrix, read, cast and summed.
     - ``product``: flops of products of what is left of the matrix with bases, ``2 rows columns side`` a bond; ``cube``:
       eigen-decompositions, ``side**3``. ``side`` is the smaller side of an unfolding, of what is left of the matrix
-      once outer bonds are cut.
+      once outer bonds are cut. Where the first eigenvectors are found without the others, the products and the smaller
+      eigenproblems of that, :func:`mpo_tn.truncate.leading.singular_work`.
     - ``rounded``: numbers that are rounded to the nearest integer at the best scale.
     - in the metric of a layer, ``double``: flops of products with moments in double precision; ``root``: those of the
       Cholesky decomposition of moments; ``sweep``: ``2 out in**2`` for chains that are fitted by sweeps; ``feedback``:
@@ -77,7 +79,9 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
     ]
     work: dict[str, float] = {"unit": 1.0, "entry": entries}
     if len(spec.sites) > 1:
-        work["product"], work["cube"] = _flops(spec)
+        # What auto may do, see mpo_tn.truncate.basis.factor.
+        capped = planned.metric != ACTIVATION and planned.tolerance is None and planned.itemsize <= 4
+        work["product"], work["cube"] = _flops(spec, capped)
     if planned.metric != ACTIVATION:
         work["rounded"] = float(sum(map(math.prod, coded)))
         return work
@@ -111,10 +115,14 @@ def held_of(planned: UnitPlan) -> dict[str, float]:
     return {"entry": entries, "square": float(_widest(spec)) ** 2}
 
 
-def _flops(spec: ModuleSpec) -> tuple[float, float]:
-    """Flops of products and sides cubed, over all bonds."""
-    products = sum(2 * rest * side + 2 * rest * bond for rest, side, bond in _bonds(spec))
-    return products, sum(float(side) ** 3 for _, side, _ in _bonds(spec))
+def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float]:
+    """Flops of products and sides cubed, over all bonds; ``capped`` says that the first singular vectors may do."""
+    products = cubes = 0.0
+    for rest, side, bond in _bonds(spec):
+        more, cubed = singular_work(side, bond) if capped else (0.0, float(side) ** 3)
+        products += 2 * rest * side + 2 * rest * bond + more
+        cubes += cubed
+    return products, cubes
 
 
 def _widest(spec: ModuleSpec) -> int:
