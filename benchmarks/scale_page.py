@@ -249,7 +249,8 @@ MODELS = (
     experts("400B, 60 x 128 experts, fused", 60, 6144, 2816, 128, 128256, fused=True),
 )
 """Shapes of Llama 2 7B, Llama 3 70B and 405B; and of a mixture of experts as large as the last."""
-BECOMES = ("low rank", "5 sites", "dense in 4 bits")
+BECOMES = ("low rank", "5 sites", "dense in 4 bits", "low rank, metric")
+"""Experts that are one tensor have no moments, and are left out of the last."""
 
 
 @cache
@@ -263,16 +264,15 @@ def models_table(rows: Sequence[Row]) -> list[str]:
     """Time, memory and disk of large models."""
     cells: list[list[str]] = []
     for model in MODELS:
-        for becomes in BECOMES:
+        fused = any(blocks > 1 for *_, blocks, _ in model.matrices)
+        for becomes in BECOMES[: -1 if fused else None]:
             largest = max(row["out"] * row["in"] for row in units(rows, becomes))
             efforts = [
                 effort_in(kind, out, in_, blocks, becomes)
                 for kind, out, in_, blocks, count in model.matrices
                 for _ in range(count)
             ]
-            told = {
-                n: forecast(efforts, n, beside=model.beside * DTYPE.itemsize, most_shard=2 * 10**9) for n in WORKERS
-            }
+            told = {n: forecast(efforts, n, beside=model.beside * DTYPE.itemsize) for n in WORKERS}
             beyond = any(out * in_ > largest for _, out, in_, _, _ in model.matrices)
             cells.append(
                 [
