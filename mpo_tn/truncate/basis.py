@@ -126,9 +126,9 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
     ``auto`` takes the eigenvectors of a Gram matrix in the precision of ``matrix`` where only a cap says how many are
     wanted and more than a tenth of the norm is missed: by Ky Fan's principle a Gram matrix that is off by ``E`` costs
     at most ``2 r |E|`` of the captured energy, which is then far below what is missed. If ``single``, of a matrix of
-    2048 rows and columns or more, and up to about .37 of its rank, only the first eigenvectors are sought, near enough to
-    capture .999 of what the best do (:func:`mpo_tn.truncate.leading.leading`), which is told as ``randomized``; where
-    the spectrum makes that dear it is given up, and all eigenvectors are found.
+    2048 rows and columns or more, and up to about .37 of its rank, only the first eigenvectors are sought, near enough
+    to capture .999 of what the best do (:func:`mpo_tn.truncate.leading.leading`), which is told as ``randomized``;
+    where the spectrum makes that dear it is given up, and all eigenvectors are found.
 
     Cost, for ``m <= k`` and r wanted: ``2 m**2 k + 13 m**3`` flops (svd), ``m**2 k + 9 m**3`` (gram),
     ``4 q m k (r + 10)`` (krylov, q = 5 to 9), ``20 m k (2 r + 10)`` (randomized).

@@ -108,7 +108,7 @@ def leading(gram: Array, count: int, trace: float, missed: float) -> LeftFactor 
     between an eigenvector and the block the bound of Halko, Martinsson and Tropp is taken,
     ``q / (1 + q)`` with ``q = sum_(j > k) f_j**2 / ((b - k - 1) f_i**2)``, b columns, the least over k from count on.
 
-    Cost: ``2 n**2 b (degree + 1)`` flops and a QR of (n, b) and an eigenproblem (b, b) each round, with b = 1.375 count.
+    Cost: ``2 n**2 b (degree + 1)`` flops, and a QR of (n, b) and an eigenproblem (b, b) each round; b = 1.375 count.
     Sources: Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219 (2006); Halko, Martinsson and Tropp, SIAM Rev.
     53 (2011), Theorem 10.5; for the density Lin, Saad and Yang, SIAM Rev. 58 (2016).
     """
