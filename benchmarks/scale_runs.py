@@ -19,7 +19,7 @@ os.environ.setdefault("MPO_TN_BENCH_CPU", "1")  # one thread
 import common  # threads, before NumPy  # noqa: F401
 import torch
 import transformers
-from scale_units import DTYPE, anonymous, decaying, transferred
+from scale_units import DTYPE, anonymous, transferred, weights
 
 from mpo_tn.planning.effort import Effort, effort_of
 from mpo_tn.planning.schedule import Forecast, forecast
@@ -53,7 +53,7 @@ def write_source(folder: Path) -> None:
     for number, parameter in enumerate(dense.parameters()):
         with torch.no_grad():
             one = parameter.ndim < 2
-            parameter.copy_(torch.ones_like(parameter) if one else decaying(*parameter.shape, seed=number))
+            parameter.copy_(torch.ones_like(parameter) if one else weights(*parameter.shape, seed=number))
     dense.save_pretrained(folder, max_shard_size="500MB")
 
 

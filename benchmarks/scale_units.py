@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -36,7 +36,8 @@ KINDS: dict[str, tuple[MPOConfig, str]] = {
 """What matrices become, half of their numbers where there is a choice, and in what the error is made small."""
 DTYPE = torch.bfloat16
 _STRONG = 64
-"""Directions that stand out of the noise, as in trained matrices."""
+"""Directions that stand out of the noise."""
+_NOISE, _TIMES = 0.46, 2.0
 _EVERY = 0.003
 
 
@@ -51,27 +52,35 @@ def effort(kind: str, out: int, in_: int) -> Effort:
     return effort_of(planned(kind, out, in_), DTYPE.itemsize)
 
 
-def decaying(rows: int, columns: int, seed: int) -> torch.Tensor:
-    """A matrix whose singular values fall by a power at first, and then as those of noise."""
-    generator = torch.Generator().manual_seed(seed)
-    few = min(_STRONG, rows, columns)
-    strong = torch.randn(rows, few, generator=generator) / torch.arange(1, few + 1)
-    scales = torch.logspace(0, -1, columns)[None, :]
-    noise = torch.randn(rows, columns, generator=generator).mul_(scales)
-    return noise.addmm_(strong, torch.randn(few, columns, generator=generator)).mul_(0.02)
+def weights(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Numbers of the spectrum that trained matrices have: noise, and 64 directions up to twice as strong as that.
+
+    The first singular value is 4 to 8 times the median, and the first quarter of them has .55 to .8 of the energy, as
+    those of MiniLM (4.2 to 7.1 times, .55 to .81).
+    """
+    edge = _NOISE * (rows**0.5 + columns**0.5) / (rows * columns) ** 0.5
+    return _strong_in_noise(rows, columns, seed, lambda k: _TIMES * edge / k**0.5).mul_(0.02)
 
 
 def moments(size: int, seed: int = 1) -> Moments:
     """Second moments such as text has: some inputs vary a thousand times more than others, and many vary together."""
-    together = decaying(size, min(2 * _STRONG, size), seed).double()
+    together = _strong_in_noise(size, min(2 * _STRONG, size), seed, lambda k: 1 / k).mul_(0.02).double()
     second = together @ together.T
     second.diagonal().add_(torch.logspace(0, -3, size, dtype=torch.float64) * 1e-3)
     return Moments(tokens=10 * size, second=second)
 
 
+def _strong_in_noise(rows: int, columns: int, seed: int, size: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    few = min(_STRONG, rows, columns)
+    strong = torch.randn(rows, few, generator=generator) * size(torch.arange(1, few + 1))
+    noise = torch.randn(rows, columns, generator=generator).mul_(torch.logspace(0, -1, columns)[None, :])
+    return noise.addmm_(strong, torch.randn(few, columns, generator=generator))
+
+
 def prepare(kind: str, out: int, in_: int, folder: Path) -> None:
     """Write the weight, and moments where they are needed."""
-    weight = decaying(out, in_, seed=0).to(DTYPE)
+    weight = weights(out, in_, seed=0).to(DTYPE)
     write_shard(folder / WEIGHTS, {"layer.weight": raw(weight)})
     if KINDS[kind][1] == ACTIVATION:
         write_moments(folder / "moments.safetensors", moments(in_))
