@@ -95,6 +95,8 @@ def measure(source: Path, out: Path, workers: int) -> dict[str, Any]:
         time.sleep(_EVERY)
     elapsed = time.perf_counter() - start
     assert child.stdout is not None
+    if child.returncode:
+        raise SystemExit(f"the run with {workers} workers failed")
     told = json.loads(child.stdout.read().splitlines()[-1])
     # The pool's server imports everything, its children do the work.
     workers_cpu = sum(seconds for pid, seconds in cpu.items() if depths[pid] == 2)

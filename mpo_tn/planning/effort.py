@@ -45,13 +45,14 @@ def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
 
 
 RATES: Mapping[str, float] = {
-    "unit": 0.0056, "entry": 3.2e-8, "product": 2e-11, "cube": 1.8e-10, "rounded": 8.5e-8, "root": 8.2e-11,
-    "double": 2.2e-11, "feedback": 6.2e-11, "sweep": 3.9e-9,
+    "unit": 8e-4, "entry": 4.9e-8, "product": 7.5e-12, "cube": 1.8e-10, "rounded": 9.9e-8, "double": 2.6e-11,
+    "feedback": 2.5e-11, "column": 5.1e-5, "sweep": 3.7e-9,
 }  # fmt: skip
 """Seconds for each amount of work."""
 
 BYTES: Mapping[str, float] = {
-    "entry": 28.0, "square": 26.7, "rounded": 38.2, "fitted": 134.0, "moment": 0.0,
+    "cut": 27.7, "cut square": 15.9, "rounded": 40.0, "fitted": 70.6, "fitted moment": 22.4, "swept": 172.0,
+    "swept moment": 14.7, "coded": 109.0, "coded moment": 35.6,
 }  # fmt: skip
 """Bytes for each number that is held."""
 
@@ -65,9 +66,9 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
       once outer bonds are cut. Where the first eigenvectors are found without the others, the products and the smaller
       eigenproblems of that, :func:`mpo_tn.truncate.leading.singular_work`.
     - ``rounded``: numbers that are rounded to the nearest integer at the best scale.
-    - in the metric of a layer, ``double``: flops of products with moments in double precision; ``root``: those of the
-      Cholesky decomposition of moments; ``sweep``: ``2 out in**2`` for chains that are fitted by sweeps; ``feedback``:
-      flops of rounding with error feedback.
+    - in the metric of a layer, ``double``: flops of products with moments in double precision, beside which their
+      Cholesky decomposition is little; ``sweep``: ``2 out in**2`` for chains that are fitted by sweeps; ``feedback``:
+      flops of rounding with error feedback, and ``column`` the columns that are taken one after another for it.
     """
     spec = planned.spec
     rows, columns = spec.sites.shape
@@ -86,9 +87,9 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
         work["rounded"] = float(sum(map(math.prod, coded)))
         return work
     with_moment = 2 * entries * columns
-    work["root"] = columns**3 / 3
     work["double"] = 2 * with_moment
     work["feedback"] = sum(2 * (1 + SWEEPS) * m * n**2 + n**3 / 3 for m, n in coded)
+    work["column"] = float(sum((1 + SWEEPS) * n for _, n in coded))
     if spec.sites.is_low_rank:
         bond, side = spec.bonds[0], min(rows, columns)
         work["product"] = 0.0
@@ -99,20 +100,21 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
 
 
 def held_of(planned: UnitPlan) -> dict[str, float]:
-    """How many numbers are held beside the matrix as it is stored, by what they are.
+    """How many numbers are held beside the matrix as it is stored, by what is done to it.
 
-    - ``entry``: of the matrix in other precisions, ``square``: of Gram matrices, their eigenvectors and LAPACK's room.
-    - ``rounded``: of what is rounded, with what its scales are found from.
-    - in the metric of a layer, ``fitted``: of the matrix, weighted or rebuilt, in double precision; ``moment``: of
-      moments and what is made of them, ``in**2``.
+    - ``cut``: of a matrix whose singular vectors are sought, and ``cut square`` of the Gram matrix of its widest side.
+    - ``rounded``: of one that is rounded to the nearest integers.
+    - in the metric of a layer, ``fitted``, ``swept`` and ``coded``: of a matrix that becomes low rank, a chain, or
+      integers, and ``moment`` after that: ``in**2``, of what it is given.
     """
     spec = planned.spec
     entries = float(spec.out_features * spec.in_features)
     if planned.metric == ACTIVATION:
-        return {"fitted": entries, "moment": float(spec.in_features) ** 2}
+        how = "fitted" if spec.sites.is_low_rank else "coded" if len(spec.sites) == 1 else "swept"
+        return {how: entries, f"{how} moment": float(spec.in_features) ** 2}
     if len(spec.sites) == 1:
         return {"rounded": entries}
-    return {"entry": entries, "square": float(_widest(spec)) ** 2}
+    return {"cut": entries, "cut square": float(_widest(spec)) ** 2}
 
 
 def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float]:

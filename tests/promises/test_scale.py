@@ -19,7 +19,7 @@ from mpo_tn.planning.entries import UnitPlan
 from mpo_tn.planning.schedule import forecast
 
 RESULTS, PAGE = ROOT / "benchmarks/results/scale.jsonl", ROOT / "docs/scale.md"
-SECONDS, MEMORY = 1.6, 1.5
+SECONDS, MEMORY = 1.5, 1.4
 """The law is off by no more than these factors, for every matrix that was measured."""
 
 
@@ -44,8 +44,8 @@ def test_the_law_is_near_every_matrix_that_was_measured() -> None:
 def test_the_law_knows_what_is_read_and_written() -> None:
     for row in rows("unit"):
         told = law(row)
-        # Headers and records beside the numbers; moments are read through a mapping and a file of their own.
-        assert told.bytes_read <= row["read"] <= 1.02 * told.bytes_read + 200_000, row
+        # Headers and records beside the numbers, and what tells of the memory, looked at every few milliseconds.
+        assert told.bytes_read <= row["read"] <= 1.02 * told.bytes_read + 1_000_000, row
         assert told.bytes_written <= row["written"] <= 1.02 * told.bytes_written + 20_000, row
 
 
