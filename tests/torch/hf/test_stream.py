@@ -27,6 +27,7 @@ from mpo_tn.torch.hf.stream import compress_folder, dry_run
 from mpo_tn.torch.hf.verify import verify_folder
 from mpo_tn.torch.models import stream
 from mpo_tn.torch.models.stream_unit import one_thread
+from mpo_tn.truncate import basis, leading
 
 CONFIGS = {
     "chains": CONFIG,
@@ -80,6 +81,26 @@ def test_a_streamed_folder_is_what_compress_gives(tmp_path: Path, family: str, t
     with torch.no_grad():
         wanted = type(tiny(family)).from_pretrained(tmp_path / "memory" / "tables in bits")(ids).logits
         assert torch.equal(back(ids).logits, wanted)
+
+
+@pytest.mark.guarantee("stream-same-model", "stream-any-workers")
+@pytest.mark.slow
+def test_leading_eigenvectors_alone_are_streamed_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leading, "LARGE", 24)  # tiny models have no matrix that is large,
+    monkeypatch.setattr(leading, "_GAIN", 100.0)  # and none of which it pays
+    monkeypatch.setattr(basis, "FEW", 64)
+    source = source_in(tmp_path)
+    config = MPOConfig(sites="low-rank", bond=4)
+    report = in_memory(source, tmp_path / "memory", config)
+    methods = {bond.method for layer in compress(load_model(source), config).layers for bond in layer.report.bonds}
+    assert "randomized" in methods
+    for threads in (1, 2):
+        out = tmp_path / f"streamed-{threads}"
+        with ThreadPoolExecutor(threads) as executor:
+            assert compress_folder(source, out, config, shard_bytes=SHARD, executor=executor).to_dict() == report
+        same_tensors(tmp_path / "memory", out)
 
 
 @pytest.mark.guarantee("stream-same-model")
