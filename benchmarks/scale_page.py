@@ -26,8 +26,8 @@ from mpo_tn.planning.structure import structure
 
 Row = dict[str, Any]
 WORKERS = (1, 8, 64)
-LIBRARIES = 300e6
-"""Bytes of memory of a process that has imported them."""
+WORKER, BEGUN = 160e6, 270e6
+"""Bytes of the libraries in a worker, and in the process that is started, see "Memory" in docs/scale.md."""
 
 
 def units(rows: Sequence[Row], kind: str | None = None) -> list[Row]:
@@ -280,8 +280,8 @@ def models_table(rows: Sequence[Row]) -> list[str]:
                     becomes + (" *" if beyond else ""),
                     f"{model.count:,}",
                     *(shown_time(told[n].seconds) for n in WORKERS),
-                    shown_bytes(told[1].memory + LIBRARIES),
-                    *(shown_bytes(told[n].together + (n + 1) * LIBRARIES) for n in WORKERS[1:]),
+                    shown_bytes(told[1].memory + WORKER),
+                    *(shown_bytes(told[n].together + n * WORKER + BEGUN) for n in WORKERS[1:]),
                     shown_bytes(told[1].bytes_read),
                     shown_bytes(told[1].bytes_written),
                 ]
@@ -319,13 +319,14 @@ def shown_bytes(number: float) -> str:
 def runs_table(rows: Sequence[Row]) -> list[str]:
     """Streamed runs here, and what was foretold."""
     cells: list[list[str]] = []
+    efforts, beside = scale_runs.efforts()
     for row in runs(rows):
         workers = row["workers"]
         left = max(row["cores"] - row["cores_of_others"], 0.05)
-        alone, shared = (scale_runs.predicted(workers, cores) for cores in (row["cores"], left))
-        efforts, _ = scale_runs.efforts()
+        alone, shared = (forecast(efforts, workers, cores=n, beside=beside) for n in (row["cores"], left))
         told_cpu = sum(each.seconds for each in efforts)
-        libraries = LIBRARIES * row["processes"]
+        own, libraries = (BEGUN, BEGUN) if workers == 1 else (WORKER, BEGUN + WORKER * (workers + 1))
+        process = max(alone.memory + own, BEGUN + scale_runs.SHARD)
         cells.append(
             [
                 str(workers),
@@ -334,15 +335,16 @@ def runs_table(rows: Sequence[Row]) -> list[str]:
                 f"{row['seconds']:.0f}",
                 f"{shared.seconds:.0f}",
                 f"{alone.seconds:.0f}",
-                f"{row['memory'] / 1e6:.0f} ({(alone.memory + LIBRARIES) / 1e6:.0f})",
+                f"{row['memory'] / 1e6:.0f} ({process / 1e6:.0f})",
                 f"{row['together'] / 1e6:.0f} ({(alone.together + libraries) / 1e6:.0f})",
-                f"{row['read'] / 1e6:.0f} ({alone.bytes_read / 1e6:.0f})",
                 f"{row['written'] / 1e6:.0f} ({alone.bytes_written / 1e6:.0f})",
             ]
         )
-    head = ["workers", "CPU s of matrices (foretold)", "cores that others took", "s on the wall", "foretold with the "
-            "cores left", "foretold for a quiet machine", "MB a process (foretold)", "MB together", "MB read",
-            "MB written"]  # fmt: skip
+    head = [
+        "workers", "CPU s of matrices (foretold)", "cores that others took", "s on the wall",
+        "foretold with the cores left", "foretold for a quiet machine", "MB a process (foretold)", "MB together",
+        "MB written",
+    ]  # fmt: skip
     return markdown(head, cells)
 
 

@@ -147,6 +147,6 @@ def _changes(starts: Sequence[float], ends: Sequence[float], amounts: Sequence[i
     return sorted(found, key=lambda change: (change[0], change[1]))
 
 
-_BEGIN, _POOL, _ASSEMBLED = 0.5, 5.0, 3e-9
+_BEGIN, _POOL, _ASSEMBLED = 0.3, 4.0, 3e-9
 """Seconds to look at a checkpoint, to start a pool of processes, and for every byte of the result to be checked and
 written, which one process does."""
