@@ -45,14 +45,14 @@ def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
 
 
 RATES: Mapping[str, float] = {
-    "unit": 8e-4, "entry": 4.9e-8, "product": 7.5e-12, "cube": 1.8e-10, "rounded": 9.9e-8, "double": 2.6e-11,
-    "feedback": 2.5e-11, "column": 5.1e-5, "sweep": 3.7e-9,
+    "unit": 0.00659, "entry": 5.36e-08, "product": 6.98e-12, "cube": 1.86e-10, "rounded": 1.24e-07,
+    "double": 2.82e-11, "feedback": 2.49e-11, "column": 7.75e-05, "sweep": 3.73e-09,
 }  # fmt: skip
 """Seconds for each amount of work."""
 
 BYTES: Mapping[str, float] = {
-    "cut": 27.7, "cut square": 15.9, "rounded": 40.0, "fitted": 70.6, "fitted moment": 22.4, "swept": 172.0,
-    "swept moment": 14.7, "coded": 109.0, "coded moment": 35.6,
+    "unit": 2.4e+06, "cut": 18, "cut square": 11.8, "rounded": 19.5, "fitted": 48.7, "fitted moment": 30,
+    "swept": 147, "swept moment": 23.6, "coded": 55.6, "coded moment": 50.1,
 }  # fmt: skip
 """Bytes for each number that is held."""
 
@@ -102,7 +102,7 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
 def held_of(planned: UnitPlan) -> dict[str, float]:
     """How many numbers are held beside the matrix as it is stored, by what is done to it.
 
-    - ``cut``: of a matrix whose singular vectors are sought, and ``cut square`` of the Gram matrix of its widest side.
+    - ``unit``: one. ``cut``: of a matrix whose singular vectors are sought, and ``cut square`` of the Gram matrix of its widest side.
     - ``rounded``: of one that is rounded to the nearest integers.
     - in the metric of a layer, ``fitted``, ``swept`` and ``coded``: of a matrix that becomes low rank, a chain, or
       integers, and ``moment`` after that: ``in**2``, of what it is given.
@@ -111,10 +111,10 @@ def held_of(planned: UnitPlan) -> dict[str, float]:
     entries = float(spec.out_features * spec.in_features)
     if planned.metric == ACTIVATION:
         how = "fitted" if spec.sites.is_low_rank else "coded" if len(spec.sites) == 1 else "swept"
-        return {how: entries, f"{how} moment": float(spec.in_features) ** 2}
+        return {"unit": 1.0, how: entries, f"{how} moment": float(spec.in_features) ** 2}
     if len(spec.sites) == 1:
-        return {"rounded": entries}
-    return {"cut": entries, "cut square": float(_widest(spec)) ** 2}
+        return {"unit": 1.0, "rounded": entries}
+    return {"unit": 1.0, "cut": entries, "cut square": float(_widest(spec)) ** 2}
 
 
 def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float]:
