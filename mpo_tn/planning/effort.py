@@ -102,7 +102,8 @@ def work_of(planned: UnitPlan) -> dict[str, float]:
 def held_of(planned: UnitPlan) -> dict[str, float]:
     """How many numbers are held beside the matrix as it is stored, by what is done to it.
 
-    - ``unit``: one. ``cut``: of a matrix whose singular vectors are sought, and ``cut square`` of the Gram matrix of its widest side.
+    - ``unit``: one. ``cut``: of a matrix whose singular vectors are sought, and ``cut square`` of the Gram matrix of
+      its widest side.
     - ``rounded``: of one that is rounded to the nearest integers.
     - in the metric of a layer, ``fitted``, ``swept`` and ``coded``: of a matrix that becomes low rank, a chain, or
       integers, and ``moment`` after that: ``in**2``, of what it is given.
