@@ -75,7 +75,7 @@ def main() -> None:
         "relative error",
     )
     for rows, columns in SHAPES:
-        for name in arguments.spectra if max(rows, 2048) <= arguments.largest else ():
+        for name in arguments.spectra if rows <= arguments.largest else ():
             for dtype in arguments.dtypes:
                 w = weight(rows, columns, SPECTRA[name], getattr(torch, dtype))
                 for keep in arguments.keep:

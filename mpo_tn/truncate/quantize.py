@@ -13,9 +13,9 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, adjoint, check_matrix, dtype_name, namespace, widen
+from mpo_tn.linalg import Array, adjoint, check_matrix, dtype_name, library, namespace, to_numpy, widen
 from mpo_tn.truncate.refine_integers import refine_integers, turned
-from mpo_tn.truncate.scales import best_scales, check_scale, group_count, half, spread_scales
+from mpo_tn.truncate.scales import best_scales, check_scale, clipped, group_count, half, spread_scales
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bits an integer can have."""
@@ -141,6 +141,8 @@ def quantize(
     matrix = check_matrix(matrix)
     if dtype_name(matrix).startswith("complex"):
         raise MPOError("a complex matrix has no integers: quantize its real and imaginary part")
+    if library(matrix) == "jax":  # which would compile for every shape
+        matrix = to_numpy(matrix)
     check_scale(matrix, bits)
     if metric is None:
         return _joined([_nearest(piece, bits, group) for piece in _row_pieces(matrix, _AT_ONCE)], bits, group)
@@ -160,14 +162,15 @@ def _joined(pieces: list[tuple[Array, Array]], bits: int, group: int) -> Integer
     if len(pieces) == 1:
         return Integers(*pieces[0], bits, group)
     xp = namespace(pieces[0][0])
-    return Integers(*(xp.concat(parts, axis=0) for parts in zip(*pieces, strict=True)), bits, group)
+    values, scales = (xp.concat(parts, axis=0) for parts in zip(*pieces, strict=True))
+    return Integers(values, scales, bits, group)
 
 
 def _nearest(wide: Array, bits: int, group: int) -> tuple[Array, Array]:
     """Integers and scales of some rows without a metric."""
     xp, top = namespace(wide), 2 ** (bits - 1)
     scales = best_scales(wide, None, bits, group)
-    values = xp.clip(xp.round(wide / spread_scales(scales, group, wide.shape[1])), -top, top - 1)
+    values = clipped(xp.round(wide / spread_scales(scales, group, wide.shape[1])), -top, top - 1)
     return xp.astype(values, xp.int8), half(scales)
 
 
@@ -221,20 +224,35 @@ def _feedback(damped: Array) -> tuple[Array, Array, Array]:
 
 def _with_feedback(wide: Array, scales: Array, bits: int, upper: Array) -> Array:
     """Integers of one column after another: column j of ``(W - Q) U`` is made small, given those before it."""
-    xp = namespace(wide)
+    xp, device = namespace(wide), array_api_compat.device(wide)
     columns, top = wide.shape[1], 2 ** (bits - 1)
     # Columns as rows, so that each is one piece of memory.
     wanted, steps = turned(wide), turned(scales)
-    inverse = 1 / steps
     found, missed = xp.zeros_like(wanted), xp.zeros_like(wanted)
     for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        moved = wanted[start:stop] + adjoint(upper[:start, start:stop]) @ missed[:start]
-        for j in range(start, stop):
-            value = xp.clip(xp.round(moved[j - start] * inverse[j]), -top, top - 1)
-            found[j] = value
-            miss = wanted[j] - value * steps[j]
-            missed[j] = miss
-            if j + 1 < stop:
-                moved[j + 1 - start :] += upper[j, j + 1 : stop][:, None] * miss[None, :]
+        part = slice(start, min(start + _BLOCK, columns))
+        moved = wanted[part, :] + adjoint(upper[:start, part]) @ missed[:start, :]
+        values, miss = _columns_with_feedback(
+            to_numpy(wanted[part, :]), to_numpy(moved), to_numpy(steps[part, :]), to_numpy(upper[part, part]), top
+        )
+        found[part, :] = xp.asarray(values, device=device)
+        missed[part, :] = xp.asarray(miss, device=device)
     return adjoint(found)
+
+
+def _columns_with_feedback(
+    wanted: np.ndarray, moved: np.ndarray, steps: np.ndarray, upper: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The integers of a block and what they miss; on the host, where a short row is done before torch has begun."""
+    found, missed, room = np.empty_like(wanted), np.empty_like(wanted), np.empty_like(wanted)
+    moved, inverse = moved.copy(), 1 / steps
+    for j, value in enumerate(found):
+        np.multiply(moved[j], inverse[j], out=value)
+        np.rint(value, out=value)
+        np.minimum(value, top - 1, out=value)
+        np.maximum(value, -top, out=value)
+        np.multiply(value, steps[j], out=missed[j])
+        np.subtract(wanted[j], missed[j], out=missed[j])
+        np.multiply(upper[j, j + 1 :][:, None], missed[j], out=room[j + 1 :])
+        moved[j + 1 :] += room[j + 1 :]
+    return found, missed

@@ -26,7 +26,8 @@ SIDE = 320
 @pytest.fixture(autouse=True)
 def _small_is_large(monkeypatch):
     """The same algorithm on matrices of which a test can afford all singular values."""
-    monkeypatch.setattr(leading, "LARGE", 64)
+    for module in (leading, basis):
+        monkeypatch.setattr(module, "LARGE", 64)
 
 
 def stepped(ratio: float, part: float = 0.25):

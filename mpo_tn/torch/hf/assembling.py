@@ -29,6 +29,8 @@ from mpo_tn.torch.models.stream_unit import UnitRecord, raw, read_unit, tensor_o
 
 FORMAT = "mpo_tn.record"
 VERSION = 1
+RECORD_NOTE = "mpo_tn.record"
+"""In the header of every file of weights: the name of the record, which cannot be taken away unnoticed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def write_result(
                     continue
                 held |= {key: tensor for key, tensor in piece.load().items() if key in wanted}
             digests |= {key: tensor.digest() for key, tensor in held.items()}
-            write_shard(temporary / name, held)
+            write_shard(temporary / name, held, {RECORD_NOTE: STREAM_RECORD})
         write_index(temporary, shards, sum(sizes.values()))
         content: dict[str, Any] = {
             "format": FORMAT, "version": VERSION, **record, "tensors": dict(sorted(digests.items())),

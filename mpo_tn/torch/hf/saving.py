@@ -72,8 +72,12 @@ def _quantizer(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _saved_as_it_is(model: PreTrainedModel, state: Mapping[str, torch.Tensor] | None) -> Generator[None]:
+def _saved_as_it_is(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor] | None, *, writes: bool
+) -> Generator[None]:
     """Inside of it ``model`` and its configuration say what its modules are, or it is refused before.
+
+    Of several processes only one ``writes``, and it alone may hold a state that was gathered.
 
     Guarantee (saved-as-it-is): a transformers model with MPO modules anywhere, however they came there, is written with
     its structure as it is now, and ``from_pretrained`` gives it back; what could not be read again is refused before
@@ -100,13 +104,25 @@ def _saved_as_it_is(model: PreTrainedModel, state: Mapping[str, torch.Tensor] | 
     quantizer: Any = _quantizer(model)
     if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are written
         state = model.state_dict() if state is None else state
-        rehearse(model, quantizer.quantization_config, state)
+        _check_whole(model, state)
+        if state or writes:
+            rehearse(model, quantizer.quantization_config, state)
     quantizer.given = state
     try:
         with _silent_about_mpo(*_configs_inside(model.config)):
             yield
     finally:
         del quantizer.given
+
+
+def _check_whole(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
+    if any(hasattr(tensor, "placements") for tensor in state.values()):  # a DTensor
+        name = type(model).__name__.removeprefix("FSDP")
+        raise MPOError(
+            f"the tensors of this {name} are sharded over processes: in all of them let state = "
+            "accelerator.get_state_dict(model), then save_pretrained(folder, state_dict=state, "
+            "is_main_process=accelerator.is_main_process)"
+        )
 
 
 def _policy(model: nn.Module) -> MPOConfig:
@@ -147,8 +163,8 @@ def _looking(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        state = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
-        with _saved_as_it_is(self, state):
+        given = signature.bind(self, *args, **kwargs).arguments
+        with _saved_as_it_is(self, given.get("state_dict"), writes=bool(given.get("is_main_process", True))):
             return original(self, *args, **kwargs)
 
     return save_pretrained

@@ -15,9 +15,9 @@ from mpo_tn.linalg import frobenius_norm
 from mpo_tn.planning.entries import ITEMSIZES
 from mpo_tn.planning.spec import PARAMETER, ModuleSpec, matrix_shape
 from mpo_tn.progress import Progress, silent
-from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, notes_of, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.hf.assembling import altered, read_record
+from mpo_tn.torch.hf.assembling import RECORD_NOTE, altered, read_record
 from mpo_tn.torch.hf.checks import check_record
 from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
@@ -148,7 +148,13 @@ def _modules(folder: Path, found: Verification) -> dict[str, ModuleSpec]:
 
 def _check_record(folder: Path, found: Verification) -> dict[str, Any] | None:
     if not (folder / STREAM_RECORD).is_file():
-        found.notes.append(f"{folder} has no {STREAM_RECORD}, so nothing is known of its digests: it was not streamed")
+        named = {notes_of(path).get(RECORD_NOTE) for path in folder.glob("*.safetensors")} - {None}
+        if named:
+            found.differences.append(f"{STREAM_RECORD} is missing: the weights say that it was written beside them")
+        else:
+            found.notes.append(
+                f"{folder} has no {STREAM_RECORD}, so nothing is known of its digests: it was not streamed"
+            )
         return None
     try:
         record = read_record(folder)
@@ -191,7 +197,8 @@ def _check_structure(
                     f"{key} has the shape {list(own[key].shape)}, and by config.json {list(wanted[key].shape)}"
                 )
             elif not _same_dtype(wanted[key], own[key], spec):
-                found.differences.append(f"{key} is {own[key].dtype}, and by its bits {wanted[key].dtype}")
+                dtype = str(wanted[key].dtype).removeprefix("torch.")
+                found.differences.append(f"{key} is {own[key].dtype}, and by its bits {dtype}")
     found.differences += [
         f"{key} is a core of no module of config.json" for key in there.tensors if ".cores." in key and key not in seen
     ]

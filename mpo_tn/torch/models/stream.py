@@ -17,8 +17,10 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
+from typing import Any
 
 import torch
 
@@ -28,6 +30,9 @@ from mpo_tn.torch.models.stream_unit import UnitTask, do_unit
 
 _UNHEARD = 30.0
 """Seconds after a unit was written in which an answer comes, if one comes."""
+
+_FAREWELL = 10.0
+"""Seconds in which the workers of a pool end once there is no more work; those that do not are killed."""
 
 ATTEMPTS = 3
 """So often a unit is tried whose worker dies."""
@@ -90,7 +95,7 @@ class _Run:
         waiting: dict[Future[str], int] = {}
         try:
             for number, task in self.left.items():
-                waiting[executor.submit(do_unit, task)] = number
+                waiting[_future(executor.submit(do_unit, task))] = number
         except BrokenExecutor as error:
             self._collect(waiting, error)
             return
@@ -156,7 +161,12 @@ class _Run:
         name = self.left[number].name
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             return error
-        if type(error).__name__ in ("KilledWorker", "NoValidWorkerError"):
+        if type(error).__name__ in ("NoWorkerError", "NoValidWorkerError"):
+            return MPOError(
+                f"{name}: no worker is left to do it ({_said(error)}): start some, and run it again; "
+                "what is done is kept"
+            )
+        if type(error).__name__ == "KilledWorker":
             return MPOError(
                 f"{name}: workers died over it ({_said(error)}), most likely of too little memory: give each more, "
                 f"or use "
@@ -185,6 +195,16 @@ class _Run:
             )
 
 
+def _future(found: Any) -> Future[str]:
+    """What an executor gave, which may be of its own kind."""
+    if isinstance(found, Future):
+        return found
+    raise MPOError(
+        f"the executor gives {type(found).__name__} objects, and what waits for work needs "
+        "concurrent.futures.Future: docs/scale.md says how to make it an executor of concurrent.futures"
+    )
+
+
 def _said(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -206,7 +226,16 @@ def _pool(workers: int) -> Generator[Executor]:
         try:
             yield pool
         finally:
+            # A worker that is killed while it waits for work takes the lock of the queue along, and others wait for it.
+            late = Timer(_FAREWELL, _kill, [list((pool._processes or {}).values())])  # pyright: ignore[reportPrivateUsage]
+            late.start()
             pool.shutdown(wait=True, cancel_futures=True)
+            late.cancel()
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _worker_begins() -> None:

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,14 @@ from helpers.tiny_models import VOCAB, tiny
 from mpo_tn import MPOError
 from mpo_tn.storage.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from mpo_tn.torch import Calibration, MPOConfig, Plan, calibrate, compress, plan
+from mpo_tn.torch.hf import stream_job
 from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import empty_model, load_model, save_model
 from mpo_tn.torch.hf.stream import compress_folder, dry_run
+from mpo_tn.torch.hf.stream_job import Job
 from mpo_tn.torch.hf.verify import verify_folder
 from mpo_tn.torch.models import stream
-from mpo_tn.torch.models.stream_unit import one_thread
+from mpo_tn.torch.models.stream_unit import do_unit, one_thread
 from mpo_tn.truncate import basis, leading
 
 CONFIGS = {
@@ -150,7 +155,7 @@ def test_moments_of_a_saved_calibration_fit_matrices_and_move_biases(tmp_path: P
     assert told == written + sum(part.nbytes for part in moments if isinstance(part, torch.Tensor))
     found = verify_folder(tmp_path / "out", source)
     assert found.is_good, found.differences
-    with pytest.raises(MPOError, match="nothing is known of that: give a saved"):
+    with pytest.raises(MPOError, match="nothing is known of that: give text"):
         compress_folder(source, tmp_path / "other", decided)
     other = source_in(tmp_path / "else", "llama" if family == "bert" else "bert")
     with pytest.raises(MPOError, match=r"does not fit|is not of this"):
@@ -320,6 +325,29 @@ def test_a_matrix_that_fails_names_itself_and_the_others_are_kept(tmp_path: Path
     assert 0 < dry_run(source, out, CONFIG).done < 14
 
 
+def test_a_worker_of_other_versions_or_without_the_folder_does_nothing(tmp_path: Path) -> None:
+    source, out = source_in(tmp_path), tmp_path / "out"
+    job = Job.of(source, out, CONFIG, None)
+    job.work.open()
+    task = job.task(0)
+    with pytest.raises(MPOError, match=rf"^{re.escape(task.name)}: the worker on .* has .*torch {re.escape(torch.__version__)}"):
+        do_unit(replace(task, versions={**task.versions, "torch": "1.0"}))
+    with pytest.raises(MPOError, match=rf"^{re.escape(task.name)}: the worker on .* does not see"):
+        do_unit(replace(task, file=str(tmp_path / "elsewhere" / "units" / "0.safetensors")))
+    assert not Path(task.file).exists()
+    assert do_unit(task) == task.name
+    assert Path(task.file).exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "dangling"])
+def test_what_is_in_the_way_of_unfinished_work_is_left_alone(tmp_path: Path, kind: str) -> None:
+    source, work = source_in(tmp_path), tmp_path / "out.work"
+    work.write_text("a thesis") if kind == "file" else work.symlink_to("out.work" if kind == "loop" else "nowhere")
+    with pytest.raises(MPOError, match=r"out\.work is in the way, and it is no folder"):
+        compress_folder(source, tmp_path / "out", CONFIG)
+    assert work.read_text() == "a thesis" if kind == "file" else work.is_symlink()
+
+
 class Dying(Executor):
     """Breaks at a unit so many times, as a pool does whose process is killed."""
 
@@ -353,6 +381,17 @@ def test_a_worker_that_dies_is_replaced_and_a_unit_that_kills_all_is_named(
         compress_folder(source, tmp_path / "other", CONFIG, executor=Dying(name, 1))
 
 
+@pytest.mark.slow
+def test_workers_that_do_not_end_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_FAREWELL", 0.5)
+    with stream._pool(2) as pool:
+        workers = {pool.submit(os.getpid).result(60)}
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)  # as one that waits for the lock that a killed one held
+    for worker in workers:
+        assert not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text()
+
+
 class CallingOff(Executor):
     """Gives up all work, as a client does whose scheduler is gone."""
 
@@ -366,6 +405,54 @@ class CallingOff(Executor):
 def test_an_executor_that_calls_work_off_is_said(tmp_path: Path) -> None:
     with pytest.raises(MPOError, match="the executor called off 14 units"):
         compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=CallingOff())
+
+
+class OfItsOwn:
+    """Gives jobs, as submitit does."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Path:
+        return Path("job")
+
+
+def test_an_executor_without_futures_is_said(tmp_path: Path) -> None:
+    source = source_in(tmp_path)
+    with pytest.raises(MPOError, match=r"the executor gives PosixPath objects, .* docs/scale\.md"):
+        compress_folder(source, tmp_path / "out", CONFIG, executor=OfItsOwn())  # pyright: ignore[reportArgumentType]
+    assert dry_run(source, tmp_path / "out", CONFIG).done == 0
+
+
+class KilledWorker(Exception):  # noqa: N818 - the names that Dask has
+    pass
+
+
+class NoWorkerError(Exception):
+    pass
+
+
+class Failing(ThreadPoolExecutor):
+    """Ends every unit with an error, as Dask does that has no workers or loses them."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(self.error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KilledWorker("died"), r"^model\..*: workers died over it .died.*; what is done is kept"),
+        (NoWorkerError("none"), r"^model\..*: no worker is left to do it .none.: start some, .*; what is done is kept"),
+        (ValueError("odd"), r"^model\..*: ValueError: odd; what is done is kept"),
+    ],
+)
+def test_errors_of_dask_are_said(tmp_path: Path, error: Exception, said: str) -> None:
+    with Failing(error) as executor, pytest.raises(MPOError, match=said):
+        compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=executor)
 
 
 def test_a_closed_executor_is_said(tmp_path: Path) -> None:
@@ -449,6 +536,13 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MPOError, match="was changed while it was read"):
         compress_folder(source, out, CONFIG, progress=shorten)
     assert not out.exists()
+
+
+def test_the_card_names_what_a_hub_name_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_in(tmp_path)
+    monkeypatch.setattr(stream_job, "local_folder", lambda _: source)
+    compress_folder("someone/some-model", tmp_path / "out", CONFIG)
+    assert "base_model: someone/some-model" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_compressed_folder_is_no_source(tmp_path: Path) -> None:
@@ -535,16 +629,3 @@ def test_a_worker_loads_no_transformers_and_gives_memory_back(tmp_path: Path) ->
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.stdout.split() == [".", "True"], done.stdout + done.stderr[-2000:]
-
-
-@pytest.mark.guarantee("stream-any-workers")
-@pytest.mark.slow
-def test_workers_of_dask_give_the_same_bytes_though_one_is_killed(tmp_path: Path) -> None:
-    pytest.importorskip("distributed", reason="the extra [distributed] is not installed")
-    log = tmp_path / "log"
-    with log.open("w") as file:  # through a pipe it would be waited for workers that outlive it
-        done = subprocess.run(
-            [sys.executable, "-m", "helpers.dask_stream", tmp_path], cwd=TESTS, stdout=file, stderr=file, timeout=200,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
-        )  # fmt: skip
-    assert done.returncode == 0, log.read_text()[-2000:]
