@@ -111,10 +111,21 @@ def test_a_key_that_is_not_where_the_index_says_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", "[" * 100_000, "\ufeff{}", '{"weight_map": {}}', '{"weight_map": null}', '{"weight_map": "a"}',
-        '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": "/etc/x.safetensors"}}',
-        '{"weight_map": {"a": ""}}', '{"weight_map": {"a": ".."}}', '{"weight_map": {"a": "x\\u0000"}}',
-        '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["model.safetensors"]}}',
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        "\ufeff{}",
+        '{"weight_map": {}}',
+        '{"weight_map": null}',
+        '{"weight_map": "a"}',
+        '{"weight_map": {"a": "../x.safetensors"}}',
+        '{"weight_map": {"a": "/etc/x.safetensors"}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": "x\\u0000"}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": ["model.safetensors"]}}',
     ],
 )
 def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, text: str) -> None:
@@ -141,7 +152,11 @@ def test_a_shard_that_is_no_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        "[1]", "[" * 200_000, "\ufeff{}x", '{"a": "x"}', '{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}',
+        "[1]",
+        "[" * 200_000,
+        "\ufeff{}x",
+        '{"a": "x"}',
+        '{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}',
         '{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
         '{"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}',
         '{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}',
