@@ -162,7 +162,8 @@ def _joined(pieces: list[tuple[Array, Array]], bits: int, group: int) -> Integer
     if len(pieces) == 1:
         return Integers(*pieces[0], bits, group)
     xp = namespace(pieces[0][0])
-    return Integers(*(xp.concat(parts, axis=0) for parts in zip(*pieces, strict=True)), bits, group)
+    values, scales = (xp.concat(parts, axis=0) for parts in zip(*pieces, strict=True))
+    return Integers(values, scales, bits, group)
 
 
 def _nearest(wide: Array, bits: int, group: int) -> tuple[Array, Array]:
