@@ -496,6 +496,7 @@ def test_a_checkpoint_without_a_tensor_or_with_one_of_another_shape_is_refused(t
     for change, match in (
         (lambda s: s.pop("model.layers.0.mlp.up_proj.weight"), r"missing, for instance model\.layers\.0\.mlp\.up_proj"),
         (lambda s: s.update({"model.norm.weight": torch.zeros(7)}), r"model\.norm\.weight is \[7\]"),
+        (lambda s: s.update({"model.norm.weight": s["model.norm.weight"].int()}), r"model\.norm\.weight is int32"),
     ):
         state = model.state_dict()
         del state["lm_head.weight"]
@@ -571,11 +572,12 @@ from mpo_tn.torch import MPOConfig
 from mpo_tn.torch.hf.folder import load_model
 from mpo_tn.torch.hf.stream import compress_folder
 source, small, cap = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+some = {"target_modules": "re:.*layers\\\\.[01]\\\\..*"}  # all the others are copied
 configs = {
     "five sites": MPOConfig(sites=5, bond=8),
-    "low rank": MPOConfig(sites="low-rank", keep=0.5),
-    "dense in bits": MPOConfig(sites=1, bits=4),
-    "low rank in bits": MPOConfig(sites="low-rank", keep=0.5, bits=4),
+    "low rank": MPOConfig(sites="low-rank", keep=0.5, **some),
+    "dense in bits": MPOConfig(sites=1, bits=4, **some),
+    "low rank in bits": MPOConfig(sites="low-rank", keep=0.5, bits=4, **some),
 }
 for name, config in configs.items():  # what is imported and started late
     compress_folder(small, small.parent / name, config)
