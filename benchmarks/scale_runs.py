@@ -22,7 +22,6 @@ import transformers
 from scale_units import DTYPE, anonymous, transferred, weights
 
 from mpo_tn.planning.effort import Effort, effort_of
-from mpo_tn.planning.schedule import Forecast, forecast
 from mpo_tn.torch import MPOConfig, plan
 from mpo_tn.torch.hf.stream import compress_folder
 
@@ -64,12 +63,6 @@ def efforts() -> tuple[list[Effort], int]:
     total = sum(parameter.numel() for parameter in dense.parameters())
     beside = total - sum(unit.dense_parameters for unit in units)
     return [effort_of(unit, DTYPE.itemsize) for unit in units], beside * DTYPE.itemsize
-
-
-def predicted(workers: int, cores: float | None = None) -> Forecast:
-    """What the simulation says of a run, with so many cores at full speed."""
-    found, beside = efforts()
-    return forecast(found, workers, cores=cores, beside=beside, most_shard=SHARD)
 
 
 def measure(source: Path, out: Path, workers: int) -> dict[str, Any]:
