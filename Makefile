@@ -3,6 +3,7 @@
 # make test   everything continuous integration runs
 # make soak   the property tests with forty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream
 # make architectures   what works with which model, tried on 80 tiny ones: docs/architectures.md
+# make scale  what matrices cost to stream, the law, runs against it (some 15 minutes): docs/scale.md
 # make bench  timings against other libraries, printed as ratios
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test lint types fast tests soak architectures bench clean
+.PHONY: demo quick test lint types fast tests soak architectures scale bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-tn demo --out demo --overwrite
@@ -53,6 +54,12 @@ architectures: export OMP_NUM_THREADS = 1
 architectures: $(VENV)/.test
 	$(BIN)/python -W ignore -m helpers.architecture_table run benchmarks/results/architectures.jsonl
 	$(BIN)/python -m helpers.architecture_table page benchmarks/results/architectures.jsonl docs/architectures.md
+
+# What is there is kept; the constants of mpo_tn/planning/effort.py are taken from what "scale.py law" prints.
+scale: $(VENV)/.test
+	$(BIN)/python benchmarks/scale.py run benchmarks/results/scale.jsonl
+	$(BIN)/python benchmarks/scale.py page benchmarks/results/scale.jsonl docs/scale.md
+	$(BIN)/python benchmarks/scale.py plot benchmarks/results/scale.jsonl docs/scale.svg
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpo_tn.planning.entries import ACTIVATION, UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.truncate.leading import singular_work
+from mpo_tn.truncate.quantize import SWEEPS
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Effort:
     Attributes:
         seconds: on a machine such as the law was measured on; of others the proportions hold.
         memory: the most that is held at a time, bytes.
-        bytes_read: of the dense weight.
+        bytes_read: of the dense weight, and of the moments it is fitted by.
         bytes_written: of its cores.
     """
 
@@ -29,41 +32,116 @@ class Effort:
 def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
     """What a unit costs, its weight being read in numbers of ``itemsize`` bytes. Cost: none, it looks at sizes.
 
-    Two laws: products of the matrix with bases, ``2 rows columns side`` flops a bond, and eigen-decompositions of
-    ``side`` squared Gram matrices, ``side`` cubed. ``side`` is the smaller side of an unfolding, of what is left of the
-    matrix once outer bonds are cut. Where a bond is found without all eigenvectors of its Gram matrix, as
-    :func:`mpo_tn.truncate.basis.factor` decides, the products and the smaller eigenproblems of that are counted.
+    Seconds are amounts of work, see :func:`work_of`, at the rates of :data:`RATES`; memory is the matrix as stored
+    and what :func:`held_of` counts, in the bytes of :data:`BYTES`. Both were fitted to measurements by
+    ``benchmarks/scale.py``.
     """
     spec = planned.spec
     entries = spec.out_features * spec.in_features
-    capped = planned.metric != ACTIVATION and planned.tolerance is None and planned.itemsize <= 4
-    products, cubes, widest = _flops(spec, capped)
-    if planned.metric == ACTIVATION:  # the metric is factorised as well, and sweeps follow
-        products, cubes = 3 * products + 2 * entries * spec.in_features, 2 * cubes + spec.in_features**3
-        widest = max(widest, spec.in_features)
-    seconds = _EACH + entries * _ENTRY + products * _PRODUCT + cubes * _CUBE
-    seconds += sum(entries for bits in spec.core_bits if bits not in (None, 16)) * _ROUNDED
-    # The matrix as stored, once wider, a Gram matrix with its eigenvectors and the room LAPACK works in.
-    memory = entries * (itemsize + 8) + 8 * 4 * widest**2
-    return Effort(seconds, memory, entries * itemsize, planned.bytes)
+    seconds = sum(RATES[name] * amount for name, amount in work_of(planned).items())
+    memory = entries * itemsize + sum(BYTES[name] * amount for name, amount in held_of(planned).items())
+    moments = 8 * spec.in_features**2 if planned.metric == ACTIVATION else 0
+    return Effort(seconds, int(memory), entries * itemsize + moments, planned.bytes)
 
 
-_EACH, _ENTRY, _PRODUCT, _CUBE, _ROUNDED = 5e-3, 2e-8, 2e-11, 4e-10, 1e-7
+RATES: Mapping[str, float] = {
+    "unit": 0.00659, "entry": 5.36e-08, "product": 6.98e-12, "cube": 1.86e-10, "rounded": 1.24e-07,
+    "double": 2.82e-11, "feedback": 2.49e-11, "column": 7.75e-05, "sweep": 3.73e-09,
+}  # fmt: skip
+"""Seconds for each amount of work."""
+
+BYTES: Mapping[str, float] = {
+    "unit": 2.4e+06, "cut": 18, "cut square": 11.8, "rounded": 19.5, "fitted": 48.7, "fitted moment": 30,
+    "swept": 147, "swept moment": 23.6, "coded": 55.6, "coded moment": 50.1,
+}  # fmt: skip
+"""Bytes for each number that is held."""
 
 
-def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float, int]:
-    """Flops of products, sides cubed, and the widest side, over all bonds, both ends peeled inward.
+def work_of(planned: UnitPlan) -> dict[str, float]:
+    """How much there is to do, by kind of work.
 
-    ``capped``: the first singular vectors alone may be sought.
+    - ``unit``: one; ``entry``: numbers of the matrix, read, cast and summed.
+    - ``product``: flops of products of what is left of the matrix with bases, ``2 rows columns side`` a bond; ``cube``:
+      eigen-decompositions, ``side**3``. ``side`` is the smaller side of an unfolding, of what is left of the matrix
+      once outer bonds are cut. Where the first eigenvectors are found without the others, the products and the smaller
+      eigenproblems of that, :func:`mpo_tn.truncate.leading.singular_work`.
+    - ``rounded``: numbers that are rounded to the nearest integer at the best scale.
+    - in the metric of a layer, ``double``: flops of products with moments in double precision, beside which their
+      Cholesky decomposition is little; ``sweep``: ``2 out in**2`` for chains that are fitted by sweeps; ``feedback``:
+      flops of rounding with error feedback, and ``column`` the columns that are taken one after another for it.
     """
+    spec = planned.spec
     rows, columns = spec.sites.shape
-    left, right = 1, 1
-    rest = float(rows * columns)
-    products, cubes, widest = 0.0, 0.0, 1
-    low, high = 0, len(spec.sites) - 1
+    entries = float(spec.out_features * spec.in_features)
+    coded = [
+        (left * out, in_ * right)
+        for (left, out, in_, right), bits in zip(spec.core_shapes, spec.core_bits, strict=True)
+        if bits not in (None, 16)
+    ]
+    work: dict[str, float] = {"unit": 1.0, "entry": entries}
+    if len(spec.sites) > 1:
+        # What auto may do, see mpo_tn.truncate.basis.factor.
+        capped = planned.metric != ACTIVATION and planned.tolerance is None and planned.itemsize <= 4
+        work["product"], work["cube"] = _flops(spec, capped)
+    if planned.metric != ACTIVATION:
+        work["rounded"] = float(sum(map(math.prod, coded)))
+        return work
+    with_moment = 2 * entries * columns
+    work["double"] = 2 * with_moment
+    work["feedback"] = sum(2 * (1 + SWEEPS) * m * n**2 + n**3 / 3 for m, n in coded)
+    work["column"] = float(sum((1 + SWEEPS) * n for _, n in coded))
+    if spec.sites.is_low_rank:
+        bond, side = spec.bonds[0], min(rows, columns)
+        work["product"] = 0.0
+        work["double"] += with_moment + 2 * entries * side + 6 * entries * bond
+    elif len(spec.sites) > 1:
+        work["sweep"] = with_moment
+    return work
+
+
+def held_of(planned: UnitPlan) -> dict[str, float]:
+    """How many numbers are held beside the matrix as it is stored, by what is done to it.
+
+    - ``unit``: one. ``cut``: of a matrix whose singular vectors are sought, and ``cut square`` of the Gram matrix of
+      its widest side.
+    - ``rounded``: of one that is rounded to the nearest integers.
+    - in the metric of a layer, ``fitted``, ``swept`` and ``coded``: of a matrix that becomes low rank, a chain, or
+      integers, and ``moment`` after that: ``in**2``, of what it is given.
+    """
+    spec = planned.spec
+    entries = float(spec.out_features * spec.in_features)
+    if planned.metric == ACTIVATION:
+        how = "fitted" if spec.sites.is_low_rank else "coded" if len(spec.sites) == 1 else "swept"
+        return {"unit": 1.0, how: entries, f"{how} moment": float(spec.in_features) ** 2}
+    if len(spec.sites) == 1:
+        return {"unit": 1.0, "rounded": entries}
+    return {"unit": 1.0, "cut": entries, "cut square": float(_widest(spec)) ** 2}
+
+
+def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float]:
+    """Flops of products and sides cubed, over all bonds; ``capped`` says that the first singular vectors may do."""
+    products = cubes = 0.0
+    for rest, side, bond in _bonds(spec):
+        more, cubed = singular_work(side, bond) if capped else (0.0, float(side) ** 3)
+        products += 2 * rest * side + 2 * rest * bond + more
+        cubes += cubed
+    return products, cubes
+
+
+def _widest(spec: ModuleSpec) -> int:
+    """The widest side that is decomposed."""
+    return max((side for _, side, _ in _bonds(spec)), default=1)
+
+
+def _bonds(spec: ModuleSpec) -> list[tuple[float, int, int]]:
+    """For every bond, both ends peeled inward, the numbers that are left, the side that is decomposed, and the bond."""
+    rows, columns = spec.sites.shape
     sites, bonds = list(spec.sites), spec.bonds
+    left, right, rest = 1, 1, float(rows * columns)
+    low, high = 0, len(sites) - 1
+    found: list[tuple[float, int, int]] = []
     while low < high:
-        outer, inner = left * sites[low][0] * sites[low][1], right * sites[high][0] * sites[high][1]
+        outer, inner = left * math.prod(sites[low]), right * math.prod(sites[high])
         if outer <= inner:
             side, bond = outer, bonds[low]
             low, left = low + 1, bond
@@ -71,10 +149,6 @@ def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float, int]:
             side, bond = inner, bonds[high - 1]
             high, right = high - 1, bond
         other = rest / side
-        side = int(min(side, other))
-        more, cubed = singular_work(side, bond) if capped else (0.0, float(side) ** 3)
-        products += 2 * rest * side + 2 * rest * bond + more
-        cubes += cubed
-        widest = max(widest, side)
+        found.append((rest, int(min(side, other)), bond))
         rest = other * bond
-    return products, cubes, widest
+    return found

@@ -111,6 +111,11 @@ def read_names(model: Any, checkpoint: Checkpoint) -> Names:
                     f"{key} is {list(tensor.shape)} in {checkpoint.folder}, and {type(model).__name__} with this "
                     f"config.json has {list(state[name].shape)}: the two do not belong together"
                 )
+            if state[name].is_floating_point() and not getattr(torch, tensor.dtype).is_floating_point:
+                raise MPOError(
+                    f"{key} is {tensor.dtype} in {checkpoint.folder}, and {type(model).__name__} computes with it in "
+                    f"{str(state[name].dtype).removeprefix('torch.')}: give the model before it was quantized"
+                )
             stored[name] = tensor
     _settle_ties(model, stored)
     _check_complete(model, state, stored, kept, checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from mpo_tn.exceptions import MPOError, whole_number
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.plan import Plan
+from mpo_tn.planning.schedule import forecast
 from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.places import claimed
 from mpo_tn.torch.hf.assembling import write_result
@@ -137,9 +139,10 @@ class DryRun:
         units: matrices in all, and
         done: those that an earlier run has finished.
         bytes_read: of the source.
-        bytes_written: of finished matrices and of the result together; so much space is needed.
-        seconds: with so many workers as asked for, by the cost law, on a machine such as it was measured on; running
-            the model on text comes on top.
+        bytes_written: of finished matrices, of moments of a calibration that are handed to their workers, and of the
+            result together; so much space is needed.
+        seconds: with so many workers as asked for on the cores of this machine, by the cost law, if they are such as it
+            was measured on; running the model on text comes on top.
         memory: the most that one worker holds at a time, in bytes, above 300 MB for the libraries.
         bytes_meanwhile: of moments, gradients and hidden states that wait in files until they are used, at most; so
             much space is needed besides.
@@ -179,28 +182,22 @@ def dry_run(
     if finished is not None:
         return DryRun(len(job.pairs), len(finished), 0, 0, 0.0, 0)
     records = job.records()
-    left = [job.effort(number) for number in range(len(job.pairs)) if number not in records]
+    left = [number for number in range(len(job.pairs)) if number not in records]
     text = TextSizes() if is_fitted(job, records) else TextSizes.of(job)
-    memory = max((effort.memory for effort in left), default=0)
+    told = forecast(
+        [job.effort(number) for number in left],
+        workers,
+        cores=os.cpu_count(),
+        beside=job.bytes_beside,
+        most_shard=min(shard_bytes, job.result_bytes),
+        done=sum(job.pairs[number][0].bytes for number in records),
+    )
     return DryRun(
         len(job.pairs),
         len(records),
-        sum(effort.bytes_read for effort in left) + job.bytes_beside + text.read,
+        sum(job.source_bytes(number) for number in left) + job.bytes_beside + text.read,
         job.bytes_to_write(records),
-        finish_time([effort.seconds for effort in left], workers),
-        max(memory, text.memory, min(shard_bytes, job.result_bytes)),
+        told.seconds,
+        max(told.memory, text.memory),
         text.disk,
     )
-
-
-def finish_time(seconds: list[float], workers: int) -> float:
-    """When the last of several jobs ends that are given to so many workers, the longest first.
-
-    >>> finish_time([3, 3, 2, 2, 2], 2)
-    7.0
-    """
-    ends = [0.0] * workers
-    for each in sorted(seconds, reverse=True):
-        ends.sort()
-        ends[0] += each
-    return max(ends)

@@ -127,6 +127,10 @@ class Job:
         planned, unit = self.pairs[number]
         return effort_of(planned, self._places[unit.weight][1].itemsize)
 
+    def source_bytes(self, number: int) -> int:
+        """Of the dense weight of a unit."""
+        return self._places[self.pairs[number][1].weight][1].nbytes
+
     def longest_first(self, number: int) -> tuple[float, int]:
         """To sort by."""
         return -self.effort(number).seconds, number
@@ -203,8 +207,18 @@ class Job:
         return sum(planned.bytes for planned, _ in self.pairs) + self.bytes_beside + record
 
     def bytes_to_write(self, records: Mapping[int, UnitRecord]) -> int:
-        """Units that are missing, and the result."""
-        return sum(pair[0].bytes for number, pair in enumerate(self.pairs) if number not in records) + self.result_bytes
+        """Units that are missing, with the moments they are fitted by, and the result."""
+        missing = [number for number in range(len(self.pairs)) if number not in records]
+        units = sum(self.pairs[number][0].bytes for number in missing)
+        return units + sum(self._moment_bytes(number) for number in missing) + self.result_bytes
+
+    def _moment_bytes(self, number: int) -> int:
+        """Of the moments that a unit is fitted by, if they are still to be written for the workers."""
+        planned, unit = self.pairs[number]
+        if planned.metric != ACTIVATION or self.calibration is None or self.work.moments(number).exists():
+            return 0
+        known = vars(_known(self.calibration, unit)).values()
+        return sum(part.nbytes for part in known if isinstance(part, torch.Tensor))
 
     def check_space(self, records: Mapping[int, UnitRecord], meanwhile: int = 0) -> None:
         """Refuse a disk on which there is no room for the result, before anything is done.

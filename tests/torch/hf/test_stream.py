@@ -146,8 +146,13 @@ def test_moments_of_a_saved_calibration_fit_matrices_and_move_biases(tmp_path: P
     decided = plan(empty_model(source), MPOConfig(sites="low-rank", bond=8, bits=4, group=16), calibration=known)
     assert decided.needs_calibration
     report = in_memory(source, tmp_path / "memory", decided, calibration=known, anchored=False)
-    assert compress_folder(source, tmp_path / "out", decided, calibration=known).to_dict() == report
+    told = dry_run(source, tmp_path / "out", decided, calibration=known).bytes_written
+    done = compress_folder(source, tmp_path / "out", decided, calibration=known)
+    assert done.to_dict() == report
     same_tensors(tmp_path / "memory", tmp_path / "out")
+    moments = [part for layer in done.layers for part in vars(known.of(layer.name)).values()]
+    written = sum(layer.bytes for layer in done.layers) + open_checkpoint(tmp_path / "out").nbytes
+    assert told == written + sum(part.nbytes for part in moments if isinstance(part, torch.Tensor))
     found = verify_folder(tmp_path / "out", source)
     assert found.is_good, found.differences
     with pytest.raises(MPOError, match="nothing is known of that: give text"):
@@ -492,6 +497,7 @@ def test_a_checkpoint_without_a_tensor_or_with_one_of_another_shape_is_refused(t
     for change, match in (
         (lambda s: s.pop("model.layers.0.mlp.up_proj.weight"), r"missing, for instance model\.layers\.0\.mlp\.up_proj"),
         (lambda s: s.update({"model.norm.weight": torch.zeros(7)}), r"model\.norm\.weight is \[7\]"),
+        (lambda s: s.update({"model.norm.weight": s["model.norm.weight"].int()}), r"model\.norm\.weight is int32"),
     ):
         state = model.state_dict()
         del state["lm_head.weight"]
@@ -567,11 +573,12 @@ from mpo_tn.torch import MPOConfig
 from mpo_tn.torch.hf.folder import load_model
 from mpo_tn.torch.hf.stream import compress_folder
 source, small, cap = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+some = {"target_modules": "re:.*layers\\\\.[01]\\\\..*"}  # all the others are copied
 configs = {
     "five sites": MPOConfig(sites=5, bond=8),
-    "low rank": MPOConfig(sites="low-rank", keep=0.5),
-    "dense in bits": MPOConfig(sites=1, bits=4),
-    "low rank in bits": MPOConfig(sites="low-rank", keep=0.5, bits=4),
+    "low rank": MPOConfig(sites="low-rank", keep=0.5, **some),
+    "dense in bits": MPOConfig(sites=1, bits=4, **some),
+    "low rank in bits": MPOConfig(sites="low-rank", keep=0.5, bits=4, **some),
 }
 for name, config in configs.items():  # what is imported and started late
     compress_folder(small, small.parent / name, config)
