@@ -270,6 +270,11 @@ def compress(
         streams = streaming.wanted(model, refine=refine, by_budget=by_budget)
         _check(config, sampling)
         if streams:
+            if device != "cpu":
+                raise MPOError(
+                    f"--device {device} and streaming do not go together: matrices are factorised one by one on the "
+                    "processor, in as many --workers as there are cores; leave --device out, or pass --no-stream"
+                )
             found = streaming.run(
                 model, folder, decided or config, sampling, anchored=anchored, overwrite=overwrite, progress=progress
             )

@@ -113,7 +113,7 @@ class Streaming:
         lent = nullcontext[Executor | None](None)
         with lent if self.scheduler is None else dask_executor(self.scheduler, [source, folder.parent]) as executor:
             return compress_folder(
-                source, folder, config, calibration=calibration, anchored=anchored, workers=workers,
+                model, folder, config, calibration=calibration, anchored=anchored, workers=workers,
                 executor=executor, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress,
             )  # fmt: skip
 

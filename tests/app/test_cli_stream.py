@@ -11,7 +11,7 @@ from helpers.program import run
 from helpers.streaming import contents, source_in
 from helpers.task_folders import sentence, write_decoder, write_encoder
 
-from mpo_tn.app import cli_stream
+from mpo_tn.app import cli_stream, cluster
 
 Run = Callable[..., tuple[int, str, str]]
 HOW = ("--sites", "3", "--keep", "0.5")
@@ -66,11 +66,15 @@ def test_large_models_are_streamed_by_themselves(tmp_path: Path, program: Run, m
         (("--workers", "2", "--scheduler", "tcp://127.0.0.1:1"), "leave one out"),
         (("--stream", "--refine"), "--refine trains blocks, which needs the whole model in memory"),
         (("--workers", "0"), "workers=0"),
+        (("--stream", "--device", "cuda"), "--device cuda and streaming do not go together"),
         (("--shard-size", "much"), "is not a size"),
         (("--scheduler", "tcp://127.0.0.1:1"), "Dask"),
     ],
 )
-def test_what_cannot_be_is_said(tmp_path: Path, program: Run, options: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_is_said(
+    tmp_path: Path, program: Run, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.5)
     source = source_in(tmp_path)
     (tmp_path / "texts.txt").write_text("a\nb\n")
     given = [str(tmp_path / part) if part == "texts.txt" else part for part in options]

@@ -108,6 +108,7 @@ class Job:
             raise MPOError(f"{out} holds the input {folder}: name another folder")
         checkpoint = open_checkpoint(folder)
         model = empty_model(folder)
+        model.config.name_or_path = str(source)  # and not where the files of a hub name lie: it is in the card
         names = read_names(model, checkpoint)
         if isinstance(config, Plan):
             decided = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -101,8 +102,10 @@ class WorkFolder:
         Raises:
             MPOError: it is so; the message has both fingerprints.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
+        if not self.path.is_dir():
+            raise MPOError(f"{self.path} is in the way, and it is no folder: move it, or name another result")
         path = self.path / _MANIFEST
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import RawTensor, StoredTensor
 from mpo_tn.storage.tensors import bytes_digest, read_tensors, write_tensors
 from mpo_tn.torch.layers.cores import held_tensors
+from mpo_tn.torch.models.allocator import give_back_large_blocks
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.compress import factorise, fitted, outgrows, specs_of
 from mpo_tn.torch.models.fitting import fit_matrix
@@ -170,6 +171,7 @@ def do_unit(task: UnitTask) -> str:
         )
     if _is_done(task):  # by a worker that died before its answer was heard
         return task.name
+    give_back_large_blocks()
     try:
         with one_thread(), torch.no_grad():
             _do(task)
