@@ -71,6 +71,7 @@ def calibrate(
     Source: Yuan et al., ASVD, arXiv 2312.05821, and Wang et al., SVD-LLM, ICLR 2025, of S; Hsu et al., ICLR 2022, and
     Kronecker-factored Fisher matrices, of G.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 2))
     >>> x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])

@@ -274,15 +274,15 @@ except BaseException as error:
 @pytest.mark.guarantee("stream-memory", "walk-memory")
 @pytest.mark.slow
 def test_text_runs_through_a_model_that_does_not_fit_into_memory(tmp_path: Path) -> None:
-    small = source_in(tmp_path)
-    config = transformers.LlamaConfig(
-        hidden_size=256, intermediate_size=256, num_hidden_layers=40, num_attention_heads=4, vocab_size=64,
-        dtype="float32",
-    )  # fmt: skip
-    source = tmp_path / "large" / "source"
-    transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32).save_pretrained(
-        source, max_shard_size="10MB"
-    )
+    # Matrices of the same size once before the limit: OpenBLAS takes its buffers then, and waits for ever for more.
+    small, source = tmp_path / "small" / "source", tmp_path / "large" / "source"
+    for folder, layers in ((small, 1), (source, 40)):
+        config = transformers.LlamaConfig(
+            hidden_size=256, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, vocab_size=64,
+            dtype="float32",
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder, max_shard_size="10MB")
     # A block, moments of two inputs and outputs twice over, a file of the result, and what a fit and allocators take.
     cap = 7 * 256**2 * 4 + 2 * 4 * 256**2 * 8 + 2_000_000 + 18_000_000
     size = open_checkpoint(source).nbytes
