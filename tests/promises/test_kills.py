@@ -31,12 +31,12 @@ def test_streamed_runs_and_their_workers_are_killed_and_end_in_the_same_bytes(tm
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
     with (tmp_path / "log").open("w") as file:  # through a pipe it would be waited for workers that outlive it
         done = subprocess.run(
-            [sys.executable, "-m", "helpers.kill_streams", str(tmp_path / "home"), "2"],
+            [sys.executable, "-m", "helpers.kill_streams", str(tmp_path / "home"), "1"],
             env=environment, stdout=file, stderr=file, check=False, timeout=1800,
         )  # fmt: skip
     said = (tmp_path / "log").read_text()
     assert done.returncode == 0, said[-4000:]
     found = re.findall(r"^(one process|pool|dask): (\d+) kills", said, flags=re.MULTILINE)
     assert len(found) == 3, said
-    assert sum(int(kills) for _, kills in found) >= 5, said
+    assert sum(int(kills) for _, kills in found) >= 2, said
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
