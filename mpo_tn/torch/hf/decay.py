@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mpo_tn.torch.hf.when_imported import when_imported
 from mpo_tn.torch.layers.cores import Cores
+from mpo_tn.when_imported import when_imported
 
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import Trainer

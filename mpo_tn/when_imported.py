@@ -11,7 +11,7 @@ from threading import local
 from types import ModuleType
 
 
-def when_imported(name: str, then: Callable[[], None]) -> None:
+def when_imported(name: str, then: Callable[[], object]) -> None:
     """Call ``then`` once the module of this name is there: now, or right after it has been imported.
 
     >>> when_imported("json", lambda: print("it is there"))
@@ -29,7 +29,7 @@ class _Waiting(MetaPathFinder):
     Finding is not importing: many only look whether a package is there.
     """
 
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
+    def __init__(self, name: str, then: Callable[[], object]) -> None:
         self.name, self.then = name, then
         self._thread = local()
 
