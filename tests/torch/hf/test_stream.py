@@ -325,7 +325,9 @@ def test_a_worker_of_other_versions_or_without_the_folder_does_nothing(tmp_path:
     job = Job.of(source, out, CONFIG, None)
     job.work.open()
     task = job.task(0)
-    with pytest.raises(MPOError, match=rf"^{re.escape(task.name)}: the worker on .* has .*torch {re.escape(torch.__version__)}"):
+    with pytest.raises(
+        MPOError, match=rf"^{re.escape(task.name)}: the worker on .* has .*torch {re.escape(torch.__version__)}"
+    ):
         do_unit(replace(task, versions={**task.versions, "torch": "1.0"}))
     with pytest.raises(MPOError, match=rf"^{re.escape(task.name)}: the worker on .* does not see"):
         do_unit(replace(task, file=str(tmp_path / "elsewhere" / "units" / "0.safetensors")))
