@@ -37,7 +37,7 @@ from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.truncate.bond_cut import Cut, cut_bond
 
 if importlib.util.find_spec("transformers") is not None:
-    from mpo_tn.torch.hf import saving as saving
+    from mpo_tn.torch.hf import hooks as hooks
 
 
 __all__ = [

@@ -15,14 +15,13 @@ import copy
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.hf.when_imported import when_imported
+from mpo_tn.torch.hf.when_imported import when_imported, wrap_once
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
 
@@ -52,20 +51,12 @@ def _open() -> None:
 
         return post_init
 
-    _wrap(LoraConfig, "__post_init__", registered)
-    _wrap(BaseTuner, "__init__", _explained)
-    _wrap(BaseTuner, "inject_adapter", _checked_injection)
-    _wrap(LoraModel, "_replace_module", _placed)
-    _wrap(LoraModel, "_check_merge_allowed", _checked_merge)
-    _wrap(PeftModel, "_setup_prompt_encoder", _with_table)
-
-
-def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name)
-    if not hasattr(original, "_mpo_tn"):
-        wrapped = wraps(original)(around(original))
-        vars(wrapped)["_mpo_tn"] = True
-        setattr(owner, name, wrapped)
+    wrap_once(LoraConfig, "__post_init__", registered)
+    wrap_once(BaseTuner, "__init__", _explained)
+    wrap_once(BaseTuner, "inject_adapter", _checked_injection)
+    wrap_once(LoraModel, "_replace_module", _placed)
+    wrap_once(LoraModel, "_check_merge_allowed", _checked_merge)
+    wrap_once(PeftModel, "_setup_prompt_encoder", _with_table)
 
 
 def _explained(original: Callable[..., None]) -> Callable[..., None]:

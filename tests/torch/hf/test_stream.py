@@ -21,8 +21,8 @@ from helpers.tiny_models import VOCAB, tiny
 from mpo_tn import MPOError
 from mpo_tn.storage.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from mpo_tn.torch import Calibration, MPOConfig, Plan, calibrate, compress, plan
-from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import empty_model, load_model, save_model
+from mpo_tn.torch.hf.record import NAME as STREAM_RECORD
 from mpo_tn.torch.hf.stream import compress_folder, dry_run
 from mpo_tn.torch.hf.verify import verify_folder
 from mpo_tn.torch.models import stream
@@ -448,7 +448,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from mpo_tn.torch import MPOConfig
-from mpo_tn.torch.hf.companions import STREAM_RECORD
+from mpo_tn.torch.hf.record import NAME as STREAM_RECORD
 from mpo_tn.torch.hf.folder import load_model
 from mpo_tn.torch.hf.stream import compress_folder
 source, small, cap = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
