@@ -153,7 +153,14 @@ def _check_adapter(tuner: Any, config: Any, model: nn.Module, layers: Mapping[st
         if field.metadata.get("is_lora_variant") and getattr(config, field.name)
     ]  # fmt: skip
     start = config.init_lora_weights
-    if variants:
+    if variants == ["use_dora"]:
+        found = [name for name in found if not isinstance(layers[name], MPOLinear)]
+        if found:
+            raise MPOError(
+                f"LoRA with use_dora works on linear layers in cores, and {found[0]} is a word table: leave it out of "
+                "target_modules, or leave use_dora out"
+            )
+    elif variants:
         raise MPOError(
             f"LoRA with {variants[0]} computes with the dense weight, and {what} held in cores: leave {variants[0]} out"
         )
@@ -200,7 +207,8 @@ def _checked_merge(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"merging would change as well: {INSTEAD}"
                 )
             if ranks:
-                check_merge(base, sum(ranks), name)
+                dora = any(module.use_dora.get(own, False) for own in module.active_adapters)
+                check_merge(base, sum(ranks), name, dora=dora)
 
     return check_merge_allowed
 
