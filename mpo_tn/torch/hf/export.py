@@ -76,8 +76,8 @@ class ExportedMatrix:
 class Export:
     """What a folder will hold: every matrix that is a chain of cores now, and the bytes of everything else.
 
-    ``dtype`` is that of the model. ``fused`` says that experts are written as transformers holds them, all in one tensor,
-    and not one by one: beside packed weights it reads experts one by one only if they are packed themselves (5.23).
+    ``dtype`` is that of the model. ``fused`` says that experts are written as transformers holds them, all in one
+    tensor, and not one by one: beside packed weights it reads experts one by one only if they are packed, too (5.23).
     """
 
     form: str

@@ -1,4 +1,4 @@
-"""All that is changed in transformers, PEFT and sentence-transformers when this package is imported, in one place.
+"""All that is changed in transformers and around it when this package is imported, in one place.
 
 | of | what | by |
 | --- | --- | --- |
@@ -7,6 +7,7 @@
 | ``PreTrainedConfig`` | reading ``config.json``, the name of the weight file | ``config_file``, ``sentinel`` |
 | ``Trainer`` | weight decay, its model card | ``decay``, ``saving`` |
 | ``SentenceTransformer`` and the like | their model card | ``saving`` |
+| ``PyTorchModelHubMixin`` | how it writes and reads tensors | :mod:`~mpo_tn.torch.hf.mixin` |
 | PEFT | see :mod:`~mpo_tn.torch.hf.peft_door` | ``peft_door``, ``lora`` |
 
 Guarantee (hooks-once): each is put there once, however often this is loaded, and with signature and name as before.
@@ -27,7 +28,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from mpo_tn.torch.hf import config_file, decay, saving
+from mpo_tn.torch.hf import config_file, decay, mixin, saving
 from mpo_tn.torch.hf.peft_door import open_door
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.hf.quantizer import MPOHfQuantizer
@@ -49,6 +50,7 @@ def install() -> None:
     wrap_once(PreTrainedModel, "dequantize", saving.attaching)
     when_imported("transformers.trainer", _of_trainer)
     when_imported("sentence_transformers", _of_sentence_transformers)
+    when_imported("huggingface_hub.hub_mixin", _of_mixin)
     open_door()
     use_host(saving.TransformersHost())
 
@@ -64,6 +66,13 @@ def _what_trainer_saves(trainer: Any, *args: Any, **kwargs: Any) -> tuple[Path, 
     """The folder, and the model unless its adapters alone are saved."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     return Path(trainer.args.output_dir), model if isinstance(model, PreTrainedModel) else None
+
+
+def _of_mixin() -> None:
+    from huggingface_hub.hub_mixin import PyTorchModelHubMixin
+
+    wrap_once(PyTorchModelHubMixin, "_save_pretrained", mixin.saving)
+    wrap_once(PyTorchModelHubMixin, "_load_as_safetensor", mixin.loading)
 
 
 def _of_sentence_transformers() -> None:

@@ -418,3 +418,22 @@ def test_dequantize_of_parts_and_in_another_dtype(tmp_path: Path) -> None:
     assert isinstance(inner.get_input_embeddings(), nn.Embedding)
     assert not isinstance(inner.get_input_embeddings(), MPOEmbedding)
     check(inner, tmp_path / "head")  # whose head still has the cores
+
+
+class WantsMore(transformers.BertModel):
+    """Cannot be made of its configuration alone."""
+
+    def __init__(self, config: Any, extra: int) -> None:
+        super().__init__(config)
+        self.extra = extra
+
+
+@pytest.mark.guarantee("saved-as-it-is")
+def test_what_cannot_be_rehearsed_is_said_once(tmp_path: Path) -> None:
+    model = WantsMore(transformers.BertConfig(**BERT), 3)
+    compress(model, LINEAR)
+    with pytest.warns(UserWarning, match=r"WantsMore cannot be made of its configuration alone \(TypeError.*compare"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    again = WantsMore.from_pretrained(tmp_path, extra=3)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
