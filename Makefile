@@ -1,7 +1,7 @@
 # make demo   the embedded model, end to end (under 3 minutes on 2 cores once installed)
 # make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
-# make soak   the property tests with twenty times the examples, 6,000 damaged files, 30 kills of every command
+# make soak   the property tests with twenty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream
 # make architectures   what works with which model, tried on 80 tiny ones: docs/architectures.md
 # make bench  timings against other libraries, printed as ratios
 
@@ -49,6 +49,7 @@ soak: $(VENV)/.test
 	rm -rf build/soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.fuzz_load build/soak/load 6000
 	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.kill_commands build/soak/kills 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m helpers.kill_streams build/soak/streams 30
 
 architectures: export PYTHONPATH = tests
 architectures: export OMP_NUM_THREADS = 1
@@ -58,6 +59,7 @@ architectures: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decompose.py --large
+	$(BIN)/python benchmarks/low_rank.py --largest 4096
 	$(BIN)/python benchmarks/compress.py
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/scaling.py

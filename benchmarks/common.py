@@ -37,9 +37,9 @@ PAUSE = 0.3
 LIBRARIES = ("numpy", "scipy", "torch", "tensorly", "tensornetwork", "torchTT", "quimb")
 
 
-def header(repeats: int) -> str:
+def header(repeats: int, libraries: tuple[str, ...] = LIBRARIES) -> str:
     """Machine, versions, threads and seed, as a line for above a table."""
-    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     measure = "CPU seconds of one thread" if CPU_TIME else f"seconds on the wall of {THREADS} threads"
     return (
         f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "

@@ -124,7 +124,9 @@ def check_dtype(array: Array, what: str) -> None:
 
 
 def check_loaded(array: Array, what: str) -> None:
-    """Refuse tensors on torch's meta device, which have a shape and no values."""
+    """Refuse tensors on torch's meta device, which have no values, and its DTensors, of which a process has a part."""
+    if hasattr(array, "placements"):
+        raise MPOError(f"{what} is sharded over processes (FSDP), and needed whole: do this before it is sharded")
     if "meta" in str(array_api_compat.device(array)):
         raise MPOError(f"{what} is on the meta device (offloaded or not loaded) and has no values: load it first")
 
@@ -149,9 +151,7 @@ def check_values(array: Array, what: str) -> None:
         array, xp = to_numpy(array), np  # JAX would compile for every shape
     if not bool(xp.all(xp.isfinite(array))):
         bad = int(to_numpy(~xp.isfinite(array)).sum())
-        raise MPOError(
-            f"{what} of shape {tuple(array.shape)} has {bad} entries that are NaN or infinite: clean the data first"
-        )
+        raise MPOError(f"{what} of shape {tuple(array.shape)} has {bad} entries that are NaN or infinite: clean them")
 
 
 def check_matrix(matrix: Array) -> Array:

@@ -18,6 +18,7 @@ from mpo_tn.app.cli_plan import Exclude, compress, plan
 from mpo_tn.app.cli_train import finetune, squeeze
 from mpo_tn.app.cli_verify import verify
 from mpo_tn.app.failures import failing_shortly
+from mpo_tn.app.launching import refuse_several
 from mpo_tn.app.terminal import (
     Device,
     Json,
@@ -63,11 +64,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def before_any_command(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """What is said before the name of a command."""
+    refuse_several(context.invoked_subcommand)
 
 
 @app.command()

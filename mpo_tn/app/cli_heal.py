@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpo_tn.app.launching import launched, own_device
 from mpo_tn.app.terminal import Device, Json, err, new_table, out, print_json, working
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.places import claimed, followed, name_beside
@@ -80,51 +82,60 @@ def heal(
     as_json: Json = False,
 ) -> None:
     """Train a compressed model towards the dense one on plain text; a tenth of the text says which state is kept."""
-    target = _target(model, folder, overwrite=overwrite)
-    with working(as_json) as progress, claimed(target):
+    with launched() as speaks, ExitStack() as stack:
+        progress = stack.enter_context(working(as_json, speaks=speaks))
+
         from mpo_tn.app.fidelity import reading_length
         from mpo_tn.app.texts import batches_of, hold_back, kind_of, read_distinct
         from mpo_tn.torch import heal as heal_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, load_tokenizer, replace_model, save_model
         from mpo_tn.torch.models.devices import usable_device
+        from mpo_tn.torch.models.ranks import agreeing
         from mpo_tn.tuning import read_texts
 
-        place = usable_device(device)
-        state = followed(target).with_name(name_beside(followed(target), ".healing"))
-        if resume and _is_written(target, state):
-            shutil.rmtree(state, ignore_errors=True)
-            raise MPOError(f"{target} holds the healed model of that run, there is nothing to resume")
-        if target != model:
-            check_model_target(target, model, overwrite=overwrite)
-        _check_state(state, resume=resume, overwrite=overwrite)
-        read_texts(texts, text)  # before anything that takes long
-        progress(0, 1, "reading the models")
-        student, teacher = load_model(model).to(place), load_model(against).to(place)
-        kind = kind_of(student)
-        goal = objective or ("logits" if kind == "language model" else "features")
-        if goal == "loss" and kind != "language model":
-            raise MPOError(f"--objective loss is of language models, and {model} is none: use features or logits")
-        tokenizer = load_tokenizer(model)
-        batches, dev = hold_back(
-            batches_of(
-                read_distinct(texts, text, kind), kind, tokenizer, batch_size=batch_size,
-                max_length=reading_length(student, tokenizer, max_length), seed=seed,
-            ),
-            kind,
-        )  # fmt: skip
-        beside: dict[str, Any] = {"also": also} if also else {}
+        with agreeing():
+            target = _target(model, folder, overwrite=overwrite)
+            place = usable_device(own_device(device))
+            state = followed(target).with_name(name_beside(followed(target), ".healing"))
+            if speaks:
+                stack.enter_context(claimed(target))
+                if resume and _is_written(target, state):
+                    shutil.rmtree(state, ignore_errors=True)
+                    raise MPOError(f"{target} holds the healed model of that run, there is nothing to resume")
+                if target != model:
+                    check_model_target(target, model, overwrite=overwrite)
+                _check_state(state, resume=resume, overwrite=overwrite)
+            read_texts(texts, text)  # before anything that takes long
+            progress(0, 1, "reading the models")
+            student, teacher = load_model(model).to(place), load_model(against).to(place)
+            kind = kind_of(student)
+            goal = objective or ("logits" if kind == "language model" else "features")
+            if goal == "loss" and kind != "language model":
+                raise MPOError(f"--objective loss is of language models, and {model} is none: use features or logits")
+            tokenizer = load_tokenizer(model)
+            batches, dev = hold_back(
+                batches_of(
+                    read_distinct(texts, text, kind), kind, tokenizer, batch_size=batch_size,
+                    max_length=reading_length(student, tokenizer, max_length), seed=seed,
+                ),
+                kind,
+            )  # fmt: skip
+            beside: dict[str, Any] = {"also": also} if also else {}
         result = heal_model(
             student, teacher, batches, dev=dev, objective=goal, train=train, steps=steps, minutes=minutes, lr=lr,
             tensor_lr=tensor_lr, scale_lr=scale_lr, precision=precision, seed=seed, folder=state, resume=resume,
             progress=progress, **beside,
         )  # fmt: skip
-        progress(0, 1, "writing the model")
-        files = {"healing.json": json.dumps(result.to_dict(), indent=2) + "\n"}
-        if target == model:
-            replace_model(student, target, files=files)
-        else:
-            save_model(student, model, target, overwrite=overwrite, files=files)
-        shutil.rmtree(state, ignore_errors=True)
+        with agreeing():
+            if not speaks:
+                return
+            progress(0, 1, "writing the model")
+            files = {"healing.json": json.dumps(result.to_dict(), indent=2) + "\n"}
+            if target == model:
+                replace_model(student, target, files=files)
+            else:
+                save_model(student, model, target, overwrite=overwrite, files=files)
+            shutil.rmtree(state, ignore_errors=True)
     if as_json:
         print_json({"out": str(target), **result.to_dict()})
         return

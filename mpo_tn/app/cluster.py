@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from mpo_tn.exceptions import MPOError
@@ -27,7 +28,7 @@ def dask_executor(address: str, folders: Sequence[Path]) -> Generator[Executor]:
     except ImportError as error:
         raise MPOError("--scheduler needs Dask: pip install 'mpo-tn[distributed]'") from error
     try:
-        client: Any = Client(address, timeout=_PATIENCE)
+        client: Any = _in_time(lambda: Client(address, timeout=_PATIENCE))
     except (OSError, TimeoutError, ValueError) as error:
         raise MPOError(
             f"there is no Dask scheduler at {address} ({_said(error)}): start one with dask scheduler, and dask worker "
@@ -42,6 +43,23 @@ def dask_executor(address: str, folders: Sequence[Path]) -> Generator[Executor]:
             ) from error
         _check(client, [folder.resolve() for folder in folders])
         yield client.get_executor(pure=False)
+
+
+def _in_time(made: Callable[[], Any]) -> Any:
+    """What a call gives, in a thread that is left behind: Dask waits for ever for what listens and never speaks."""
+    found: Future[Any] = Future()
+
+    def act() -> None:
+        try:
+            found.set_result(made())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=act, daemon=True).start()
+    try:
+        return found.result(2 * _PATIENCE)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or "what listens there does not answer as one would") from error
 
 
 def _check(client: Any, folders: Sequence[Path]) -> None:

@@ -33,14 +33,17 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 
 
 @contextmanager
-def working(quiet: bool) -> Generator[Progress]:
+def working(quiet: bool, *, speaks: bool = True) -> Generator[Progress]:
     """A progress bar on the error stream, or without a terminal a line every half minute; nothing but that meanwhile.
 
-    ``quiet`` shows no bar; lines are written all the same.
+    ``quiet`` shows no bar; lines are written all the same, unless another process ``speaks``.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    hidden = quiet or not err.is_terminal
-    with _lines(err.is_terminal) as told, Bar(*columns, console=err, transient=True, disable=hidden) as bar:
+    hidden = quiet or not err.is_terminal or not speaks
+    with (
+        _lines(err.is_terminal or not speaks) as told,
+        Bar(*columns, console=err, transient=True, disable=hidden) as bar,
+    ):
         task = bar.add_task("starting", total=None)
 
         def progress(done: int, total: int, what: str) -> None:

@@ -126,15 +126,19 @@ class MPO(Operators, Measures, Fitting, Composing, Entries, Exchange, Showing):
             sites: legs whose products are exactly the matrix shape.
             truncation: what may be cut; ``None`` keeps the full bonds.
             spectra: also compute the singular values of every original unfolding, which sharpens ``report.bound`` and
-                ``report.lower_bound``. Costs about as much again.
+                ``report.lower_bound``, and keeps them for large matrices, see ``method``. Costs about as much again.
             method: how each bond is factorised; the error reported is exact whichever it is. ``"svd"`` is the most
                 accurate; ``"gram"`` (eigenvectors of the Gram matrix of the shorter side) is faster and loses nothing
                 for data of 32 bits or fewer; ``"krylov"`` and ``"randomized"`` cost ``O(m k bond)`` and come near the
                 best truncation without a certificate, so the bounds in the report are None; where they would save
                 nothing the bond is factorised in full. ``"auto"`` is krylov where at most one in 16 of 2048 or more
                 values is kept and there is no tolerance; else gram for 32 bits or fewer, and where a cap cuts more
-                than a tenth of the norm; else svd. Where nothing can be cut, sites up to the centre become identities
-                and nothing is computed; a method asked for by name makes them singular vectors.
+                than a tenth of the norm; else svd. Of 32 bits or fewer, of 2048 rows and columns or more, where only a
+                cap says what is kept, up to about .37 of the rank, it finds the first eigenvectors alone if the
+                spectrum makes that cheaper: they capture at least .999 of the energy of the best ones, by an estimate
+                (:func:`mpo_tn.truncate.leading.leading`), and the report says "randomized". With ``spectra=True`` it
+                approximates nothing. Where nothing can be cut, sites up to the centre become identities and nothing
+                is computed; a method asked for by name makes them singular vectors.
             callback: called as ``callback(bond, bond_report)`` after each bond, in the order in which they are cut.
 
         Returns:

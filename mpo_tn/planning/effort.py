@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mpo_tn.planning.entries import ACTIVATION, UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.truncate.leading import singular_work
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
 
     Two laws: products of the matrix with bases, ``2 rows columns side`` flops a bond, and eigen-decompositions of
     ``side`` squared Gram matrices, ``side`` cubed. ``side`` is the smaller side of an unfolding, of what is left of the
-    matrix once outer bonds are cut.
+    matrix once outer bonds are cut. Where a bond is found without all eigenvectors of its Gram matrix, as
+    :func:`mpo_tn.truncate.basis.factor` decides, the products and the smaller eigenproblems of that are counted.
     """
     spec = planned.spec
     entries = spec.out_features * spec.in_features
-    products, cubes, widest = _flops(spec)
+    capped = planned.metric != ACTIVATION and planned.tolerance is None and planned.itemsize <= 4
+    products, cubes, widest = _flops(spec, capped)
     if planned.metric == ACTIVATION:  # the metric is factorised as well, and sweeps follow
         products, cubes = 3 * products + 2 * entries * spec.in_features, 2 * cubes + spec.in_features**3
         widest = max(widest, spec.in_features)
@@ -48,8 +51,11 @@ def effort_of(planned: UnitPlan, itemsize: int) -> Effort:
 _EACH, _ENTRY, _PRODUCT, _CUBE, _ROUNDED = 5e-3, 2e-8, 2e-11, 4e-10, 1e-7
 
 
-def _flops(spec: ModuleSpec) -> tuple[float, float, int]:
-    """Flops of products, sides cubed, and the widest side, over all bonds, both ends peeled inward."""
+def _flops(spec: ModuleSpec, capped: bool) -> tuple[float, float, int]:
+    """Flops of products, sides cubed, and the widest side, over all bonds, both ends peeled inward.
+
+    ``capped``: the first singular vectors alone may be sought.
+    """
     rows, columns = spec.sites.shape
     left, right = 1, 1
     rest = float(rows * columns)
@@ -66,8 +72,9 @@ def _flops(spec: ModuleSpec) -> tuple[float, float, int]:
             high, right = high - 1, bond
         other = rest / side
         side = int(min(side, other))
-        products += 2 * rest * side + 2 * rest * bond
-        cubes += float(side) ** 3
+        more, cubed = singular_work(side, bond) if capped else (0.0, float(side) ** 3)
+        products += 2 * rest * side + 2 * rest * bond + more
+        cubes += cubed
         widest = max(widest, side)
         rest = other * bond
     return products, cubes, widest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.legs import legs_for
@@ -66,7 +67,7 @@ class Option:
         """How many numbers it holds in the place of so many weights."""
         return weights if self.spec is None else self.spec.num_parameters
 
-    @property
+    @cached_property
     def width(self) -> int | None:
         """Bits of its central tensor; None for the dtype of the weight."""
         return None if self.spec is None else self.spec.core_bits[self.spec.center]

@@ -174,25 +174,26 @@ def _pick(priced: Sequence[Sequence[Priced]], wanted: Callable[[Option], bool]) 
 
 def _uniform_rank(priced: Sequence[Sequence[Priced]], bits: int | None, budget: int) -> list[int] | None:
     """Of every matrix the largest rank within one share of its largest size, the share as large as fits."""
+    own: list[list[int]] = []
+    for row in priced:
+        ranks = [k for k, p in enumerate(row) if p.option.family == LOW_RANK and p.option.width == bits]
+        ranks = ranks or [k for k, p in enumerate(row) if p.option.family == DENSE]
+        if not ranks:
+            return None
+        own.append(sorted(ranks, key=lambda k: row[k].size))
+    whole = [max(p.size for p in row) for row in priced]
 
-    def at(share: float) -> list[int] | None:
+    def at(share: float) -> list[int]:
         chosen: list[int] = []
-        for row in priced:
-            own = [k for k, p in enumerate(row) if p.option.family == LOW_RANK and p.option.width == bits]
-            own = own or [k for k, p in enumerate(row) if p.option.family == DENSE]
-            if not own:
-                return None
-            limit = share * max(p.size for p in row)
-            within = [k for k in own if row[k].size <= limit] or [min(own, key=lambda k: row[k].size)]
-            chosen.append(max(within, key=lambda k: row[k].size))
+        for row, ranks, size in zip(priced, own, whole, strict=True):
+            within = [k for k in ranks if row[k].size <= share * size]
+            chosen.append(within[-1] if within else ranks[0])
         return chosen
 
     low, high, best = 0.0, 1.0, None
     for _ in range(40):
         middle = (low + high) / 2
         chosen = at(middle)
-        if chosen is None:
-            return None
         if sum(row[k].size for row, k in zip(priced, chosen, strict=True)) <= budget:
             low, best = middle, chosen
         else:

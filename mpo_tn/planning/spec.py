@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from mpo_tn.exceptions import MPOError, is_real, list_text, whole_number
@@ -137,13 +138,13 @@ class ModuleSpec:
         if self.rel_error is not None and not (is_real(self.rel_error) and not self.rel_error < 0):
             raise MPOError(f"rel_error={self.rel_error!r} is no error")
 
-    @property
+    @cached_property
     def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
         """The shapes of the cores."""
         around = (1, *self.bonds, 1)
         return tuple((around[k], out, in_, around[k + 1]) for k, (out, in_) in enumerate(self.sites))
 
-    @property
+    @cached_property
     def center(self) -> int:
         """The index of the central tensor, the core with the most entries; the others are the auxiliary tensors.
 

@@ -284,8 +284,8 @@ def shard_names(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
     return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": keys for k, keys in enumerate(shards, 1)}
 
 
-def write_shard(path: Path, tensors: Mapping[str, RawTensor]) -> None:
-    """Write tensors to one safetensors file such as transformers reads; no copy is made.
+def write_shard(path: Path, tensors: Mapping[str, RawTensor], notes: Mapping[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file such as transformers reads, and notes in its header; no copy is made.
 
     Raises:
         OSError: it cannot be written.
@@ -296,8 +296,32 @@ def write_shard(path: Path, tensors: Mapping[str, RawTensor]) -> None:
         )
         for key, tensor in tensors.items()
     }
+    written = {"format": "pt", **(notes or {})}
     with as_os_error():
-        serialize_file(specs, path, metadata={"format": "pt"})
+        serialize_file(specs, path, metadata=written)
+    if notes:
+        _put_in_order(path, written)
+
+
+def _put_in_order(path: Path, notes: Mapping[str, str]) -> None:
+    """Notes come out of a hash table of safetensors, in another order every time."""
+    begin, text = b'{"__metadata__":', json.dumps(notes, separators=(",", ":"), ensure_ascii=False).encode()
+    with path.open("r+b") as file:
+        head = file.read(8 + len(begin) + len(text))
+        if not head[8:].startswith(begin) or sorted(head[8 + len(begin) :]) != sorted(text):
+            raise OSError(f"{path} has an unknown header")
+        file.seek(8 + len(begin))
+        file.write(text)
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file has beside tensors; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            return dict(json.loads(file.read(length))["__metadata__"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import array_api_compat
 import numpy as np
 
 from mpo_tn.exceptions import MPOError
@@ -33,11 +32,10 @@ from mpo_tn.linalg import (
     triangle,
     widen,
 )
+from mpo_tn.truncate.leading import LARGE, gaussian, gram_matrix, leading, may_pay
 
 Method = Literal["auto", "svd", "gram", "krylov", "randomized"]
 
-SEED = 0
-"""Of the random start of `krylov` and `randomized`: the same call gives the same bits."""
 OVERSAMPLING = 10
 """Columns beyond the wanted ones in every block."""
 FIRST_BLOCKS, LAST_BLOCKS = 5, 9
@@ -46,7 +44,7 @@ SETTLED = 0.005
 """`krylov` stops when a further block raises the captured energy by less than this fraction."""
 POWERS = 4
 """Applications of ``z z^H`` in `randomized`, which also doubles the number of columns."""
-FEW, LARGE = 16, 2048
+FEW = 16
 """`auto` takes `krylov` if at most one in ``FEW`` of at least ``LARGE`` values is wanted."""
 CANCELS = 0.1
 """Below this fraction of the norm, what is missed is not taken from a difference of squares, and no basis from a Gram
@@ -63,10 +61,14 @@ _FIRST_GUESS = 16
 
 @dataclass(frozen=True)
 class Request:
-    """What a step needs: at most ``cap`` columns, or as few as miss no more than ``share``. None and inf: all."""
+    """What a step needs: at most ``cap`` columns, or as few as miss no more than ``share``. None and inf: all.
+
+    ``best``: `auto` must not approximate, as bounds were asked for that hold of the best basis alone.
+    """
 
     cap: int | None = None
     share: float = math.inf
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
 
     ``auto`` takes the eigenvectors of a Gram matrix in the precision of ``matrix`` where only a cap says how many are
     wanted and more than a tenth of the norm is missed: by Ky Fan's principle a Gram matrix that is off by ``E`` costs
-    at most ``2 r |E|`` of the captured energy, which is then far below what is missed.
+    at most ``2 r |E|`` of the captured energy, which is then far below what is missed. If ``single``, of a matrix of
+    2048 rows and columns or more, and up to about .37 of its rank, only the first eigenvectors are sought, near enough
+    to capture .999 of what the best do (:func:`mpo_tn.truncate.leading.leading`), which is told as ``randomized``;
+    where the spectrum makes that dear it is given up, and all eigenvectors are found.
 
     Cost, for ``m <= k`` and r wanted: ``2 m**2 k + 13 m**3`` flops (svd), ``m**2 k + 9 m**3`` (gram),
     ``4 q m k (r + 10)`` (krylov, q = 5 to 9), ``20 m k (2 r + 10)`` (randomized).
@@ -132,10 +137,12 @@ def factor(matrix: Array, method: Method, request: Request, *, single: bool) -> 
     wanted = rank if request.cap is None else min(rank, request.cap)
     if method == "auto":
         capped = math.isinf(request.share) and wanted < rank
-        few = capped and rank >= LARGE and FEW * wanted <= rank
-        rough = _rough(matrix, wanted) if capped and not few and rank >= max(2 * wanted, _SMALL) else None
-        if rough is not None:
-            return rough
+        few = capped and not request.best and rank >= LARGE and FEW * wanted <= rank
+        if capped and not few and rank >= max(2 * wanted, _SMALL):
+            near = single and not request.best and may_pay(rank, wanted)
+            found = _rough(matrix, wanted, single=single, near=near)
+            if found is not None:
+                return found
         method = "krylov" if few else "gram" if single and not is_small(matrix) else "svd"
     dense = _gram if method == "gram" or (single and method != "svd") else _svd
     if method in ("krylov", "randomized"):
@@ -192,20 +199,24 @@ def _complete(matrix: Array, basis: Array, note: str | None) -> Factor:
     return Factor(lambda r: basis[:, :r], tails(rows), min(matrix.shape), False, "gram", note, image)
 
 
-def _rough(matrix: Array, columns: int) -> Factor | None:
-    """The first singular vectors from a Gram matrix in the precision of the matrix, and what exactly they miss.
+def _rough(matrix: Array, columns: int, *, single: bool, near: bool) -> Factor | None:
+    """The first singular vectors from a Gram matrix in the precision of the data, and what exactly they miss.
 
-    None where that is too little for the precision to be enough.
+    None where that is too little for the precision to be enough. ``near``: vectors will do that capture nearly as much,
+    where those are cheaper to find.
     """
+    work = narrow(matrix) if single and min(matrix.shape) >= LARGE else matrix
     norm = frobenius_norm(matrix)
-    half_the_digits = _SINGLE_RANGE if is_single(matrix) else _DOUBLE_RANGE
+    half_the_digits = _SINGLE_RANGE if is_single(work) else _DOUBLE_RANGE
     if not half_the_digits[0] < norm < half_the_digits[1]:
         return None
     tall = matrix.shape[0] > matrix.shape[1]
-    found = eigenvectors(adjoint(matrix) @ matrix if tall else matrix @ adjoint(matrix))
+    gram = gram_matrix(adjoint(work) if tall else work)
+    first = leading(gram, columns, norm**2, CANCELS**2) if near else None
+    found = eigenvectors(gram) if first is None else first
     vectors = found.u[:, :columns]
     # Orthonormal in double precision, so that norms of what it captures are exact.
-    basis = qr(widen(matrix @ vectors if tall else vectors))[0]
+    basis = qr(widen(work @ vectors if tall else vectors))[0]
     xp = namespace(matrix)
     image = adjoint(xp.astype(basis, matrix.dtype, copy=False)) @ matrix
     captured = frobenius_norm(image)
@@ -214,7 +225,8 @@ def _rough(matrix: Array, columns: int) -> Factor | None:
         return None
     rows = to_numpy(namespace(basis).linalg.vector_norm(widen(image), axis=1))
     tail = tails(np.append(rows, missed))[:-1]
-    return Factor(lambda r: basis[:, :r], tail, min(matrix.shape), True, "gram", found.note, image)
+    method = "gram" if first is None else "randomized"
+    return Factor(lambda r: basis[:, :r], tail, min(matrix.shape), first is None, method, found.note, image)
 
 
 def _turned(matrix: Array, right: Array) -> Callable[[int], Array]:
@@ -238,13 +250,6 @@ def _measured(matrix: Array, basis: Array, columns: int, method: str, *, single:
     return Factor(lambda r: basis[:, :r], tail, min(matrix.shape), False, method, small.note, image)
 
 
-def _start(matrix: Array, columns: int) -> Array:
-    """A Gaussian block (k, columns) with the same entries in every process."""
-    xp = namespace(matrix)
-    gaussian = np.random.default_rng(SEED).standard_normal((matrix.shape[1], columns))
-    return xp.astype(xp.asarray(gaussian, device=array_api_compat.device(matrix)), matrix.dtype)
-
-
 def _working(matrix: Array, *, single: bool) -> Array:
     """What a basis is searched in: a good basis needs no more digits than the data have."""
     if not single:
@@ -257,7 +262,7 @@ def _working(matrix: Array, *, single: bool) -> Array:
 def _randomized(matrix: Array, columns: int, *, single: bool) -> Array:
     """Subspace iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 2011, Algorithm 4.4)."""
     work = _working(matrix, single=single)
-    start = _start(work, _room("randomized", columns))
+    start = gaussian(work, work.shape[1], _room("randomized", columns))
     basis, _ = qr(work @ start)
     for _ in range(POWERS):
         basis, _ = qr(work @ qr(adjoint(work) @ basis)[0])
@@ -271,7 +276,7 @@ def _krylov(matrix: Array, columns: int, *, single: bool) -> Array:
     """
     xp = namespace(matrix)
     work = _working(matrix, single=single)
-    block, _ = qr(work @ _start(work, _room("krylov", columns)))
+    block, _ = qr(work @ gaussian(work, work.shape[1], _room("krylov", columns)))
     width = block.shape[1]
     basis, image = block, adjoint(block) @ work
     gram = image @ adjoint(image)

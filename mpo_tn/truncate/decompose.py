@@ -71,7 +71,7 @@ def decompose(
     tensor = interleave(given, sites.out, sites.in_)
     tensor = times_power_of_two(tensor, -exponent, in_place=not _share_memory(tensor, given))
     budget.scale(scale)
-    sweep = Sweep(caps, budget, chosen, single, scale, callback)
+    sweep = Sweep(caps, budget, chosen, single, scale, callback, best=known is not None)
     cores = _peel(tensor, sites, sweep)
 
     center = sites.center

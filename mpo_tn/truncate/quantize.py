@@ -12,9 +12,9 @@ import array_api_compat
 import numpy as np
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, adjoint, check_matrix, dtype_name, namespace, widen
+from mpo_tn.linalg import Array, adjoint, check_matrix, dtype_name, namespace, to_numpy, widen
 from mpo_tn.truncate.refine_integers import refine_integers, turned
-from mpo_tn.truncate.scales import best_scales, group_count, half, spread_scales
+from mpo_tn.truncate.scales import best_scales, clipped, group_count, half, spread_scales
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bits an integer can have."""
@@ -152,7 +152,7 @@ def quantize(
 
 def _rounded(values: Array, scales: Array, bits: int) -> Array:
     xp, top = namespace(values), 2 ** (bits - 1)
-    return xp.clip(xp.round(values / scales), -top, top - 1)
+    return clipped(xp.round(values / scales), -top, top - 1)
 
 
 def _checked_metric(metric: Array, wide: Array) -> Array:
@@ -190,20 +190,35 @@ def _feedback(damped: Array) -> tuple[Array, Array, Array]:
 
 def _with_feedback(wide: Array, scales: Array, bits: int, upper: Array) -> Array:
     """Integers of one column after another: column j of ``(W - Q) U`` is made small, given those before it."""
-    xp = namespace(wide)
+    xp, device = namespace(wide), array_api_compat.device(wide)
     columns, top = wide.shape[1], 2 ** (bits - 1)
     # Columns as rows, so that each is one piece of memory.
     wanted, steps = turned(wide), turned(scales)
-    inverse = 1 / steps
     found, missed = xp.zeros_like(wanted), xp.zeros_like(wanted)
     for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        moved = wanted[start:stop] + adjoint(upper[:start, start:stop]) @ missed[:start]
-        for j in range(start, stop):
-            value = xp.clip(xp.round(moved[j - start] * inverse[j]), -top, top - 1)
-            found[j] = value
-            miss = wanted[j] - value * steps[j]
-            missed[j] = miss
-            if j + 1 < stop:
-                moved[j + 1 - start :] += upper[j, j + 1 : stop][:, None] * miss[None, :]
+        part = slice(start, min(start + _BLOCK, columns))
+        moved = wanted[part, :] + adjoint(upper[:start, part]) @ missed[:start, :]
+        values, miss = _columns_with_feedback(
+            to_numpy(wanted[part, :]), to_numpy(moved), to_numpy(steps[part, :]), to_numpy(upper[part, part]), top
+        )
+        found[part, :] = xp.asarray(values, device=device)
+        missed[part, :] = xp.asarray(miss, device=device)
     return adjoint(found)
+
+
+def _columns_with_feedback(
+    wanted: np.ndarray, moved: np.ndarray, steps: np.ndarray, upper: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The integers of a block and what they miss; on the host, where a short row is done before torch has begun."""
+    found, missed, room = np.empty_like(wanted), np.empty_like(wanted), np.empty_like(wanted)
+    moved, inverse = moved.copy(), 1 / steps
+    for j, value in enumerate(found):
+        np.multiply(moved[j], inverse[j], out=value)
+        np.rint(value, out=value)
+        np.minimum(value, top - 1, out=value)
+        np.maximum(value, -top, out=value)
+        np.multiply(value, steps[j], out=missed[j])
+        np.subtract(wanted[j], missed[j], out=missed[j])
+        np.multiply(upper[j, j + 1 :][:, None], missed[j], out=room[j + 1 :])
+        moved[j + 1 :] += room[j + 1 :]
+    return found, missed

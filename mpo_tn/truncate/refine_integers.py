@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import array_api_compat
+import numpy as np
 
-from mpo_tn.linalg import Array, adjoint, namespace, narrow, widen
-from mpo_tn.truncate.scales import LARGEST_SCALE, half, spread_scales
+from mpo_tn.linalg import Array, adjoint, namespace, narrow, to_numpy, widen
+from mpo_tn.truncate.scales import LARGEST_SCALE, clipped, half, spread_scales
 
 _BLOCK = 32
 """Columns that change before the rest of their group hears of it."""
@@ -73,21 +74,41 @@ def _best_values(values: Array, steps: Array, pull: Array, inside: Array, diagon
     """Change the integers of a group, (columns, rows), in place; ``pull``, ``S D`` of its columns, follows."""
     xp, top = namespace(values), 2 ** (bits - 1)
     columns = values.shape[0]
-    inverse = 1 / (diagonal[:, None] * steps[None, :])
+    inverse, sizes, around = to_numpy(1 / (diagonal[:, None] * steps[None, :])), to_numpy(steps), to_numpy(inside)
     for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        changed = xp.empty_like(values[start:stop, :])
-        near, around = pull[start:stop, :], inside[start:stop, start:stop]
-        before = xp.asarray(near, copy=True)
-        for j in range(stop - start):
-            old = values[start + j, :]
-            new = xp.clip(xp.round(near[j, :] * inverse[start + j, :] + old), -top, top - 1)
-            changed[j, :] = (new - old) * steps
-            values[start + j, :] = new
-            if start + j + 1 < stop:
-                near[j + 1 :, :] -= around[j + 1 :, j][:, None] * changed[j, :][None, :]
-        pull[start:stop, :] = before
-        pull -= inside[:, start:stop] @ changed
+        part = slice(start, min(start + _BLOCK, columns))
+        found, moved = _best_columns(
+            to_numpy(values[part, :]),
+            sizes,
+            to_numpy(pull[part, :]),
+            around[part, part],
+            inverse[part],
+            top,
+        )
+        values[part, :] = xp.asarray(found, device=array_api_compat.device(values))
+        pull -= inside[:, part] @ xp.asarray(moved, device=array_api_compat.device(values))
+
+
+def _best_columns(
+    old: np.ndarray, steps: np.ndarray, pull: np.ndarray, around: np.ndarray, inverse: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Integers one column after another, and how far what they stand for moved.
+
+    On the host and in place, whatever library asks: a row of a few hundred numbers is done before torch has begun.
+    """
+    found, moved, pull = np.empty_like(old), np.empty_like(old), pull.copy()
+    room = np.empty_like(old)
+    for j, new in enumerate(found):
+        np.multiply(pull[j], inverse[j], out=new)
+        new += old[j]
+        np.rint(new, out=new)
+        np.minimum(new, top - 1, out=new)
+        np.maximum(new, -top, out=new)
+        np.subtract(new, old[j], out=moved[j])
+        moved[j] *= steps
+        np.multiply(around[j + 1 :, j][:, None], moved[j], out=room[j + 1 :])
+        pull[j + 1 :] -= room[j + 1 :]
+    return found, moved
 
 
 def _best_scale(values: Array, steps: Array, pull: Array, inside: Array) -> Array:
@@ -98,5 +119,5 @@ def _best_scale(values: Array, steps: Array, pull: Array, inside: Array) -> Arra
     curve = widen(xp.sum(values * (inside @ values), axis=0))
     moves = curve > 0
     best = steps + xp.where(moves, slope, 0 * slope) / xp.where(moves, curve, 1 + 0 * curve)
-    best = widen(half(xp.clip(best, -LARGEST_SCALE, LARGEST_SCALE)))
+    best = widen(half(clipped(best, -LARGEST_SCALE, LARGEST_SCALE)))
     return xp.where(moves & (best != 0), best, steps)

@@ -60,28 +60,29 @@ def best_scales(wide: Array, weights: Array | None, bits: int, group: int) -> Ar
 
 def _piece_scales(blocks: Array, importance: Array | None, bits: int) -> Array:
     """The scales of a few rows of groups, (rows, groups, group) in single precision."""
-    xp, top = namespace(blocks), 2 ** (bits - 1)
+    xp, top, device = namespace(blocks), 2 ** (bits - 1), array_api_compat.device(blocks)
     largest = widen(xp.max(xp.abs(blocks), axis=2))
-    best = xp.full(largest.shape, math.inf, dtype=blocks.dtype, device=array_api_compat.device(blocks))
-    chosen = xp.ones_like(largest)
+    steps = (1.0 - _DEEPEST[bits]) / (_CLIPS - 1)
+    clips = xp.asarray([(1.0 - steps * k) / top for k in range(_CLIPS)], dtype=largest.dtype, device=device)
+    sizes = clipped(widen(half(clips[:, None, None] * largest)), _LEAST_SCALE, math.inf)
+    single = narrow(sizes)
+    # Both signs of a size, one after the other: the integers reach one farther below zero.
+    errors = xp.empty((2 * _CLIPS, *largest.shape), dtype=blocks.dtype, device=device)
     for k in range(_CLIPS):
-        clip = 1.0 - (1.0 - _DEEPEST[bits]) * k / (_CLIPS - 1)
-        size = _widened_half(largest * (clip / top))
-        tried = narrow(size)[:, :, None]
-        scaled = blocks / tried
+        scaled = blocks / single[k][:, :, None]
         nearest = xp.round(scaled)
-        for sign in (1.0, -1.0):
-            low, high = (-top, top - 1) if sign > 0 else (1 - top, top)
-            squares = ((xp.clip(nearest, low, high) - scaled) * tried) ** 2
-            error = xp.sum(squares if importance is None else squares * importance, axis=2)
-            better = error < best
-            best, chosen = xp.where(better, error, best), xp.where(better, sign * size, chosen)
+        for sign, low in enumerate((-top, 1 - top)):
+            squares = clipped(nearest, low, low + 2 * top - 1)
+            squares -= scaled
+            squares *= squares
+            if importance is not None:
+                squares *= importance
+            errors[2 * k + sign] = xp.sum(squares, axis=2)
+    errors *= xp.repeat(single**2, 2, axis=0)
+    best = xp.argmin(errors, axis=0)
+    rows, groups = xp.arange(largest.shape[0], device=device), xp.arange(largest.shape[1], device=device)
+    chosen = sizes[best // 2, rows[:, None], groups[None, :]] * (1 - 2 * (best % 2))
     return xp.where(largest > 0, chosen, xp.ones_like(chosen))
-
-
-def _widened_half(scales: Array) -> Array:
-    """Positive scales as float16 rounds them, never zero."""
-    return namespace(scales).clip(widen(half(scales)), min=_LEAST_SCALE)
 
 
 def half(scales: Array) -> Array:
@@ -89,3 +90,10 @@ def half(scales: Array) -> Array:
     if isinstance(scales, np.ndarray):
         return scales.astype(np.float16)
     return scales.half()
+
+
+def clipped(array: Array, low: float, high: float) -> Array:
+    """Entries not below ``low`` or above ``high``; the array API's own takes longer than a short row does."""
+    if isinstance(array, np.ndarray):
+        return np.minimum(np.maximum(array, low), high)
+    return array.clamp(low, high)

@@ -83,6 +83,7 @@ class Sweep:
         single: the data had 32 bits or fewer.
         scale: what matrices were divided by.
         callback: see :data:`BondCallback`.
+        best: see :class:`mpo_tn.truncate.basis.Request`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Sweep:
         single: bool,
         scale: float,
         callback: BondCallback | None,
+        best: bool = False,
     ) -> None:
         self.caps = caps
         self.budget = budget
@@ -100,6 +102,7 @@ class Sweep:
         self.single = single
         self.scale = scale
         self.callback = callback
+        self.best = best
         self.steps: list[BondReport] = [BondReport(1, 1, 0.0)] * len(caps)
         self.notes: list[str] = []
         self.optimal = True
@@ -120,7 +123,8 @@ class Sweep:
 
     def found(self, group: Array, bond: int) -> Factor:
         """A basis for ``group`` (m, k), good enough for budget and cap."""
-        return factor(group, self.method, Request(self.caps[bond], self.budget.share), single=self.single)
+        request = Request(self.caps[bond], self.budget.share, self.best)
+        return factor(group, self.method, request, single=self.single)
 
     def take(self, found: Factor, bond: int) -> tuple[Array, Array | None]:
         """What budget and cap leave of a basis, which is reported. See :meth:`cut`."""

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from mpo_tn import MPOError
-from mpo_tn.storage.checkpoint import INDEX, WEIGHTS, RawTensor, open_checkpoint, shard_names, write_index, write_shard
+from mpo_tn.storage.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    RawTensor,
+    notes_of,
+    open_checkpoint,
+    shard_names,
+    write_index,
+    write_shard,
+)
 
 
 def raw(seed: int, *shape: int) -> RawTensor:
@@ -38,6 +47,20 @@ def test_what_is_written_is_read(tmp_path: Path, most: int) -> None:
         assert np.array_equal(found[key].read(), tensor.data)
     every = found["a.weight"].sample(10).reshape(-1).view(np.float32)
     assert np.array_equal(every, TENSORS["a.weight"].data.view(np.float32)[::20])
+
+
+def test_notes_are_in_the_header_in_their_order(tmp_path: Path) -> None:
+    notes = {name: f"of {name} ☃" for name in "zyxabc"}
+    for name in ("one", "other"):
+        write_shard(tmp_path / name, TENSORS, notes)
+    assert list(notes_of(tmp_path / "one").items()) == [("format", "pt"), *notes.items()]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / "one").read_bytes())
+    assert open_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()
+    for damaged in (b"", b"12345678", b"\x02" + bytes(7) + b"[]"):
+        (tmp_path / "damaged").write_bytes(damaged)
+        assert notes_of(tmp_path / "damaged") == {}
+    assert notes_of(tmp_path / "nothing") == {}
 
 
 def test_a_fingerprint_follows_numbers_and_not_files(tmp_path: Path) -> None:

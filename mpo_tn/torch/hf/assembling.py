@@ -14,7 +14,8 @@ from mpo_tn.storage.checkpoint import RawTensor, StoredTensor, shard_names, writ
 from mpo_tn.storage.files import written_beside
 from mpo_tn.torch.hf.card import write_card
 from mpo_tn.torch.hf.companions import copy_companions
-from mpo_tn.torch.hf.record import record_run
+from mpo_tn.torch.hf.record import NAME as RECORD_NAME
+from mpo_tn.torch.hf.record import RECORD_NOTE, record_run
 from mpo_tn.torch.hf.sentinel import guard
 from mpo_tn.torch.models.stream_unit import UnitRecord, raw, read_unit, tensor_of
 
@@ -90,7 +91,7 @@ def write_result(
                 held |= {key: tensor for key, tensor in piece.load().items() if key in wanted}
             digests |= {key: tensor.digest() for key, tensor in held.items()}
             checksums[name] = {key: tensor.checksum() for key, tensor in held.items()}
-            write_shard(temporary / name, held)
+            write_shard(temporary / name, held, {RECORD_NOTE: RECORD_NAME})
         write_index(temporary, shards, sum(sizes.values()))
         record_run(temporary, record, digests, checksums)
 

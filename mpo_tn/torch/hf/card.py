@@ -87,7 +87,7 @@ def _hub_name(model: Any) -> str | None:
 
 
 def _own_text(model: Any, config: MPOQuantizationConfig) -> str:
-    modules, name, size = config.modules, type(model).__name__, model.dtype.itemsize
+    modules, name, size = config.modules, type(model).__name__.removeprefix("FSDP"), model.dtype.itemsize
     owners = {own: spec for own, spec in modules.items() if spec.tied_to not in modules}
     numbers = sum(spec.out_features * spec.in_features for spec in owners.values())
     bits = 8 * sum(spec.bytes(size) for spec in owners.values()) / numbers

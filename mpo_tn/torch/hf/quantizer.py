@@ -150,6 +150,8 @@ class MPOHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """The state dict and one tensor under the name of a dense weight, see :mod:`mpo_tn.torch.hf.sentinel`."""
+        if self.given is not None and not self.given:  # the state of a process that writes nothing
+            return {}, {}
         modules = self.quantization_config.modules
         state = owned_state(model, model.state_dict() if self.given is None else self.given)
         guard(model.config)

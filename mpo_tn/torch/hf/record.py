@@ -19,6 +19,8 @@ NAME = "mpo_record.json"
 _LONGEST = 2**28
 FORMAT = "mpo_tn.record"
 VERSION = 1
+RECORD_NOTE = "mpo_tn.record"
+"""In the header of every file of weights of a run: the name of the record, which cannot be taken away unnoticed."""
 
 _WEIGHTS = "model*.safetensors"
 _SAVED = (_WEIGHTS, "model*.safetensors.index.json", "config.json")

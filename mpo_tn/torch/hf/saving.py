@@ -73,8 +73,12 @@ def _quantizer(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _saved_as_it_is(model: PreTrainedModel, state: Mapping[str, torch.Tensor] | None) -> Generator[None]:
+def _saved_as_it_is(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor] | None, *, writes: bool
+) -> Generator[None]:
     """Inside of it ``model`` and its configuration say what its modules are, or it is refused before.
+
+    Of several processes only one ``writes``, and it alone may hold a state that was gathered.
 
     Guarantee (saved-as-it-is): a transformers model with MPO modules anywhere, however they came there, is written with
     its structure as it is now, and ``from_pretrained`` gives it back; what could not be read again is refused before
@@ -101,13 +105,25 @@ def _saved_as_it_is(model: PreTrainedModel, state: Mapping[str, torch.Tensor] | 
     quantizer: Any = _quantizer(model)
     if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are written
         state = model.state_dict() if state is None else state
-        rehearse(model, quantizer.quantization_config, state)
+        _check_whole(model, state)
+        if state or writes:
+            rehearse(model, quantizer.quantization_config, state)
     quantizer.given = state
     try:
         with _silent_about_mpo(*_configs_inside(model.config)):
             yield
     finally:
         del quantizer.given
+
+
+def _check_whole(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
+    if any(hasattr(tensor, "placements") for tensor in state.values()):  # a DTensor
+        name = type(model).__name__.removeprefix("FSDP")
+        raise MPOError(
+            f"the tensors of this {name} are sharded over processes: in all of them let state = "
+            "accelerator.get_state_dict(model), then save_pretrained(folder, state_dict=state, "
+            "is_main_process=accelerator.is_main_process)"
+        )
 
 
 def _policy(model: nn.Module) -> MPOConfig:
@@ -150,10 +166,10 @@ def looking(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        folder = Path(given.arguments["save_directory"])
-        with _saved_as_it_is(self, given.arguments["state_dict"]):
+        folder, writes = Path(given.arguments["save_directory"]), bool(given.arguments["is_main_process"])
+        with _saved_as_it_is(self, given.arguments["state_dict"], writes=writes):
             result = original(self, *args, **kwargs)
-            if given.arguments["is_main_process"] and folder.is_dir() and not _saves_adapters(self):
+            if writes and folder.is_dir() and not _saves_adapters(self):
                 write_beside(self, folder)
         return result
 

@@ -15,13 +15,13 @@ from mpo_tn.linalg import frobenius_norm
 from mpo_tn.planning.entries import ITEMSIZES
 from mpo_tn.planning.spec import PARAMETER, ModuleSpec, matrix_shape
 from mpo_tn.progress import Progress, silent
-from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, notes_of, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.hf.checks import check_record
 from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
 from mpo_tn.torch.hf.held import held_by
 from mpo_tn.torch.hf.record import NAME as RECORD_NAME
-from mpo_tn.torch.hf.record import altered, read_record
+from mpo_tn.torch.hf.record import RECORD_NOTE, altered, read_record
 from mpo_tn.torch.hf.snapshot import Names, local_folder, read_names
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.parameter import dense_key
@@ -150,7 +150,11 @@ def _modules(folder: Path, found: Verification) -> dict[str, ModuleSpec]:
 
 def _check_record(folder: Path, found: Verification) -> dict[str, Any] | None:
     if not (folder / RECORD_NAME).is_file():
-        found.notes.append(f"{folder} has no {RECORD_NAME}, so nothing is known of its digests: save it again")
+        named = {notes_of(path).get(RECORD_NOTE) for path in folder.glob("*.safetensors")} - {None}
+        if named:
+            found.differences.append(f"{RECORD_NAME} is missing: the weights say that it was written beside them")
+        else:
+            found.notes.append(f"{folder} has no {RECORD_NAME}, so nothing is known of its digests: save it again")
         return None
     try:
         record = read_record(folder)
@@ -193,7 +197,8 @@ def _check_structure(
                     f"{key} has the shape {list(own[key].shape)}, and by config.json {list(wanted[key].shape)}"
                 )
             elif not _same_dtype(wanted[key], own[key], spec):
-                found.differences.append(f"{key} is {own[key].dtype}, and by its bits {wanted[key].dtype}")
+                dtype = str(wanted[key].dtype).removeprefix("torch.")
+                found.differences.append(f"{key} is {own[key].dtype}, and by its bits {dtype}")
     found.differences += [
         f"{key} is a core of no module of config.json" for key in there.tensors if ".cores." in key and key not in seen
     ]

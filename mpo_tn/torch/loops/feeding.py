@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.torch.models.ranks import own_rows, world
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,18 @@ class Fed:
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
         }
         return Fed(moved, None if self.labels is None else self.labels.to(device), self.key)
+
+    def own_part(self) -> Fed | None:
+        """What of it this process takes, which is all of it if there is one; None for nothing.
+
+        Raises:
+            MPOError: tensors whose rows are not those of the others.
+        """
+        if world() == 1:
+            return self
+        labels = {} if self.labels is None else {"labels": self.labels}
+        part = own_rows({**self.inputs, **labels})
+        return None if part is None else Fed(part, part.pop("labels", None), self.key)
 
 
 class Feed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from mpo_tn.torch.loops.healer import Healer, Progressed, lent
 from mpo_tn.torch.loops.log_folder import LogFolder, counts, expect
 from mpo_tn.torch.loops.objectives import objective_of
 from mpo_tn.torch.loops.recipe import TRAINED, HealResult, Recipe
+from mpo_tn.torch.models.ranks import (
+    agreed,
+    check_same,
+    check_whole,
+    of_first,
+    rank,
+    spread,
+    tensors_of,
+    unwrapped,
+    world,
+)
 from mpo_tn.torch.models.trainable import count_trainable, freeze, is_scale
 from mpo_tn.torch.models.units import mpo_units
 from mpo_tn.torch.state.host_values import tensors_digest
@@ -110,11 +122,16 @@ def heal(
     among them, also if anything raises: ``after <= before``.
     Guarantee (heal-same-bits): killed at any point and called again with the same arguments and ``folder``, the run
     ends in the same bits.
+    Guarantee (heal-as-one): in a process group of torch.distributed all processes call it with the same arguments, and
+    each takes its rows of every batch. They begin with the model of the first and end in the same bits, in what one
+    process alone comes to up to rounding; the first alone writes to ``folder`` and tells ``progress``. Losses have to
+    be means over rows or tokens, as those above are.
 
     Raises:
         MPOError: a bad argument, no batch or no text in one, a model without MPO modules or without anything to train,
             a teacher of another width or vocabulary, an objective that the model cannot give, a ``folder`` of another
-            run, or that another process writes to; nothing has been changed. A loss that is NaN or infinite: the
+            run, or that another process writes to; a sharded model; processes with other arguments, and whatever one
+            of them raises; nothing has been changed. A loss that is NaN or infinite, a process that has ended: the
             message names the step, and the model is in the best state before it.
 
     Cost: a step is one forward and one backward pass of the model and, where it is not held, a forward of the teacher.
@@ -131,55 +148,82 @@ def heal(
     >>> result.after < result.before, len(result.losses)
     (True, 20)
     """
-    if train not in TRAINED:
-        raise MPOError(f"train={train!r} is not one of {', '.join(TRAINED)}")
-    recipe = Recipe(
-        objective=objective, train=train, also=(also,) if isinstance(also, str) else tuple(also),
-        steps=_STEPS if steps is None and minutes is None else steps, minutes=minutes,
-        lr=_RATE if lr is None else lr, tensor_lr=_tensor_rate(model, train) if tensor_lr is None else tensor_lr,
-        scale_lr=_SCALE_RATE if scale_lr is None else scale_lr, warmup=warmup,
-        clip=clip, temperature=temperature, blocks=blocks, every=every, precision=precision, seed=seed,
-    )  # fmt: skip
-    goal = objective_of(objective, temperature=temperature, blocks=blocks)
-    if goal.needs_teacher:
-        _check_teacher(model, teacher, objective)
-    teacher = teacher if goal.needs_teacher else None
-    feed, held = Feed(batches, seed, "batches"), None if dev is None else Feed(dev, seed, "dev")
-    with lent(model, teacher), claimed_if(folder):
-        freeze(model, train, also=recipe.also)
-        if not count_trainable(model)[0]:
-            raise MPOError(
-                f"nothing is left to train by train={train!r} and also={recipe.also}: the cores are held in buffers, "
-                "as quantised ones are; let norms, biases and scales train, or other cores"
-            )
-        healer = Healer(model, teacher, goal, recipe, feed, held, cache_bytes)
-        healer.check()
-        home = None
-        if folder is not None:
+    model = unwrapped(model)
+
+    def asked() -> Recipe:
+        if train not in TRAINED:
+            raise MPOError(f"train={train!r} is not one of {', '.join(TRAINED)}")
+        return Recipe(
+            objective=objective, train=train, also=(also,) if isinstance(also, str) else tuple(also),
+            steps=_STEPS if steps is None and minutes is None else steps, minutes=minutes,
+            lr=_RATE if lr is None else lr, tensor_lr=_tensor_rate(model, train) if tensor_lr is None else tensor_lr,
+            scale_lr=_SCALE_RATE if scale_lr is None else scale_lr, warmup=warmup,
+            clip=clip, temperature=temperature, blocks=blocks, every=every, precision=precision, seed=seed,
+        )  # fmt: skip
+
+    with ExitStack() as stack:
+
+        def prepared() -> tuple[Healer, dict[str, Any], dict[str, object]]:
+            """What each process does by itself, and what has to be the same in all of them."""
+            recipe, goal = asked(), objective_of(objective, temperature=temperature, blocks=blocks)
+            dense = None if teacher is None else unwrapped(teacher)
+            check_whole(model)
+            if dense is not None:
+                check_whole(dense)
+            if goal.needs_teacher:
+                _check_teacher(model, dense, objective)
+            dense = dense if goal.needs_teacher else None
+            feed, held = Feed(batches, seed, "batches"), None if dev is None else Feed(dev, seed, "dev")
+            stack.enter_context(lent(model, dense))
+            stack.enter_context(claimed_if(folder if rank() == 0 else None))
+            freeze(model, train, also=recipe.also)
+            if not count_trainable(model)[0]:
+                raise MPOError(
+                    f"nothing is left to train by train={train!r} and also={recipe.also}: the cores are held in "
+                    "buffers, as quantised ones are; let norms, biases and scales train, or other cores"
+                )
+            healer = Healer(model, dense, goal, recipe, feed, held, cache_bytes)
+            healer.check()
             settings = {
                 **recipe.to_dict(),
                 "batches": _digest(feed.at(0)),
                 "dev": None if held is None else _digest(next(held.in_order())),
             }
-            home = LogFolder(
-                folder, settings, resume=resume, what="healing", version=LOG_VERSION, states=("state", "best"),
-                check=_check_log,
-            )  # fmt: skip
-        return _Run(healer, home, progress or silent).go()
+            return healer, settings, _same_everywhere(model, dense, settings, folder, resume)
+
+        healer, settings, same = agreed(prepared)
+        check_same(same)
+        spread(tensors_of(model))
+
+        home = None
+        if folder is not None:
+            home = agreed(lambda: _opened(Path(folder), settings, resume=resume) if rank() == 0 else None)
+        return _Run(healer, home, folder, progress or silent).go()
+
+
+def _opened(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> LogFolder:
+    return LogFolder(
+        folder, settings, resume=resume, what="healing", version=LOG_VERSION, states=("state", "best"),
+        check=_check_log,
+    )  # fmt: skip
 
 
 class _Run:
-    """Stepping, measuring, writing and telling, from the start or from where a folder says."""
+    """Stepping, measuring, writing and telling, from the start or from where a folder says.
 
-    def __init__(self, healer: Healer, home: LogFolder | None, progress: Progress) -> None:
-        self.healer, self.home, self.progress = healer, home, progress
+    Of several processes the first alone writes and tells; ``home`` is None in the others.
+    """
+
+    def __init__(self, healer: Healer, home: LogFolder | None, folder: str | Path | None, progress: Progress) -> None:
+        self.healer, self.home, self.folder, self.progress = healer, home, folder, progress
         self.began, self.before = time.perf_counter(), 0.0
         self.start_digest = ""
 
     def go(self) -> HealResult:
-        healer, home = self.healer, self.home
-        if home is not None and home.log is not None:
-            finished = self._resume(home, home.log)
+        healer = self.healer
+        past = None if self.folder is None else of_first(self._past)
+        if past is not None:
+            finished = agreed(lambda: self._resume(*past))
             if finished is not None:
                 return finished
         else:
@@ -195,27 +239,33 @@ class _Run:
                 if len(done.losses) % healer.every == 0 or len(done.losses) == healer.steps:
                     healer.measure()
                     self._save()
-                self.progress(len(done.losses), healer.steps, self._line(loss))
+                agreed(lambda: self._tell(loss))  # noqa: B023 - called at once
         finally:  # whatever ends it, an interrupt too, the best state is what is left
             healer.go_back()
-        result = self._result()
+        result = of_first(self._result)
         self._save(result)
         return result
 
-    def _resume(self, home: LogFolder, log: Mapping[str, Any]) -> HealResult | None:
+    def _past(self) -> tuple[dict[str, Any], TrainingState, TrainingState] | None:
+        """The log of a run that was stopped, the best state and the last one."""
+        home = self.home
+        if home is None or home.log is None:
+            return None
+        return home.log, home.state("best"), home.state("state")
+
+    def _resume(self, log: Mapping[str, Any], best: TrainingState, current: TrainingState) -> HealResult | None:
         """Be where the folder says; if that is the end, its result."""
         healer = self.healer
-        best, current = home.state("best"), home.state("state")
-        known = [log["start_digest"], *([_model_digest(best)] if home.finished else [])]
+        known = [log["start_digest"], *([_model_digest(best)] if "result" in log else [])]
         if _model_digest(capture(healer.model)) not in known:
             raise MPOError(
-                f"{home.path} is of a run of another model: its tensors had other values at the start; give the model "
-                "it started from, name another folder, or pass resume=False to start afresh"
+                f"{self.folder} is of a run of another model: its tensors had other values at the start; give the "
+                "model it started from, name another folder, or pass resume=False to start afresh"
             )
         try:
             restore(current, healer.model, healer.optimizer)
         except MPOError as error:
-            raise MPOError(f"{home.path} cannot be resumed: {error}, or pass resume=False to start afresh") from error
+            raise MPOError(f"{self.folder} cannot be resumed: {error}, or pass resume=False to start afresh") from error
         healer.best, healer.done, self.start_digest = best, _done_of(log), log["start_digest"]
         healer.steps, healer.precision, healer.notes = log["planned"], log["precision"], list(log["notes"])
         self.before = healer.done.seconds
@@ -225,8 +275,12 @@ class _Run:
         return HealResult.from_dict(log["result"])
 
     def _save(self, result: HealResult | None = None) -> None:
+        self.healer.done.seconds = self.before + time.perf_counter() - self.began
+        if self.folder is not None:
+            agreed(lambda: self._write(result))
+
+    def _write(self, result: HealResult | None) -> None:
         healer, done = self.healer, self.healer.done
-        done.seconds = self.before + time.perf_counter() - self.began
         if self.home is None:
             return
         assert healer.best is not None
@@ -254,9 +308,26 @@ class _Run:
             precision=healer.precision, notes=tuple(healer.notes),
         )  # fmt: skip
 
-    def _line(self, loss: float) -> str:
-        held_out = self.healer.done.held_out
-        return f"healing: loss {loss:.4g}" + (f", held-out {held_out[-1][1]:.4g}" if held_out else "")
+    def _tell(self, loss: float) -> None:
+        if rank() == 0:
+            done, steps = self.healer.done, self.healer.steps
+            held_out = f", held-out {done.held_out[-1][1]:.4g}" if done.held_out else ""
+            self.progress(len(done.losses), steps, f"healing: loss {loss:.4g}{held_out}")
+
+
+def _same_everywhere(
+    model: nn.Module, teacher: nn.Module | None, settings: Mapping[str, Any], folder: str | Path | None, resume: bool
+) -> dict[str, object]:
+    """What several processes have to have in common; nothing for one."""
+    if world() == 1:
+        return {}
+    return {
+        **settings,
+        "folder": folder is not None,
+        "resume": resume,
+        "tensors in the model": [(name, value.dtype, value.shape) for name, value in model.state_dict().items()],
+        "numbers in the teacher": tensors_digest([] if teacher is None else tensors_of(teacher)),
+    }
 
 
 def _tensor_rate(model: nn.Module, train: str) -> float:

@@ -6,16 +6,17 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.loops.feeding import Fed, Feed
-from mpo_tn.torch.loops.objectives import Measured, Objective, Targets
+from mpo_tn.torch.loops.objectives import Measured, Objective, Targets, Term
 from mpo_tn.torch.loops.recipe import Recipe, share_of_rate
 from mpo_tn.torch.models.evaluating import set_training, training_flags
+from mpo_tn.torch.models.ranks import add_gradients, agreed, check_equal, of_first, together, world
 from mpo_tn.torch.models.trainable import parameter_groups, scales_kept
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 
@@ -61,6 +62,8 @@ class Progressed:
 class Healer:
     """One healing of one model, in place. What may train has been chosen before (``requires_grad``).
 
+    In a process group every process has one, and takes its part of every batch; what is summed over them decides.
+
     Args:
         model: in evaluation mode, so that there is no dropout.
         teacher: in evaluation mode; None if the objective needs none.
@@ -95,7 +98,7 @@ class Healer:
         return self.recipe.every or max(1, min(200, self.steps // 10))
 
     def check(self) -> None:
-        """Measure the first batch, to see that model, teacher and batches belong together.
+        """Measure the first batch, to see that model, teacher and batches belong together; each process by itself.
 
         Raises:
             MPOError: they do not, or what is measured is not finite.
@@ -119,13 +122,13 @@ class Healer:
 
     def decide(self) -> None:
         """Choose precision and number of steps where the recipe leaves them open, by doing a few and undoing them."""
-        recipe = self.recipe
+        recipe, minutes = self.recipe, self.recipe.minutes
         if recipe.precision == "auto":
             times = {name: self._seconds_per_step(name, _PRECISION_STEPS) for name in ("float32", "bfloat16")}
-            self.precision = min(times, key=lambda name: times[name])
+            self.precision = of_first(lambda: min(times, key=lambda name: times[name]))
             shown = ", ".join(f"{1000 * seconds:.0f} ms in {name}" for name, seconds in times.items())
             self.notes.append(f"precision: a step takes {shown} here, so it is {self.precision}")
-        if recipe.minutes is not None:
+        if minutes is not None:
             step = self._seconds_per_step(self.precision, _TRIAL_STEPS)
             measuring = time.perf_counter()
             self._measure_dev()
@@ -133,8 +136,9 @@ class Healer:
             # Ten measurements and the one before the first step, if every is left to us.
             rate = step + (measuring / recipe.every if recipe.every else 0)
             fixed = measuring if recipe.every else 11 * measuring
-            self.steps = max(1, int((60 * recipe.minutes - fixed) / rate))
-            self.notes.append(f"{recipe.minutes:g} minutes are {self.steps} steps here, at {step:.3f} s")
+            self.steps = of_first(lambda: max(1, int((60 * minutes - fixed) / rate)))
+            self.notes.append(f"{minutes:g} minutes are {self.steps} steps here, at {step:.3f} s")
+        self.notes = of_first(lambda: self.notes)
 
     def begin(self) -> None:
         """Measure the held-out batches before the first step; the model as it is is the best so far.
@@ -163,13 +167,18 @@ class Healer:
         share = share_of_rate(number, self.steps, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
-        value = self._step(self._train.at(number), self.optimizer, number)
+        value = self._step(number, self.optimizer)
         self.done.losses.append(value)
         self.done.step_seconds += time.perf_counter() - start
         return value
 
     def measure(self) -> bool:
-        """Measure the held-out batches; without any the last state is the best. Returns whether it is the best yet."""
+        """Measure the held-out batches; without any the last state is the best. Returns whether it is the best yet.
+
+        Raises:
+            MPOError: the processes have not the same numbers any more.
+        """
+        check_equal(f"numbers after step {len(self.done.losses)}", self.trained)
         done, value = self.done, self._measure_dev()
         best = True
         if value is not None:
@@ -195,16 +204,32 @@ class Healer:
             group["initial_lr"] = group["lr"]
         return optimizer
 
-    def _step(self, batch: Fed, optimizer: torch.optim.Optimizer, number: int) -> float:
+    def _step(self, number: int, optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = self._measure(batch, "train").loss
-        value = float(loss.detach())
+        terms: list[Term] = []
+
+        def forward() -> list[tuple[float, float]]:
+            terms[:] = self._measure(self._train.at(number), "train").terms
+            return [(float(term.mean.detach()), term.weight) for term in terms]
+
+        parts = together(forward)
+        weights = [sum(part[k][1] for part in parts) for k in range(len(terms))]
+
+        def share(k: int, weight: float) -> float:
+            return terms[k].factor * weight / weights[k] if weights[k] else math.nan
+
+        value = sum(share(k, weight) * mean for part in parts for k, (mean, weight) in enumerate(part) if weight)
         if not math.isfinite(value):
             raise self._stopped("loss", value, number)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.clip))
+        shares = [torch.full_like(term.mean, share(k, term.weight)) for k, term in enumerate(terms)]
+        agreed(lambda: torch.autograd.backward([term.mean for term in terms], shares))
+        add_gradients(self.trained)
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        length = nn.utils.get_total_norm(gradients)
+        norm = of_first(lambda: float(length))  # of many threads the last digit differs
         if not math.isfinite(norm):
             raise self._stopped("norm of the gradient", norm, number)
+        nn.utils.clip_grads_with_norm_(self.trained, self.recipe.clip, length.new_tensor(norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return value
@@ -217,6 +242,15 @@ class Healer:
         )
 
     def _measure(self, batch: Fed, feed: str) -> Measured:
+        """How far off the model is on what of a batch this process takes."""
+        part = batch.own_part()
+        if part is None or (world() > 1 and not self.objective.counts(self.model, part)):
+            # All processes have to take the same path, but what this one takes has no text in it.
+            found = self._measure_all(batch, f"{feed}, all")
+            return Measured(0.0, 0.0, tuple(replace(term, weight=0.0) for term in found.terms))
+        return self._measure_all(part, feed)
+
+    def _measure_all(self, batch: Fed, feed: str) -> Measured:
         batch = batch.to(self.device)
         targets = self._cache.get(feed, batch, lambda: self._targets(batch))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -230,23 +264,29 @@ class Healer:
             return tuple(part.to(self.device) for part in self.objective.targets(self.teacher, batch.to(place)))
 
     def _measure_dev(self) -> float | None:
-        if self._dev is None:
+        held = self._dev
+        if held is None:
             return None
-        total = weight = 0.0
-        with torch.no_grad():
-            for batch in self._dev.in_order():
+
+        def measure() -> tuple[float, float]:
+            total = weight = 0.0
+            for batch in held.in_order():
                 measured = self._measure(batch, "dev")
                 total, weight = total + measured.total, weight + measured.weight
-        return total / weight
+            return total, weight
+
+        with torch.no_grad():
+            parts = together(measure)
+        return sum(total for total, _ in parts) / sum(weight for _, weight in parts)
 
     def _seconds_per_step(self, precision: str, steps: int) -> float:
         before, chosen, optimizer = capture(self.model), self.precision, self._new_optimizer()
         try:
             self.precision = precision
-            self._step(self._train.at(0), optimizer, 0)  # the first makes what the others reuse
+            self._step(0, optimizer)  # the first makes what the others reuse
             start = time.perf_counter()
             for number in range(1, steps + 1):
-                self._step(self._train.at(number), optimizer, number)
+                self._step(number, optimizer)
             return (time.perf_counter() - start) / steps
         finally:
             self.precision = chosen

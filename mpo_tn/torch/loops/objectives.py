@@ -20,15 +20,24 @@ Targets = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Term:
+    """A part of a loss: a mean over ``weight`` of something, which has a gradient where there is one."""
+
+    mean: torch.Tensor
+    weight: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Measured:
     """How far off a model is on one batch. Over several batches it is the sum of ``total`` over that of ``weight``.
 
-    ``loss`` is what is brought down; it has a gradient where there is one.
+    The loss, which is what is brought down, is the sum of the ``terms``, each times its factor.
     """
 
     total: float
     weight: float
-    loss: torch.Tensor
+    terms: tuple[Term, ...]
 
 
 class Objective:
@@ -44,6 +53,10 @@ class Objective:
     def measure(self, model: nn.Module, batch: Fed, targets: Targets) -> Measured:
         """How far the model is from it."""
         raise NotImplementedError
+
+    def counts(self, model: nn.Module, batch: Fed) -> bool:
+        """Whether anything is measured in a part of a batch that is not all padding."""
+        return True
 
 
 class Features(Objective):
@@ -66,12 +79,10 @@ class Features(Objective):
         """The distance, and its gradient."""
         states = self._states(model, batch, "the model")
         check_shapes(states, targets, "hidden states")
-        total, weight = _distance(states[0], targets[0], batch.mask)
-        loss = total / weight
-        if self.blocks:
-            between = [_distance(own, other, batch.mask) for own, other in zip(states[1:], targets[1:], strict=True)]
-            loss = loss + self.blocks * sum(off / size for off, size in between) / len(between)
-        return Measured(float(total.detach()), float(weight), loss)
+        found = [_distance(own, other, batch.mask) for own, other in zip(states, targets, strict=True)]
+        factors = [1.0, *[self.blocks / (len(states) - 1)] * (len(states) - 1)] if len(states) > 1 else [1.0]
+        terms = [Term(off / size, float(size), by) for (off, size), by in zip(found, factors, strict=True)]
+        return Measured(float(found[0][0].detach()), terms[0].weight, tuple(terms))
 
     def _states(self, model: nn.Module, batch: Fed, who: str) -> Targets:
         prefix = getattr(model, "base_model_prefix", "")
@@ -112,7 +123,7 @@ class Logits(Objective):
         chosen = batch.mask if batch.mask is not None and batch.mask.shape == apart.shape else torch.ones_like(apart)
         weight = float(chosen.sum())
         total = (apart * chosen).sum()
-        return Measured(float(total.detach()), weight, total / weight)
+        return Measured(float(total.detach()), weight, (Term(total / weight, weight),))
 
     def _logits(self, model: nn.Module, batch: Fed, who: str) -> torch.Tensor:
         output: Any = model(**batch.inputs)
@@ -134,6 +145,22 @@ class OwnLoss(Objective):
 
     def measure(self, model: nn.Module, batch: Fed, targets: Targets) -> Measured:
         """The loss, and its gradient. A batch counts by its scored labels."""
+        labels, weight = self._scored(model, batch)
+        loss = getattr(model(**batch.inputs, labels=labels), "loss", None)
+        if loss is None:
+            raise MPOError(
+                f"a {type(model).__name__} gives no loss for labels: use objective='features', or a model with a head"
+            )
+        if weight == 0:
+            raise MPOError("a batch has no label that is scored: every one of them is -100, or there is one token only")
+        return Measured(float(loss.detach()) * weight, weight, (Term(loss, weight),))
+
+    def counts(self, model: nn.Module, batch: Fed) -> bool:
+        """Whether any label is scored."""
+        return self._scored(model, batch)[1] > 0
+
+    def _scored(self, model: nn.Module, batch: Fed) -> tuple[torch.Tensor, float]:
+        """The labels, and how many of them are scored."""
         writes = getattr(model, "can_generate", None)
         causal, labels = bool(writes and writes()), batch.labels
         if labels is None:
@@ -144,16 +171,8 @@ class OwnLoss(Objective):
                 )
             labels = batch.inputs["input_ids"]
             labels = labels if batch.mask is None else labels.masked_fill(batch.mask == 0, -100)
-        loss = getattr(model(**batch.inputs, labels=labels), "loss", None)
-        if loss is None:
-            raise MPOError(
-                f"a {type(model).__name__} gives no loss for labels: use objective='features', or a model with a head"
-            )
         scored = labels[:, 1:] if causal and labels.ndim == 2 else labels
-        weight = float((scored != -100).sum())
-        if weight == 0:
-            raise MPOError("a batch has no label that is scored: every one of them is -100, or there is one token only")
-        return Measured(float(loss.detach()) * weight, weight, loss)
+        return labels, float((scored != -100).sum())
 
 
 def objective_of(name: str, *, temperature: float, blocks: float) -> Objective:

@@ -17,6 +17,7 @@ from mpo_tn.torch.models.calibration import Calibration, Fingerprint
 from mpo_tn.torch.models.feeding import Call, calls_of, counted_rows, is_encoder_decoder, only_looked_at
 from mpo_tn.torch.models.gathering import Gatherer
 from mpo_tn.torch.models.listening import Reader, find_readers, is_table
+from mpo_tn.torch.models.ranks import check_same, spread
 from mpo_tn.torch.models.sums import GradientSum, Loss, sketched_distance
 
 
@@ -55,6 +56,9 @@ def calibrate(
 
     Guarantee (left-alone): parameters, ``requires_grad``, gradients, training modes and hooks are what they were, also
     if it raises.
+
+    In a process group all processes call it with the same model and batches; each goes through all of them, and the
+    moments of the first are those of all. A model or batches that differ are refused.
 
     Cost: one forward pass a batch (with gradients a backward pass, too), one more of the first batch, to see who shares
     inputs, and ``in**2`` to ``2 in**2`` flops in float64 a token and distinct input. Memory: ``8 in**2`` bytes a
@@ -97,9 +101,12 @@ def calibrate(
                 backward.run(call, gatherer.gather(call, forward))
     tell(count, count, f"batch {count}")
     found = gatherer.calibration(fingerprint)
-    if backward is None:
-        return found
-    return replace(found, outers=backward.outers(), seed=number, notes=(*found.notes, *backward.notes()))
+    if backward is not None:
+        found = replace(found, outers=backward.outers(), seed=number, notes=(*found.notes, *backward.notes()))
+    check_same({"batches": found.fingerprint.text, "numbers in the model": found.fingerprint.parameters})
+    held = [tensor for known in found.moments.values() for tensor in (known.second, known.mean) if tensor is not None]
+    spread([*held, *found.outers.values(), *found.rows.values()])
+    return found
 
 
 class _Backward:

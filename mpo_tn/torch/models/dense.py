@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
+from mpo_tn.linalg import check_loaded
 from mpo_tn.planning.cost import rebuild_route
 from mpo_tn.planning.patterns import matches
 from mpo_tn.planning.spec import PARAMETER
@@ -91,6 +92,7 @@ def _dense_modules(unit: MPOUnit) -> dict[str, There]:
         for name, held in (*layer.named_parameters(), *layer.named_buffers()):
             if held.is_meta:
                 raise MPOError(f"{names[0]}.{name} holds no data: load the model without offloading it")
+            check_loaded(held, f"{names[0]}.{name}")
     with torch.inference_mode(False), torch.no_grad():
         weight = nn.Parameter(dense_weight(unit.modules[0], unit.cores[0].dtype), requires_grad=_trains(unit))
     return {

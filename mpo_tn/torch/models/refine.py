@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,23 @@ from mpo_tn.torch.models.block_walk import walk_blocks
 from mpo_tn.torch.models.blocks import BlockSample, find_blocks
 from mpo_tn.torch.models.feeding import only_looked_at
 from mpo_tn.torch.models.places import put, there
+from mpo_tn.torch.models.ranks import (
+    add_gradients,
+    agreed,
+    check_equal,
+    check_same,
+    own_rows,
+    spread,
+    tensors_of,
+    together,
+    world,
+)
 from mpo_tn.torch.models.report import RefinedBlock
 from mpo_tn.torch.models.samples import Samples
 from mpo_tn.torch.models.trainable import freeze, parameter_groups, scales_kept
+
+Text = tuple[BlockSample, bool]
+"""What this process takes of a batch, and whether it counts."""
 
 EPOCHS = 6
 _SCALE_RATE = 2e-2
@@ -67,14 +82,21 @@ def refine_blocks(
     it gave in the dense model, both of what it is given there, is nowhere above what it was before: ``after <= before``
     for every block; and no integer changes.
 
+    Guarantee (refine-as-one): in a process group all processes do it together, each with its rows of the text, and end
+    in the same bits, in what one process alone comes to up to rounding.
+
     Cost: about twenty forward passes a batch; memory as :func:`~mpo_tn.torch.calibrate_blocks`.
 
     Source: block-wise reconstruction as in BRECQ (Li et al., 2021), on the inputs of the compressed model.
     """
     undo.callback(put, model, there(model, modules))
+    parts = agreed(lambda: [_own_part(batch) for batch in (*samples.batches, *samples.held_back)])
+    counts = [found for _, found in parts]
+    _share(model, modules)
     held, waiting, count = len(samples.held_back), dict(modules), len(find_blocks(model, samples.batches[0]))
     blocks: list[RefinedBlock] = []
-    for passage in walk_blocks(model, [*samples.batches, *samples.held_back], target_modules=list(modules)):
+    walk = walk_blocks(model, [own for own, _ in parts], target_modules=list(modules))
+    while (passage := agreed(lambda: next(walk, None))) is not None:
         names = {name for reader in passage.readers.values() for group in reader.names for name in group}
         put(model, {name: waiting.pop(name) for name in names & waiting.keys()})
         if passage.block is None:
@@ -86,13 +108,32 @@ def refine_blocks(
         block = model.get_submodule(passage.name)  # which may be one of those just put there
         with _training(model, passage.name, waiting, undo) as trained:
             if trained:
-                found = _train(block, trained, passage.samples[:-held], passage.samples[-held:], tell)
+                texts = [*zip(passage.samples, counts, strict=True)]
+                found = _train(block, trained, texts[:-held], texts[-held:], tell)
                 blocks.append(RefinedBlock(passage.name, *found))
         if blocks and blocks[-1].name == passage.name and blocks[-1].epoch:
             for module in block.modules():
                 if isinstance(module, MPOLayer):
                     module.spec = replace(module.spec, rel_error=None, exact=False)
+    check_equal("numbers in the refined model", tensors_of(model))
     return tuple(blocks)
+
+
+def _own_part(batch: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """What this process takes of a batch; all of it, and that it does not count here, if that is nothing."""
+    own = own_rows(batch)
+    return (batch, False) if own is None else (own, True)
+
+
+def _share(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Let several processes begin with the same numbers."""
+    if world() == 1:
+        return
+    own = nn.ModuleList(dict.fromkeys(modules.values()))
+    shapes = [(name, value.dtype, value.shape) for name, value in own.state_dict().items()]
+    check_same({"matrices to put there": (list(modules), shapes)})
+    check_equal("numbers in the model", tensors_of(model))
+    spread(tensors_of(own))
 
 
 @contextmanager
@@ -144,7 +185,7 @@ def _groups(block: nn.Module) -> list[dict[str, Any]]:
 
 
 def _train(
-    block: nn.Module, groups: list[dict[str, Any]], samples: Sequence[BlockSample], held_back: Sequence[BlockSample],
+    block: nn.Module, groups: list[dict[str, Any]], samples: Sequence[Text], held_back: Sequence[Text],
     tell: Callable[[int], None],
 ) -> tuple[float, float, int]:  # fmt: skip
     """The distance on held-back text before and after, and the epoch that is kept; 0 is none of them."""
@@ -157,15 +198,12 @@ def _train(
     step, steps = 0, EPOCHS * len(samples)
     try:
         for epoch in range(EPOCHS):
-            tell(epoch)
+            agreed(partial(tell, epoch))
             for place in torch.randperm(len(samples), generator=random).tolist():
                 share = 0.5 * (1 + math.cos(math.pi * step / steps))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * share
-                off, size = _squares(block, samples[place])
-                optimizer.zero_grad()
-                (off / size).backward()
-                optimizer.step()
+                _step(block, samples[place], optimizer, trained)
                 step += 1
             value = _distance(block, held_back)
             if value < least:
@@ -175,21 +213,45 @@ def _train(
     return before, least, kept
 
 
-def _squares(block: nn.Module, sample: BlockSample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms over the tokens: of what the block misses, and of what it gave in the dense model."""
+def _step(block: nn.Module, text: Text, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> None:
+    """One step down the relative distance on a batch, of which each process has its own rows."""
+    held: list[torch.Tensor] = []
+
+    def forward() -> float:
+        held[:] = _squares(block, text)
+        return float(held[1])
+
+    size = sum(together(forward))
+    optimizer.zero_grad()
+    agreed(lambda: (held[0] / size).backward())
+    add_gradients(trained)
+    optimizer.step()
+
+
+def _squares(block: nn.Module, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared norms over the tokens: of what the block misses, and of what it gave in the dense model.
+
+    Zeros for a batch that does not count here.
+    """
+    sample, counts = text
     result = sample.run(block)
     wanted = sample.dense_output.to(result)
     if sample.mask is not None:
         mask = sample.mask.to(result.device)
         result, wanted = result[mask], wanted[mask]
-    return (result.float() - wanted.float()).square().sum(), wanted.float().square().sum()
+    found = (result.float() - wanted.float()).square().sum(), wanted.float().square().sum()
+    return found if counts else (found[0] * 0, found[1] * 0)
 
 
-def _distance(block: nn.Module, samples: Sequence[BlockSample]) -> float:
+def _distance(block: nn.Module, texts: Sequence[Text]) -> float:
+    def measure() -> tuple[float, float]:
+        parts = [_squares(block, text) for text in texts]
+        return sum(float(part) for part, _ in parts), sum(float(part) for _, part in parts)
+
     with torch.no_grad():
-        parts = [_squares(block, sample) for sample in samples]
-    size = sum(float(part) for _, part in parts)
-    return sum(float(part) for part, _ in parts) / size if size > 0 else 0.0
+        told = together(measure)
+    size = sum(part for _, part in told)
+    return sum(part for part, _ in told) / size if size > 0 else 0.0
 
 
 def _read(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor]]:

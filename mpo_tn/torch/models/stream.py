@@ -19,6 +19,7 @@ from concurrent.futures import (
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class _Run:
         waiting: dict[Future[str], int] = {}
         try:
             for number, task in self.left.items():
-                waiting[executor.submit(do_unit, task)] = number
+                waiting[_future(executor.submit(do_unit, task))] = number
         except BrokenExecutor as error:
             self._collect(waiting, error)
             return
@@ -156,7 +157,12 @@ class _Run:
         name = self.left[number].name
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             return error
-        if type(error).__name__ in ("KilledWorker", "NoValidWorkerError"):
+        if type(error).__name__ in ("NoWorkerError", "NoValidWorkerError"):
+            return MPOError(
+                f"{name}: no worker is left to do it ({_said(error)}): start some, and run it again; "
+                "what is done is kept"
+            )
+        if type(error).__name__ == "KilledWorker":
             return MPOError(
                 f"{name}: workers died over it ({_said(error)}), most likely of too little memory: give each more, "
                 f"or use "
@@ -183,6 +189,16 @@ class _Run:
                 f"use "
                 "fewer workers; what is done is kept"
             )
+
+
+def _future(found: Any) -> Future[str]:
+    """What an executor gave, which may be of its own kind."""
+    if isinstance(found, Future):
+        return found
+    raise MPOError(
+        f"the executor gives {type(found).__name__} objects, and what waits for work needs "
+        "concurrent.futures.Future: docs/scale.md says how to make it an executor of concurrent.futures"
+    )
 
 
 def _said(error: BaseException) -> str:

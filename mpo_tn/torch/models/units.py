@@ -105,7 +105,7 @@ def cuttable_units(model: nn.Module, *, required: bool = True) -> dict[str, MPOU
 def _check_core(core: Core, name: str) -> None:
     for own, tensor in held_tensors(core, name).items():
         check_loaded(tensor, own)
-    if hasattr(core, "placements") or core.ndim != 4:
+    if core.ndim != 4:  # flattened, as the earlier FSDP does it
         raise MPOError(
             f"{name} is sharded over processes, and a cut needs it whole: squeeze in one process, or without FSDP"
         )

@@ -27,6 +27,7 @@ from mpo_tn.torch.hf.stream import compress_folder, dry_run
 from mpo_tn.torch.hf.verify import verify_folder
 from mpo_tn.torch.models import stream
 from mpo_tn.torch.models.stream_unit import one_thread
+from mpo_tn.truncate import basis, leading
 
 CONFIGS = {
     "chains": CONFIG,
@@ -80,6 +81,26 @@ def test_a_streamed_folder_is_what_compress_gives(tmp_path: Path, family: str, t
     with torch.no_grad():
         wanted = type(tiny(family)).from_pretrained(tmp_path / "memory" / "tables in bits")(ids).logits
         assert torch.equal(back(ids).logits, wanted)
+
+
+@pytest.mark.guarantee("stream-same-model", "stream-any-workers")
+@pytest.mark.slow
+def test_leading_eigenvectors_alone_are_streamed_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leading, "LARGE", 24)  # tiny models have no matrix that is large,
+    monkeypatch.setattr(leading, "_GAIN", 100.0)  # and none of which it pays
+    monkeypatch.setattr(basis, "FEW", 64)
+    source = source_in(tmp_path)
+    config = MPOConfig(sites="low-rank", bond=4)
+    report = in_memory(source, tmp_path / "memory", config)
+    methods = {bond.method for layer in compress(load_model(source), config).layers for bond in layer.report.bonds}
+    assert "randomized" in methods
+    for threads in (1, 2):
+        out = tmp_path / f"streamed-{threads}"
+        with ThreadPoolExecutor(threads) as executor:
+            assert compress_folder(source, out, config, shard_bytes=SHARD, executor=executor).to_dict() == report
+        same_tensors(tmp_path / "memory", out)
 
 
 @pytest.mark.guarantee("stream-same-model")
@@ -342,6 +363,54 @@ def test_an_executor_that_calls_work_off_is_said(tmp_path: Path) -> None:
         compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=CallingOff())
 
 
+class OfItsOwn:
+    """Gives jobs, as submitit does."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Path:
+        return Path("job")
+
+
+def test_an_executor_without_futures_is_said(tmp_path: Path) -> None:
+    source = source_in(tmp_path)
+    with pytest.raises(MPOError, match=r"the executor gives PosixPath objects, .* docs/scale\.md"):
+        compress_folder(source, tmp_path / "out", CONFIG, executor=OfItsOwn())  # pyright: ignore[reportArgumentType]
+    assert dry_run(source, tmp_path / "out", CONFIG).done == 0
+
+
+class KilledWorker(Exception):  # noqa: N818 - the names that Dask has
+    pass
+
+
+class NoWorkerError(Exception):
+    pass
+
+
+class Failing(ThreadPoolExecutor):
+    """Ends every unit with an error, as Dask does that has no workers or loses them."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(self.error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KilledWorker("died"), r"^model\..*: workers died over it .died.*; what is done is kept"),
+        (NoWorkerError("none"), r"^model\..*: no worker is left to do it .none.: start some, .*; what is done is kept"),
+        (ValueError("odd"), r"^model\..*: ValueError: odd; what is done is kept"),
+    ],
+)
+def test_errors_of_dask_are_said(tmp_path: Path, error: Exception, said: str) -> None:
+    with Failing(error) as executor, pytest.raises(MPOError, match=said):
+        compress_folder(source_in(tmp_path), tmp_path / "out", CONFIG, executor=executor)
+
+
 def test_a_closed_executor_is_said(tmp_path: Path) -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
@@ -488,16 +557,3 @@ def test_a_checkpoint_of_four_times_the_memory_there_is(tmp_path: Path) -> None:
     assert "in memory:" in done.stdout
     assert resource.getrlimit(resource.RLIMIT_DATA)
     assert (tmp_path / "large" / "out" / "config.json").is_file()
-
-
-@pytest.mark.guarantee("stream-any-workers")
-@pytest.mark.slow
-def test_workers_of_dask_give_the_same_bytes_though_one_is_killed(tmp_path: Path) -> None:
-    pytest.importorskip("distributed", reason="the extra [distributed] is not installed")
-    log = tmp_path / "log"
-    with log.open("w") as file:  # through a pipe it would be waited for workers that outlive it
-        done = subprocess.run(
-            [sys.executable, "-m", "helpers.dask_stream", tmp_path], cwd=TESTS, stdout=file, stderr=file, timeout=200,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
-        )  # fmt: skip
-    assert done.returncode == 0, log.read_text()[-2000:]

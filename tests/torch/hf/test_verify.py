@@ -58,6 +58,52 @@ def one_bit(folder: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def shard_of(folder: Path, key: str) -> Path:
+    return Path(open_checkpoint(folder).tensors[key].file)
+
+
+def in_header(folder: Path, act: Callable[[dict], object]) -> None:
+    """Change what a header says of the tensors, of which every byte stays where it is."""
+    path = shard_of(folder, CORE)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    act(header)
+    written = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(data[:8] + written.ljust(length)[:length] + data[8 + length :])
+    assert len(written) <= length
+
+
+def padding(folder: Path) -> None:
+    """A space of a header becomes a tab, which means the same."""
+    for path in sorted(folder.glob("*.safetensors")):
+        data = bytearray(path.read_bytes())
+        end = 8 + int.from_bytes(data[:8], "little")
+        if data[end - 1] == ord(" "):
+            data[end - 1] = ord("\t")
+            path.write_bytes(data)
+            return
+    raise AssertionError("no header is padded")
+
+
+def exchanged(folder: Path, *names: str) -> None:
+    one, other = (folder / name for name in names)
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def exchange_tensors(folder: Path) -> None:
+    """Two matrices of one shape change places."""
+    one, other = (open_checkpoint(folder).tensors[key] for key in (CORE, CORE.replace("up", "gate")))
+    assert one.shape == other.shape
+    data = {stored: stored.read() for stored in (one, other)}
+    for stored, from_ in ((one, other), (other, one)):
+        with Path(stored.file).open("r+b") as file:
+            file.seek(stored.start)
+            file.write(data[from_])
+
+
 def spec_of(content: dict) -> dict:
     return content["quantization_config"]["modules"][MODULE]
 
@@ -118,6 +164,65 @@ ALTERATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "mpo_record.json").write_text((f / "mpo_record.json").read_text() + " "),
         "mpo_record.json cannot be read .*altered",
     ),
+    "two shards exchanged": (
+        lambda f: exchanged(f, *sorted(path.name for path in f.glob("*.safetensors"))[:2]),
+        r"index\.json says that .* is in .*, and it is not",
+    ),
+    "two matrices exchanged": (exchange_tensors, f"{CORE} was altered"),
+    "padding of a header": (padding, r"model-0000\d-of-0000\d\.safetensors was altered"),
+    "a transposed core": (
+        lambda f: in_header(f, lambda h: h[CORE]["shape"].append(h[CORE]["shape"].pop(1))),
+        f"{CORE} has the shape",
+    ),
+    "numbers read as another dtype": (
+        lambda f: in_header(f, lambda h: h[CORE].update(dtype="I32")),
+        f"{CORE} is int32, and by its bits float32",
+    ),
+    "the index points elsewhere": (
+        lambda f: json_of(
+            f / INDEX,
+            lambda c: c["weight_map"].update(
+                {CORE: next(v for v in c["weight_map"].values() if v != c["weight_map"][CORE])}
+            ),
+        ),
+        rf"index\.json says that {CORE} is in .*, and it is not",
+    ),
+    "the index forgets a tensor": (
+        lambda f: json_of(f / INDEX, lambda c: c["weight_map"].pop(CORE)),
+        r"index\.json was altered",
+    ),
+    "a file more": (lambda f: (f / "added.py").write_text("1"), r"added\.py was not there"),
+    "an empty file more": (lambda f: (f / ".hidden").touch(), r"\.hidden was not there"),
+    "weights more": (
+        lambda f: shutil.copy(shard_of(f, CORE), f / "model.safetensors"),
+        r"model\.safetensors was not there",
+    ),
+    "bytes after the end": (lambda f: (p := shard_of(f, CORE)).write_bytes(p.read_bytes() + b"0"), "is damaged"),
+    "the card": (
+        lambda f: (f / "README.md").write_text((f / "README.md").read_text().replace("0", "1", 1)),
+        r"README\.md was altered",
+    ),
+    "the record is gone": (lambda f: (f / "mpo_record.json").unlink(), r"mpo_record\.json is missing"),
+    "another record": (
+        lambda f: (f / "mpo_record.json").write_bytes((f.parent / "bits" / "mpo_record.json").read_bytes()),
+        "was not there when the folder was written",
+    ),
+    "a number of config.json": (
+        lambda f: json_of(f / "config.json", lambda c: c.update(num_attention_heads=2)),
+        r"config\.json was altered",
+    ),
+    "a number written otherwise": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text() + "\n"),
+        r"config\.json was altered",
+    ),
+    "a module less": (
+        lambda f: json_of(f / "config.json", lambda c: c["quantization_config"]["modules"].pop(MODULE)),
+        r"core of no module",
+    ),
+    "how it generates": (
+        lambda f: json_of(f / "generation_config.json", lambda c: c.update(eos_token_id=3)),
+        r"generation_config\.json was altered",
+    ),
     "config.json cut": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
 }
 
@@ -128,6 +233,7 @@ def test_an_alteration_is_found(made: Path, tmp_path: Path, name: str) -> None:
     alter, said = ALTERATIONS[name]
     folder = tmp_path / "out"
     shutil.copytree(made / "out", folder)
+    shutil.copytree(made / "bits", tmp_path / "bits")
     assert verify_folder(folder).is_good
     alter(folder)
     found = verify_folder(folder)
@@ -135,21 +241,34 @@ def test_an_alteration_is_found(made: Path, tmp_path: Path, name: str) -> None:
     assert any(re.search(said, phrase) for phrase in found.differences), found.differences
 
 
+OF_RUNS = {
+    "the tokenizer", "a file that is gone", "a file more", "an empty file more", "weights more", "the card",
+    "how it generates", "the record", "the record is gone", "another record",
+}  # fmt: skip
+"""What of a folder that a model was saved to is the business of others, or is not known of it."""
+
+
 @pytest.mark.guarantee("verify-any-bit")
-@pytest.mark.parametrize("name", [name for name in ALTERATIONS if name not in ("the tokenizer", "a file that is gone")])
+@pytest.mark.parametrize("name", [name for name in ALTERATIONS if name not in OF_RUNS])
 def test_an_alteration_of_what_was_saved_is_found(made: Path, tmp_path: Path, name: str) -> None:
-    """As of a streamed folder, but that others write their files beside the model."""
     model = load_model(made / "out")
     model.save_pretrained(tmp_path, max_shard_size=SHARD)
     (tmp_path / "training_args.bin").write_bytes(b"of somebody else")
     assert verify_folder(tmp_path).is_good
-    ALTERATIONS[name][0](tmp_path) if name != "the record" else json_of(
-        tmp_path / "mpo_record.json", lambda c: c["tensors"].update({CORE: "0"})
-    )
+    ALTERATIONS[name][0](tmp_path)
     found = verify_folder(tmp_path)
     assert not found.is_good
-    if name not in ("a recorded error",):  # of which there is no plan to hold it against
+    if name != "a recorded error":  # of which there is no plan to hold it against
         assert any(re.search(ALTERATIONS[name][1], phrase) for phrase in found.differences), found.differences
+
+
+@pytest.mark.guarantee("verify-any-bit")
+def test_the_record_of_what_was_saved_is_held_against_itself(made: Path, tmp_path: Path) -> None:
+    load_model(made / "out").save_pretrained(tmp_path, max_shard_size=SHARD)
+    json_of(tmp_path / "mpo_record.json", lambda c: c["tensors"].update({CORE: "0"}))
+    assert any("altered" in phrase for phrase in verify_folder(tmp_path).differences)
+    (tmp_path / "mpo_record.json").unlink()
+    assert any("nothing is known of its digests" in note for note in verify_folder(tmp_path).notes)
 
 
 @pytest.mark.guarantee("verify-errors")
