@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def altered(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """
     files = file_digests(folder)
     if record["run"] is None:  # others put their files beside the model
-        files = {name: digest for name, digest in files.items() if name in record["files"]}
+        files = {name: digest for name, digest in files.items() if any(fnmatch(name, own) for own in _SAVED)}
     found = _compared(record["files"], files)
     there, wanted = open_checkpoint(folder).tensors, record["tensors"]
     return found + _compared(

@@ -242,7 +242,7 @@ def test_an_alteration_is_found(made: Path, tmp_path: Path, name: str) -> None:
 
 
 OF_RUNS = {
-    "the tokenizer", "a file that is gone", "a file more", "an empty file more", "weights more", "the card",
+    "the tokenizer", "a file that is gone", "a file more", "an empty file more", "the card",
     "how it generates", "the record", "the record is gone", "another record",
 }  # fmt: skip
 """What of a folder that a model was saved to is the business of others, or is not known of it."""
