@@ -1,7 +1,7 @@
 # make demo   the embedded model, end to end (under 3 minutes on 2 cores once installed)
 # make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
-# make soak   the property tests with twenty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream
+# make soak   the property tests with forty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream
 # make architectures   what works with which model, tried on 80 tiny ones: docs/architectures.md
 # make bench  timings against other libraries, printed as ratios
 
@@ -16,14 +16,14 @@ export HF_HUB_OFFLINE = 1
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test lint types fast tests notebooks soak architectures bench clean
+.PHONY: demo quick test lint types fast tests soak architectures bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-tn demo --out demo --overwrite
 
 quick: lint types fast
 
-test: lint types tests notebooks
+test: lint types tests
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -35,13 +35,10 @@ types: $(VENV)/.test
 fast: $(VENV)/.test
 	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow" --durations=5 --durations-min=1
 
+# With the notebooks, whose kernels do not see tests/conftest.py, which keeps other processes to one thread.
+tests: export OMP_NUM_THREADS = 1
 tests: $(VENV)/.test
-	$(PYTEST)
-
-# The kernels of notebooks do not see tests/conftest.py, which keeps other processes to one thread.
-notebooks: export OMP_NUM_THREADS = 1
-notebooks: $(VENV)/.test
-	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=300 tests mpo_tn notebooks
 
 soak: export PYTHONPATH = tests
 soak: $(VENV)/.test

@@ -315,6 +315,7 @@ def main() -> None:
             print("\n".join(tables(json.loads(line))))
         return
     load = os.getloadavg()[0]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and nothing is left
     with machine(asked.folder.resolve()) as home:
         found = run(home, options)
     where = {**rows.surroundings(), "threads": 1, "load": [load, os.getloadavg()[1]]}

@@ -75,7 +75,7 @@ class Sites:
     def low_rank(cls, out: int, in_: int) -> Sites:
         """The two-site member whose chain is a plain low-rank factorisation: legs ``(out, 1), (1, in_)``.
 
-        Truncating it is the truncated SVD of the matrix itself.
+        Truncating it is the truncated SVD of the matrix itself, or near it (see :meth:`mpo_tn.MPO.from_matrix`).
 
         >>> Sites.low_rank(6, 8).full_bonds
         (6,)

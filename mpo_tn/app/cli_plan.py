@@ -245,7 +245,7 @@ def compress(
     matrix, on as many workers as there are; run again after a crash it goes on where it was.
     """
     with working(as_json) as progress, claimed_if(None if only else folder):
-        from mpo_tn.torch import Calibration, CompressionReport, Plan
+        from mpo_tn.torch import CompressionReport, Plan
         from mpo_tn.torch import compress as compress_model
         from mpo_tn.torch import plan as plan_model
         from mpo_tn.torch.hf.folder import check_model_target, load_model, save_model
@@ -266,13 +266,18 @@ def compress(
             if decided.needs_calibration:
                 sampling.demand(f"{plan_file} fits matrices to what their layers are given on text")
         streaming = Streaming(stream, workers, scheduler, shard_size, only)
-        with_text = texts is not None or refine or bool(anchored)
         by_budget = decided is None and (config.has_budget or (config.shares_keep and sampling.is_given))
-        streams = streaming.wanted(model, with_text=with_text, by_budget=by_budget)
+        streams = streaming.wanted(model, refine=refine, by_budget=by_budget)
         _check(config, sampling)
         if streams:
-            known = None if sampling.calibration is None else Calibration.load(sampling.calibration)
-            found = streaming.run(model, folder, decided or config, known, overwrite=overwrite, progress=progress)
+            if device != "cpu":
+                raise MPOError(
+                    f"--device {device} and streaming do not go together: matrices are factorised one by one on the "
+                    "processor, in as many --workers as there are cores; leave --device out, or pass --no-stream"
+                )
+            found = streaming.run(
+                model, folder, decided or config, sampling, anchored=anchored, overwrite=overwrite, progress=progress
+            )
         else:
             check_model_target(folder, model, overwrite=overwrite)
             place = usable_device(device)

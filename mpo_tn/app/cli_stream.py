@@ -16,8 +16,9 @@ from mpo_tn.planning.sizes import size_of
 from mpo_tn.progress import Progress
 
 if TYPE_CHECKING:
+    from mpo_tn.app.sampling import Sampling
     from mpo_tn.planning.config import MPOConfig
-    from mpo_tn.torch import Calibration, CompressionReport, Plan
+    from mpo_tn.torch import CompressionReport, Plan
     from mpo_tn.torch.hf.stream import DryRun
 
 _PANEL = "Models of any size, on any number of workers"
@@ -26,8 +27,9 @@ Stream = Annotated[
     typer.Option(
         "--stream/--no-stream",
         rich_help_panel=_PANEL,
-        help="Never load the model: one matrix in memory at a time, and a run that was killed goes on where it was. By "
-        "default with the options below, and for models of more than half of the memory that is free.",
+        help="Never load the model: one matrix in memory at a time, with --texts one block, and a run that was killed "
+        "goes on where it was. By default with the options below, and for models of more than half of the memory that "
+        "is free.",
         show_default=False,
     ),
 ]
@@ -64,7 +66,7 @@ class Streaming:
     shard_size: str | None
     dry_run: bool
 
-    def wanted(self, model: str, *, with_text: bool, by_budget: bool) -> bool:
+    def wanted(self, model: str, *, refine: bool, by_budget: bool) -> bool:
         """Whether to stream.
 
         Raises:
@@ -78,36 +80,41 @@ class Streaming:
                 "--workers are processes of this machine and --scheduler has workers of its own: leave one out"
             )
         wanted = bool(self.stream) or asked
-        if wanted and with_text:
+        if wanted and refine:
             raise MPOError(
-                "text needs the whole model in memory, and streaming never loads it: leave --texts, --refine and "
-                "--anchored out, give moments that were saved (--calibration), or a --plan that was made with text "
-                "elsewhere"
+                "--refine trains blocks, which needs the whole model in memory, and streaming never loads it: leave "
+                "one of them out"
             )
         if self.stream is None and not asked:
-            return not with_text and not by_budget and _is_large(Path(model))
+            return not refine and not by_budget and _is_large(Path(model))
         return wanted
 
     def run(
-        self, model: str, folder: Path, config: MPOConfig | Plan, calibration: Calibration | None, *, overwrite: bool,
-        progress: Progress,
+        self, model: str, folder: Path, config: MPOConfig | Plan, sampling: Sampling, *, anchored: bool | None,
+        overwrite: bool, progress: Progress,
     ) -> CompressionReport | DryRun:  # fmt: skip
         """Do it, or say what it would take."""
         from mpo_tn.app.cluster import dask_executor
+        from mpo_tn.torch.hf.folder import empty_model
         from mpo_tn.torch.hf.snapshot import local_folder
         from mpo_tn.torch.hf.stream import SHARD_BYTES, compress_folder, dry_run
 
         shard_bytes = SHARD_BYTES if self.shard_size is None else size_of(self.shard_size)
         workers = 1 if self.workers is None else self.workers
-        if self.dry_run:
-            return dry_run(model, folder, config, calibration=calibration, workers=workers, shard_bytes=shard_bytes)
         source = local_folder(model)
+        # Of the model only what it makes of text is asked for.
+        calibration = sampling.of(empty_model(source) if sampling.is_given else None, str(source))
+        if self.dry_run:
+            return dry_run(
+                source, folder, config, calibration=calibration, anchored=anchored, workers=workers,
+                shard_bytes=shard_bytes,
+            )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
         lent = nullcontext[Executor | None](None)
         with lent if self.scheduler is None else dask_executor(self.scheduler, [source, folder.parent]) as executor:
             return compress_folder(
-                source, folder, config, calibration=calibration, workers=workers, executor=executor,
-                shard_bytes=shard_bytes, overwrite=overwrite, progress=progress,
+                model, folder, config, calibration=calibration, anchored=anchored, workers=workers,
+                executor=executor, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress,
             )  # fmt: skip
 
 
@@ -125,11 +132,13 @@ def _is_large(folder: Path) -> bool:
 def print_dry_run(found: DryRun) -> None:
     """What a run would do, a line each."""
     seconds = f"{found.seconds:.0f} s" if found.seconds < 120 else f"{found.seconds / 60:.0f} min"
+    meanwhile = f"meanwhile    {found.bytes_meanwhile / 1e6:,.1f} MB of moments and hidden states, at most\n"
     out.print(
         f"{found.units} matrices, {found.done} of them done\n"
         f"to read      {found.bytes_read / 1e6:,.1f} MB\n"
         f"to write     {found.bytes_written / 1e6:,.1f} MB, and so much space is needed\n"
-        f"time         about {seconds}\n"
+        f"{meanwhile if found.bytes_meanwhile else ''}"
+        f"time         about {seconds}{', and running the model on text' if found.bytes_meanwhile else ''}\n"
         f"memory       about {(found.memory + 300e6) / 1e6:,.0f} MB a process",
         highlight=False,
     )

@@ -62,7 +62,7 @@ class LowRankFits:
         factor = left_factor(adjoint(weighted) if self._tall else weighted, gram=single)
         self.values: np.ndarray = factor.values
         """The weighted singular values, descending."""
-        self._basis = (weighted @ factor.u) if self._tall else factor.u
+        self._vectors = factor.u
         noise = _NOISE[single] * float(self.values.max(initial=0.0))
         self._rank = max(int((self.values > noise).sum()), 1)
 
@@ -91,9 +91,10 @@ class LowRankFits:
         """
         rank = min(self._checked(rank), self._rank)
         xp = namespace(self._target)
-        u = self._basis[:, :rank]
+        u = self._vectors[:, :rank]
         if self._tall:
-            u = qr(u)[0]
+            u = self._target @ (like(self.metric.root, self._target) @ u)
+            u = qr(u if self._outer is None else adjoint(self._outer) @ u)[0]
         if self._outer is None:
             left, right = u, adjoint(u) @ self._target
         else:

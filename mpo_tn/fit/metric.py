@@ -34,6 +34,9 @@ _UNSCALED = 8
 _NEGATIVE = 1e-5
 """How far a moment may be from positive semidefinite, of its trace."""
 
+_ROWS = 1024
+"""Rows of a difference that are weighed at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Metric:
@@ -115,9 +118,11 @@ class Metric:
 
     def weighed(self, difference: Array) -> float:
         """``sqrt(tr(G D S D^T))`` of a difference (out, in), as the norm of ``K^T D L``."""
-        weighted = difference @ like(self.root, difference)
-        outer = self.outer_root
-        return frobenius_norm(weighted if outer is None else adjoint(like(outer, difference)) @ weighted)
+        root, outer = like(self.root, difference), self.outer_root
+        if outer is not None:
+            return frobenius_norm(adjoint(like(outer, difference)) @ (difference @ root))
+        starts = range(0, difference.shape[0], _ROWS)
+        return math.hypot(*(frobenius_norm(difference[start : start + _ROWS, :] @ root) for start in starts))
 
     def norm(self, matrix: Array) -> float:
         """The norm of the target of a matrix (out, in)."""

@@ -6,6 +6,7 @@ Nothing is mapped: a file that shrinks under a mapping kills the process (SIGBUS
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -164,12 +165,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     placed = _weight_map(folder / INDEX)
     names = sorted({*placed.values()})
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not _is_file(folder / name)]
     if missing:
         raise MPOError(
             f"{folder / INDEX} names {', '.join(missing[:3])}, and there {'is' if len(missing) == 1 else 'are'} no "
-            f"such "
-            f"file{'' if len(missing) == 1 else 's'}: fetch the checkpoint again"
+            f"such file{'' if len(missing) == 1 else 's'}: fetch the checkpoint again"
         )
     tensors = _headers([folder / name for name in names])
     for key, name in placed.items():
@@ -178,14 +178,36 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors)
 
 
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading files that are no safetensors, or no JSON, may raise."""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not placed or any(Path(name).name != name for name in placed.values()):
-            raise ValueError("it places no tensor, or some outside of the folder")
+        if not isinstance(placed, dict) or not placed:
+            raise ValueError("its weight_map places no tensor")
+        wrong = [name for name in placed.values() if not _is_plain_name(name)]
+        if wrong:
+            raise ValueError(f"it places tensors in {wrong[0]!r}, which is no file of this folder")
         return dict(placed)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise MPOError(f"{path} is damaged ({error}): fetch the checkpoint again") from error
+    except _UNREADABLE as error:
+        raise MPOError(f"{path} is damaged ({_said(error)}): fetch the checkpoint again") from error
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name and name not in ("", ".", "..")
+
+
+def _said(error: BaseException) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _headers(paths: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -215,14 +237,19 @@ def tensors_in(path: Path) -> list[StoredTensor]:
             if not 2 <= length <= state.st_size - 8:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table of tensors")
         header.pop("__metadata__", None)
         found: list[StoredTensor] = []
         base = 8 + length
         for key, entry in header.items():
+            if not isinstance(entry, dict) or str(entry["dtype"]) not in _DTYPES:
+                raise ValueError(f"{key} is of no dtype that is known")
             dtype, width = _DTYPES[entry["dtype"]]
-            start, stop = entry["data_offsets"]
-            shape = tuple(int(size) for size in entry["shape"])
-            if stop - start != width * int(np.prod(shape, dtype=np.int64)):
+            (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+            if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+                raise ValueError(f"the sizes of {key} are no whole numbers")
+            if stop - start != width * math.prod(shape):
                 raise ValueError(f"{key} does not take the room that its shape needs")
             found.append(
                 StoredTensor(
@@ -235,9 +262,10 @@ def tensors_in(path: Path) -> list[StoredTensor]:
                 raise ValueError(f"{tensor.key} does not start where the tensor before it ends")
             end = tensor.stop
         if end != state.st_size:
-            raise ValueError(f"it has {state.st_size} bytes and its tensors end at byte {end}: it is truncated")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise MPOError(f"{path} is damaged ({error}): fetch the checkpoint again") from error
+            what = "it is truncated" if end > state.st_size else "something was appended"
+            raise ValueError(f"it has {state.st_size} bytes and its tensors end at byte {end}: {what}")
+    except _UNREADABLE as error:
+        raise MPOError(f"{path} is damaged ({_said(error)}): fetch the checkpoint again") from error
     return found
 
 

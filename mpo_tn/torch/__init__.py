@@ -1,10 +1,11 @@
 """The adapter: MPO modules for torch, compression of pre-trained models, and their round trip through transformers.
 
-Importing this package registers the ``"mpo"`` quantizer when transformers is installed, so that
-``AutoModel.from_pretrained`` reads compressed models.
+Once this package and transformers are imported, in either order, the ``"mpo"`` quantizer is registered, so that
+``AutoModel.from_pretrained`` reads compressed models. Neither imports the other: who only factorises matrices needs no
+transformers, which takes as much memory as torch.
 """
 
-import importlib.util
+import importlib
 
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.coverage import Coverage, DenseMatrix
@@ -35,10 +36,9 @@ from mpo_tn.torch.models.trainable import FreezeReport, freeze, parameter_groups
 from mpo_tn.torch.state.saved_cores import load_cores, save_cores
 from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.truncate.bond_cut import Cut, cut_bond
+from mpo_tn.when_imported import when_imported
 
-if importlib.util.find_spec("transformers") is not None:
-    from mpo_tn.torch.hf import hooks as hooks
-
+when_imported("transformers", lambda: importlib.import_module("mpo_tn.torch.hf.hooks"))
 
 __all__ = [
     "BlockSample",

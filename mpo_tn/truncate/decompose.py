@@ -69,7 +69,8 @@ def decompose(
     light = single and chosen != "svd" and large and not notes
     given = matrix if light else widen(matrix)
     tensor = interleave(given, sites.out, sites.in_)
-    tensor = times_power_of_two(tensor, -exponent, in_place=not _share_memory(tensor, given))
+    del given  # the largest array there is
+    tensor = times_power_of_two(tensor, -exponent, in_place=not _share_memory(tensor, matrix))
     budget.scale(scale)
     sweep = Sweep(caps, budget, chosen, single, scale, callback, best=known is not None)
     cores = _peel(tensor, sites, sweep)

@@ -6,21 +6,28 @@ applied, and along them lie the groups. The dense matrix is the chain of one sit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import array_api_compat
 import numpy as np
 
 from mpo_tn.exceptions import MPOError, whole_number
-from mpo_tn.linalg import Array, adjoint, check_matrix, dtype_name, namespace, to_numpy, widen
+from mpo_tn.linalg import Array, adjoint, check_matrix, dtype_name, library, namespace, to_numpy, widen
 from mpo_tn.truncate.refine_integers import refine_integers, turned
-from mpo_tn.truncate.scales import best_scales, clipped, group_count, half, spread_scales
+from mpo_tn.truncate.scales import best_scales, check_scale, clipped, group_count, half, spread_scales
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bits an integer can have."""
 
 GROUP = 128
 """Columns that share a scale, unless said otherwise."""
+
+_AT_ONCE = 2**19
+"""Entries that are rounded at once without a metric, and"""
+
+_ROWS = 1024
+"""rows in one: what is worked with takes ten times as much room as they."""
 
 _BLOCK = 64
 """Columns that are rounded before the rest hears of it."""
@@ -134,32 +141,59 @@ def quantize(
     matrix = check_matrix(matrix)
     if dtype_name(matrix).startswith("complex"):
         raise MPOError("a complex matrix has no integers: quantize its real and imaginary part")
-    wide = widen(matrix)
-    xp = namespace(wide)
+    if library(matrix) == "jax":  # which would compile for every shape
+        matrix = to_numpy(matrix)
+    check_scale(matrix, bits)
     if metric is None:
-        scales = best_scales(wide, None, bits, group)
-        values = _rounded(wide, spread_scales(scales, group, wide.shape[1]), bits)
-    else:
-        damped = _damped(_checked_metric(metric, wide))
-        order, upper, weights = _feedback(damped)
-        back = xp.argsort(order)
-        scales = best_scales(wide, weights[back], bits, group)
-        spread = spread_scales(scales, group, wide.shape[1])
-        values = _with_feedback(wide[:, order], spread[:, order], bits, upper)[:, back]
-        values, scales = refine_integers(wide, values, scales, damped, bits, group, number)
-    return Integers(xp.astype(values, xp.int8), half(scales), bits, group)
+        return _joined([_nearest(piece, bits, group) for piece in _row_pieces(matrix, _AT_ONCE)], bits, group)
+    damped = _damped(_checked_metric(metric, matrix))
+    feedback = _feedback(damped)
+    pieces = _row_pieces(matrix, _ROWS * matrix.shape[1])
+    return _joined([_in_metric(piece, bits, group, damped, feedback, number) for piece in pieces], bits, group)
 
 
-def _rounded(values: Array, scales: Array, bits: int) -> Array:
-    xp, top = namespace(values), 2 ** (bits - 1)
-    return clipped(xp.round(values / scales), -top, top - 1)
+def _row_pieces(matrix: Array, entries: int) -> Iterator[Array]:
+    """So many entries at a time, whole rows, in double precision: rows do not know of each other."""
+    rows = max(entries // matrix.shape[1], 1)
+    return (widen(matrix[start : start + rows, :]) for start in range(0, matrix.shape[0], rows))
 
 
-def _checked_metric(metric: Array, wide: Array) -> Array:
+def _joined(pieces: list[tuple[Array, Array]], bits: int, group: int) -> Integers:
+    if len(pieces) == 1:
+        return Integers(*pieces[0], bits, group)
+    xp = namespace(pieces[0][0])
+    values, scales = (xp.concat(parts, axis=0) for parts in zip(*pieces, strict=True))
+    return Integers(values, scales, bits, group)
+
+
+def _nearest(wide: Array, bits: int, group: int) -> tuple[Array, Array]:
+    """Integers and scales of some rows without a metric."""
+    xp, top = namespace(wide), 2 ** (bits - 1)
+    scales = best_scales(wide, None, bits, group)
+    values = clipped(xp.round(wide / spread_scales(scales, group, wide.shape[1])), -top, top - 1)
+    return xp.astype(values, xp.int8), half(scales)
+
+
+def _in_metric(
+    wide: Array, bits: int, group: int, damped: Array, feedback: tuple[Array, Array, Array], sweeps: int
+) -> tuple[Array, Array]:
+    """Integers and scales of some rows in a metric."""
     xp = namespace(wide)
-    checked = xp.asarray(widen(metric), dtype=wide.dtype, device=array_api_compat.device(wide))
-    if tuple(checked.shape) != (wide.shape[1], wide.shape[1]):
-        raise MPOError(f"the metric is {tuple(checked.shape)} for a matrix with {wide.shape[1]} columns")
+    order, upper, weights = feedback
+    back = xp.argsort(order)
+    scales = best_scales(wide, weights[back], bits, group)
+    spread = spread_scales(scales, group, wide.shape[1])
+    values = _with_feedback(wide[:, order], spread[:, order], bits, upper)[:, back]
+    values, scales = refine_integers(wide, values, scales, damped, bits, group, sweeps)
+    return xp.astype(values, xp.int8), half(scales)
+
+
+def _checked_metric(metric: Array, matrix: Array) -> Array:
+    like = widen(matrix[:1, :])
+    xp, columns = namespace(like), matrix.shape[1]
+    checked = xp.asarray(widen(metric), dtype=like.dtype, device=array_api_compat.device(like))
+    if tuple(checked.shape) != (columns, columns):
+        raise MPOError(f"the metric is {tuple(checked.shape)} for a matrix with {columns} columns")
     if not bool(xp.all(xp.isfinite(checked))):
         raise MPOError("the metric has entries that are NaN or infinite")
     return checked

@@ -34,20 +34,29 @@ def group_count(columns: int, group: int) -> int:
     return -(-columns // group)
 
 
+def check_scale(matrix: Array, bits: int) -> None:
+    """Refuse a matrix whose entries are all beyond, or all below, what scales in float16 reach.
+
+    Raises:
+        MPOError: it is so.
+    """
+    xp = namespace(matrix)
+    largest_of_all, top = max(float(xp.max(matrix)), -float(xp.min(matrix))), 2 ** (bits - 1)
+    if largest_of_all / top > LARGEST_SCALE:
+        raise MPOError(f"entries of size {largest_of_all:.3g} are beyond scales in float16: scale the matrix down")
+    if 0 < largest_of_all / top < _COARSEST_SCALE:
+        raise MPOError(f"no entry is larger than {largest_of_all:.3g}, below scales in float16: scale the matrix up")
+
+
 def best_scales(wide: Array, weights: Array | None, bits: int, group: int) -> Array:
     """The scale of every group, as float64 that float16 holds exactly: the clip and sign of least squared error."""
     xp = namespace(wide)
     rows, columns = wide.shape
     count = group_count(columns, group)
-    largest_of_all, top = float(xp.max(xp.abs(wide))), 2 ** (bits - 1)
-    if largest_of_all / top > LARGEST_SCALE:
-        raise MPOError(f"entries of size {largest_of_all:.3g} are beyond scales in float16: scale the matrix down")
-    if 0 < largest_of_all / top < _COARSEST_SCALE:
-        raise MPOError(f"no entry is larger than {largest_of_all:.3g}, below scales in float16: scale the matrix up")
     device = array_api_compat.device(wide)
-    padded = xp.zeros((rows, count * group), dtype=wide.dtype, device=device)
-    padded[:, :columns] = wide
-    blocks = xp.reshape(narrow(padded), (rows, count, group))
+    padded = xp.zeros((rows, count * group), dtype=xp.float32, device=device)
+    padded[:, :columns] = narrow(wide)
+    blocks = xp.reshape(padded, (rows, count, group))
     importance = None
     if weights is not None:
         importance = xp.zeros((count * group,), dtype=wide.dtype, device=device)

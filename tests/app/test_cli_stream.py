@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 from helpers.program import run
 from helpers.streaming import contents, source_in
+from helpers.task_folders import sentence, write_decoder, write_encoder
 
-from mpo_tn.app import cli_stream
+from mpo_tn.app import cli_stream, cluster
 
 Run = Callable[..., tuple[int, str, str]]
 HOW = ("--sites", "3", "--keep", "0.5")
@@ -64,14 +66,17 @@ def test_large_models_are_streamed_by_themselves(tmp_path: Path, program: Run, m
     [
         (("--no-stream", "--workers", "2"), "--no-stream leaves nothing"),
         (("--workers", "2", "--scheduler", "tcp://127.0.0.1:1"), "leave one out"),
-        (("--stream", "--texts", "texts.txt"), "text needs the whole model in memory"),
-        (("--stream", "--refine"), "text needs the whole model in memory"),
+        (("--stream", "--refine"), "--refine trains blocks, which needs the whole model in memory"),
         (("--workers", "0"), "workers=0"),
+        (("--stream", "--device", "cuda"), "--device cuda and streaming do not go together"),
         (("--shard-size", "much"), "is not a size"),
         (("--scheduler", "tcp://127.0.0.1:1"), "Dask"),
     ],
 )
-def test_what_cannot_be_is_said(tmp_path: Path, program: Run, options: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_is_said(
+    tmp_path: Path, program: Run, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.5)
     source = source_in(tmp_path)
     (tmp_path / "texts.txt").write_text("a\nb\n")
     given = [str(tmp_path / part) if part == "texts.txt" else part for part in options]
@@ -79,6 +84,32 @@ def test_what_cannot_be_is_said(tmp_path: Path, program: Run, options: tuple[str
     assert code == 2
     assert said in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [write_encoder, write_decoder])
+def test_text_is_run_through_a_model_that_is_streamed(
+    tmp_path: Path, program: Run, write: Callable[[Path], Path]
+) -> None:
+    write(tmp_path / "source")
+    source = random.Random(0)
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"{sentence(source)} .\n" for _ in range(40)), encoding="utf-8")
+    given = ("--texts", text, "--max-length", "16", "--keep", "0.5", "--sites", "low-rank")
+    code, said, _ = program("compress", tmp_path / "source", tmp_path / "out", *given, "--dry-run")
+    assert code == 0
+    assert "MB of moments and hidden states, at most" in said
+    assert "and running the model on text" in said
+    code, said, _ = program("compress", tmp_path / "source", tmp_path / "out", *given, "--stream", "--json")
+    assert code == 0
+    assert all(layer["metric"].startswith("activation") for layer in json.loads(said)["layers"])
+    assert json.loads((tmp_path / "out" / "mpo_record.json").read_text())["run"]["calibration"]
+    assert not (tmp_path / "out.work").exists()
+    code, said, _ = program("compress", tmp_path / "source", tmp_path / "memory", *given, "--json")
+    assert code == 0
+    code, _, err = program("compress", tmp_path / "source", tmp_path / "no", *given[:4], "--size", "20kB", "--stream")
+    assert code == 2
+    assert "a budget is spent" in " ".join(err.split())
 
 
 def test_verify_wants_a_dense_model_to_compare_outputs_with(tmp_path: Path, program: Run) -> None:

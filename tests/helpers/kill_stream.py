@@ -1,7 +1,8 @@
 """Streams a tiny model, killed at every event in turn and begun again, and compares what comes with a run in one go.
 
-Run by tests/torch/hf/test_stream.py in a process of its own: ``python -m helpers.kill_stream FOLDER EVERY``, of whose
-events every so many are tried. Prints what is wrong and exits with 1, or prints how many kills there were.
+Run by tests/torch/hf/test_stream.py and test_stream_text.py in a process of its own: ``python -m helpers.kill_stream
+FOLDER EVERY``, of whose events every so many are tried; with a third argument ``text``, with matrices that are fitted
+to text. Prints what is wrong and exits with 1, or prints how many kills there were.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from pathlib import Path
 
 import torch
 
+from helpers.calibrating import padded_batches
 from helpers.fuse import KILLED, Fuse, in_a_child
 from helpers.streaming import CONFIG, SHARD, contents, source_in
+from mpo_tn.torch import MPOConfig
 from mpo_tn.torch.hf import assembling, stream_job
 from mpo_tn.torch.hf.stream import compress_folder
-from mpo_tn.torch.models import stream_folder, stream_unit
+from mpo_tn.torch.models import stream_folder, stream_unit, walk_files
 
 
-def main(home: Path, every: int) -> int:
+def main(home: Path, every: int, *, text: bool) -> int:
     torch.set_num_threads(1)
     source, out = source_in(home), home / "out"
+    on_text = MPOConfig(sites="low-rank", bond=8, bits=4, group=16)
 
     def stream() -> None:
-        compress_folder(source, out, CONFIG, shard_bytes=SHARD)
+        if text:
+            compress_folder(source, out, on_text, calibration=padded_batches(3), shard_bytes=SHARD)
+        else:
+            compress_folder(source, out, CONFIG, shard_bytes=SHARD)
 
     def killed(at: int | None) -> None:
         fuse = Fuse(at)
@@ -34,7 +41,7 @@ def main(home: Path, every: int) -> int:
             (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_text"),
             (tempfile, "mkdtemp"), (tempfile, "mkstemp"), (shutil, "rmtree"), (os, "preadv"),
             (assembling, "write_shard"), (stream_unit, "write_tensors"), (stream_folder, "write_whole"),
-            (stream_job, "read_names"),
+            (stream_job, "read_names"), (walk_files, "write_tensors"), (walk_files, "write_whole"),
         ):  # fmt: skip
             fuse.wrap(owner, name)
         stream()
@@ -66,4 +73,4 @@ def main(home: Path, every: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), text=sys.argv[3:] == ["text"]))

@@ -141,16 +141,17 @@ def pool(source: Path, out: Path) -> None:
     compress_folder(source, out, CONFIG, shard_bytes=SHARD, workers=2)
 
 
-def pool_victims(run: int) -> list[int]:
-    """Of a run, the processes of its fork server."""
+def workers_below(process: int) -> list[int]:
+    """Processes that another has started to work, of a pool its fork server's."""
+    found: list[int] = []
     with contextlib.suppress(psutil.Error):
-        return [
-            worker.pid
-            for server in psutil.Process(run).children()
-            for worker in server.children()
-            if worker.status() != psutil.STATUS_ZOMBIE
-        ]
-    return []
+        for child in psutil.Process(process).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                command = " ".join(child.cmdline())
+                is_server = "forkserver" in command and child.ppid() == process
+                if command and "resource_tracker" not in command and not is_server:
+                    found.append(child.pid)
+    return found
 
 
 @contextlib.contextmanager
@@ -178,13 +179,8 @@ def dask(folder: Path) -> Generator[tuple[Callable[[Path, Path], None], Victims]
         with dask_executor(address, [source, out.parent]) as executor:
             compress_folder(source, out, CONFIG, shard_bytes=SHARD, executor=executor)
 
-    def victims(_run: int) -> list[int]:
-        with contextlib.suppress(psutil.Error):
-            return [worker.pid for worker in psutil.Process(began[1].pid).children() if len(worker.cmdline()) > 0]
-        return []
-
     try:
-        yield go, victims
+        yield go, lambda _run: workers_below(began[1].pid)
     finally:
         for process in reversed(began):
             process.terminate()
@@ -201,7 +197,7 @@ def main(folder: Path, kills: int = 3, seed: int = 0, *kinds: str) -> int:
             if kind == "dask":
                 go, victims = open_.enter_context(dask(folder / "cluster"))
             else:
-                go, victims = (one_process, lambda _run: []) if kind == "one process" else (pool, pool_victims)
+                go, victims = (one_process, lambda _run: []) if kind == "one process" else (pool, workers_below)
             home = Home(folder / kind.replace(" ", "-"), scratch, go, victims)
             moment, counts = random.Random(seed), Counter[str]()
             began = time.perf_counter()

@@ -108,11 +108,73 @@ def test_a_key_that_is_not_where_the_index_says_is_refused(tmp_path: Path) -> No
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        "\ufeff{}",
+        '{"weight_map": {}}',
+        '{"weight_map": null}',
+        '{"weight_map": "a"}',
+        '{"weight_map": {"a": "../x.safetensors"}}',
+        '{"weight_map": {"a": "/etc/x.safetensors"}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": "x\\u0000"}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": ["model.safetensors"]}}',
+    ],
+)
 def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path)
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(MPOError, match=r"index\.json is damaged"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_shard_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "model-00002-of-00003.safetensors"
+    for made in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path.name)):
+        path.unlink() if path.is_file() or path.is_symlink() else None
+        made()
+        with pytest.raises(MPOError, match=r"names model-00002-of-00003\.safetensors, and there is no such file"):
+            open_checkpoint(tmp_path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(MPOError, match="and there is no such file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[1]",
+        "[" * 200_000,
+        "\ufeff{}x",
+        '{"a": "x"}',
+        '{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [1180591620717411303424], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": 8}}',
+        '{"a": {"dtype": "F32", "shape": [2]}}',
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: str) -> None:
+    data = header.encode()
+    (tmp_path / WEIGHTS).write_bytes(len(data).to_bytes(8, "little") + data + bytes(8))
+    with pytest.raises(MPOError, match=r"model\.safetensors is damaged"):
         open_checkpoint(tmp_path)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 from transformers.utils.hub import cached_file
 
 from mpo_tn.exceptions import MPOError, bounded_text, clipped
@@ -46,13 +48,46 @@ def empty_model(source: str | Path) -> Any:
     Raises:
         MPOError: no such folder, not a model, or one that is compressed or quantized already.
     """
+    return _empty(source, lambda: torch.device("meta"))
+
+
+def hollow_model(source: str | Path) -> Any:
+    """The same, with the data of its buffers, in evaluation mode: once its parameters are filled in it can be run.
+
+    Raises:
+        MPOError: as :func:`empty_model`.
+    """
+    model = _empty(source, _without_parameters)
+    if any(buffer.is_meta for buffer in model.buffers()):  # made by torch.empty, and filled in
+        model = _empty(source, lambda: init_empty_weights(include_buffers=False))
+    model.tie_weights()  # which the context takes apart
+    return model.eval()
+
+
+class _WithoutRoom(TorchFunctionMode):
+    """``torch.empty`` takes no memory: not even for the moment until accelerate has put a parameter elsewhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty and options.get("device") is None:
+            options["device"] = "meta"
+        return func(*args, **options)
+
+
+@contextmanager
+def _without_parameters() -> Generator[None]:
+    with init_empty_weights(include_buffers=False), _WithoutRoom():
+        yield
+
+
+def _empty(source: str | Path, without_data: Callable[[], AbstractContextManager[Any]]) -> Any:
     check_source(source)
     with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
             raise MPOError(f"{source} is compressed or quantized already: name the dense model")
         dtype = config.dtype or _stored_dtype(source)
-        model = _built_empty(config, dtype)
+        model = _built_empty(config, dtype, without_data)
         for pattern, other in model._get_dtype_plan(dtype).items():
             for name, parameter in model.named_parameters():
                 if re.search(pattern.replace("*", ".*"), name):
@@ -99,10 +134,12 @@ def dense_parameters(source: str | Path) -> int:
         return count_parameters(_built_empty(config, torch.float32))
 
 
-def _built_empty(config: Any, dtype: Any) -> Any:
+def _built_empty(
+    config: Any, dtype: Any, without_data: Callable[[], AbstractContextManager[Any]] = lambda: torch.device("meta")
+) -> Any:
     cls = _class_of(config)
     build = cls.from_config if cls is transformers.AutoModel else cls._from_config
-    with torch.device("meta"):
+    with without_data():
         return build(config, dtype=dtype)
 
 

@@ -33,8 +33,8 @@ from mpo_tn.torch.hf.peft_door import open_door
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.hf.quantizer import MPOHfQuantizer
 from mpo_tn.torch.hf.sentinel import hide_guard
-from mpo_tn.torch.hf.when_imported import when_imported, wrap_once
 from mpo_tn.torch.models.host import use_host
+from mpo_tn.when_imported import when_imported, wrap_once
 
 
 def install() -> None:

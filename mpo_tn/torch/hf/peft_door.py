@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.hf.when_imported import when_imported, wrap_once
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
+from mpo_tn.when_imported import when_imported, wrap_once
 
 _STARTS = ("gaussian",)
 """Of the ways to start an adapter that have a name, those that do not look at the dense weight."""

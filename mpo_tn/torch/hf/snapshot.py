@@ -5,20 +5,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor
 from mpo_tn.torch.hf.folder import check_source
 from mpo_tn.torch.layers.parameter import dense_key, held_name, place_of
+from mpo_tn.torch.models.stream_unit import tensor_of
 
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -45,6 +53,7 @@ class Names:
     Attributes:
         stored: tensor of the model to that of the checkpoint, where there is one for it.
         kept: what transformers makes tensors of the model of, by key of the checkpoint: it is copied as it is.
+        made: tensor of the model to the keys of what it is made of, each with the pattern that it matches.
         unused: keys of which the model has no use; transformers ignores them.
         dtypes: of the tensors of the model.
     """
@@ -53,6 +62,21 @@ class Names:
     kept: Mapping[str, StoredTensor]
     unused: tuple[str, ...]
     dtypes: Mapping[str, torch.dtype]
+    made: Mapping[str, tuple[tuple[str, str], ...]]
+
+    def readers(self, model: Any) -> dict[str, Callable[[], torch.Tensor]]:
+        """What reads each tensor of the model, in its dtype, as ``from_pretrained`` makes it of the checkpoint."""
+        found = {name: partial(tensor_of, stored, self.dtypes[name]) for name, stored in self.stored.items()}
+        return {**found, **{name: partial(self._make, model, name) for name in self.made}}
+
+    def _make(self, model: Any, name: str) -> torch.Tensor:
+        converters = {pattern: entry for entry in _conversions(model)[1] for pattern in entry.source_patterns}
+        converter = deepcopy(converters[self.made[name][0][1]])
+        for key, pattern in self.made[name]:
+            read = partial(tensor_of, self.kept[key], self.dtypes[name])
+            converter.add_tensor(name, key, pattern, read)  # pyright: ignore[reportArgumentType]
+        found: Any = converter.convert(name, model=model, config=model.config)[name]
+        return found[0] if isinstance(found, list) else found
 
 
 def read_names(model: Any, checkpoint: Checkpoint) -> Names:
@@ -67,12 +91,15 @@ def read_names(model: Any, checkpoint: Checkpoint) -> Names:
     stored: dict[str, StoredTensor] = {}
     kept: dict[str, StoredTensor] = {}
     unused: list[str] = []
+    made: dict[str, list[tuple[str, str]]] = {}
     for key, tensor in checkpoint.tensors.items():
         name, pattern = _renamed(model, key, state, renamings, converters)
         if name not in state:
             unused.append(key)
         elif pattern is not None:
             kept[key] = tensor
+            for target in _targets(name, pattern, converters):
+                made.setdefault(target, []).append((key, pattern))
         elif name in stored:
             raise MPOError(
                 f"{key} and {stored[name].key} of {checkpoint.folder} are both {name} of {type(model).__name__}: "
@@ -87,7 +114,15 @@ def read_names(model: Any, checkpoint: Checkpoint) -> Names:
             stored[name] = tensor
     _settle_ties(model, stored)
     _check_complete(model, state, stored, kept, checkpoint)
-    return Names(stored, kept, tuple(unused), {name: tensor.dtype for name, tensor in state.items()})
+    ordered = {name: tuple(sorted(parts, key=lambda part: dot_natural_key(part[0]))) for name, parts in made.items()}
+    return Names(stored, kept, tuple(unused), {name: tensor.dtype for name, tensor in state.items()}, ordered)
+
+
+def _targets(name: str, pattern: str, converters: list[WeightConverter]) -> list[str]:
+    """All tensors that are made together with the first of them."""
+    (converter,) = (entry for entry in converters if pattern in entry.source_patterns)
+    first = converter.target_patterns[0]
+    return [name.replace(first, other) for other in converter.target_patterns]
 
 
 def core_prefix(model: Any, name: str, stored: StoredTensor) -> str:

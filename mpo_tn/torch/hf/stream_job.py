@@ -30,6 +30,7 @@ from mpo_tn.torch.hf.record import altered, read_record
 from mpo_tn.torch.hf.sentinel import sentinels
 from mpo_tn.torch.hf.snapshot import Names, core_prefix, local_folder, read_names
 from mpo_tn.torch.layers.parameter import dense_key
+from mpo_tn.torch.models.anchoring import ANCHOR, ROUNDS
 from mpo_tn.torch.models.calibration import SAMPLED, Calibration, Fingerprint
 from mpo_tn.torch.models.compress import empty_modules, report_of, specs_of
 from mpo_tn.torch.models.coverage import matrix_numbers
@@ -37,7 +38,7 @@ from mpo_tn.torch.models.decide import plan, units_of_plan
 from mpo_tn.torch.models.feeding import entries_of
 from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.report import CompressionReport
-from mpo_tn.torch.models.samples import is_biased
+from mpo_tn.torch.models.samples import Samples, is_biased
 from mpo_tn.torch.models.stream_folder import Manifest, WorkFolder, plan_digest
 from mpo_tn.torch.models.stream_unit import UnitRecord, UnitTask, as_tensor, versions, write_moments
 from mpo_tn.torch.models.survey import DenseUnit
@@ -54,18 +55,22 @@ class Job:
         names: Names,
         decided: Plan,
         out: Path,
-        calibration: Calibration | None,
+        known: Calibration | Samples | None,
+        anchored: bool | None,
     ) -> None:
         self.model, self.checkpoint, self.names, self.decided, self.out = model, checkpoint, names, decided, out
         self.pairs = units_of_plan(model, decided)
         in_metric = [unit for planned, unit in self.pairs if planned.metric == ACTIVATION]
-        if in_metric and calibration is None:
+        if in_metric and known is None:
             raise MPOError(
                 f"the plan fits {in_metric[0].name} to what its layer is given, and nothing is known of that: give "
-                f"a saved "
-                "Calibration of the dense model (--calibration FILE); text itself needs the whole model in memory"
+                "text (--texts FILE), or a saved Calibration of the dense model (--calibration FILE)"
             )
-        self.calibration = calibration if in_metric else None
+        self.calibration = known if in_metric and isinstance(known, Calibration) else None
+        self.text = known if in_metric and isinstance(known, Samples) else None
+        if anchored and isinstance(known, Calibration):
+            raise MPOError("anchored=True goes through the model block by block: give batches, not moments alone")
+        self.anchored = anchored is not False and self.text is not None
         if self.calibration is not None:
             self.calibration.check_print(self._fingerprint())
         owners = dict(model.named_parameters(remove_duplicate=False))
@@ -79,12 +84,19 @@ class Job:
                     "it of other tensors: leave it out (--exclude), or compress the model in memory"
                 )
         self.source = checkpoint.fingerprint()
-        known = None if self.calibration is None else _calibration_digest(self.calibration, in_metric)
-        manifest = Manifest(plan_digest(decided), self.source, known, versions())
+        made_of: str | None = None
+        if self.calibration is not None:
+            made_of = _calibration_digest(self.calibration, in_metric)
+        elif self.text is not None:
+            made_of = _text_digest(self.text, anchored=self.anchored)
+        manifest = Manifest(plan_digest(decided), self.source, made_of, versions())
         self.work = WorkFolder(out.with_name(name_beside(out, ".work")), manifest)
 
     @classmethod
-    def of(cls, source: str | Path, out: Path, config: MPOConfig | Plan, calibration: Calibration | None) -> Job:
+    def of(
+        cls, source: str | Path, out: Path, config: MPOConfig | Plan, known: Calibration | Samples | None,
+        *, anchored: bool | None = None,
+    ) -> Job:  # fmt: skip
         """Read the headers and decide.
 
         Raises:
@@ -97,18 +109,19 @@ class Job:
             raise MPOError(f"{out} holds the input {folder}: name another folder")
         checkpoint = open_checkpoint(folder)
         model = empty_model(folder)
+        model.config.name_or_path = str(source)  # and not where the files of a hub name lie: it is in the card
         names = read_names(model, checkpoint)
         if isinstance(config, Plan):
             decided = config
-        elif config.has_budget or (config.shares_keep and calibration is not None):
+        elif config.has_budget or (config.shares_keep and known is not None):
             raise MPOError(
                 "a budget is spent by what the model does on text, which needs the whole model in memory: make a "
                 "plan with "
                 "mpo-tn plan --out FILE on a machine that holds it, and carry it out here with --plan FILE"
             )
         else:
-            decided = plan(model, config, calibration=calibration)
-        return cls(model, checkpoint, names, decided, out, calibration)
+            decided = plan(model, config, calibration=known)
+        return cls(model, checkpoint, names, decided, out, known, anchored)
 
     def effort(self, number: int) -> Effort:
         """What a unit costs."""
@@ -119,23 +132,33 @@ class Job:
         """To sort by."""
         return -self.effort(number).seconds, number
 
-    def task(self, number: int) -> UnitTask:
-        """What a worker needs."""
+    @property
+    def on_text(self) -> dict[str, int]:
+        """Numbers of the units, by name, whose moments are made of text on the way."""
+        if self.text is None:
+            return {}
+        return {unit.name: k for k, (planned, unit) in enumerate(self.pairs) if planned.metric == ACTIVATION}
+
+    def task(self, number: int, moments: tuple[str, ...] | None = None, *, anchored: bool = False) -> UnitTask:
+        """What a worker needs; ``moments`` are files of what is known of its layer, if that is not a calibration.
+
+        If ``anchored`` they are of what it is given once those before it are changed.
+        """
         planned, unit = self.pairs[number]
-        moments: str | None = None
         biases: dict[str, tuple[StoredTensor, str]] = {}
-        if planned.metric == ACTIVATION and self.calibration is not None:
-            path = self.work.moments(number)
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                write_moments(path, _known(self.calibration, unit))
-            moments = str(path.resolve())
+        if planned.metric == ACTIVATION:
+            if self.calibration is not None:
+                path = self.work.moments(number)
+                if not path.exists():
+                    path.parent.mkdir(exist_ok=True)
+                    write_moments(path, _known(self.calibration, unit))
+                moments = (str(path.resolve()),)
             biases = {} if not is_biased(unit) else dict(self._biases(unit))
-        return UnitTask(
-            planned, _light(unit), self._places[unit.weight][1], biases, str(self.work.file(number).resolve()), moments,
-            versions(),
-            self.work.task,
+        found = UnitTask(
+            planned, _light(unit), self._places[unit.weight][1], biases,
+            str(self.work.file(number, anchored=anchored).resolve()), moments, versions(), self.work.task,
         )  # fmt: skip
+        return replace(found, anchor=ANCHOR, rounds=ROUNDS) if anchored else found
 
     def _biases(self, unit: DenseUnit) -> list[tuple[str, tuple[StoredTensor, str]]]:
         found: dict[str, tuple[StoredTensor, str]] = {}
@@ -184,19 +207,23 @@ class Job:
         """Units that are missing, and the result."""
         return sum(pair[0].bytes for number, pair in enumerate(self.pairs) if number not in records) + self.result_bytes
 
-    def check_space(self, records: Mapping[int, UnitRecord]) -> None:
+    def check_space(self, records: Mapping[int, UnitRecord], meanwhile: int = 0) -> None:
         """Refuse a disk on which there is no room for the result, before anything is done.
+
+        Args:
+            records: of units that are done.
+            meanwhile: bytes of what waits in files until it is used.
 
         Raises:
             MPOError: it is so.
         """
         there = next(folder for folder in self.out.resolve().parents if folder.exists())
-        needed, free = self.bytes_to_write(records), shutil.disk_usage(there).free
+        needed, free = self.bytes_to_write(records) + meanwhile, shutil.disk_usage(there).free
         if needed > free:
             raise MPOError(
                 f"{self.out.parent} has {free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed for the "
-                f"matrices and the "
-                "result: free some space or name another folder"
+                f"matrices and the result{', and what is made of text meanwhile' if meanwhile else ''}: free some "
+                f"space or name another folder"
             )
 
     def pieces(self, records: list[UnitRecord]) -> list[Piece]:
@@ -312,6 +339,16 @@ def _known(calibration: Calibration, unit: DenseUnit) -> Any:
             f"{unit.name}: no token of the calibration reached it: leave it out of the plan, or calibrate on more"
         )
     return known
+
+
+def _text_digest(text: Samples, *, anchored: bool) -> str:
+    parts = [f"anchored={anchored}".encode()]
+    for batches in (text.batches, text.held_back):
+        for batch in batches:
+            for name, value in sorted(batch.items()):
+                parts.append(f"{name} {getattr(value, 'shape', '')}".encode())
+                parts.append(bytes(entries_of(value)) if isinstance(value, torch.Tensor) else repr(value).encode())
+    return bytes_digest(parts)
 
 
 def _calibration_digest(calibration: Calibration, units: list[DenseUnit]) -> str:

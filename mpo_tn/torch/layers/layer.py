@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
@@ -328,4 +327,6 @@ class MPOLinear(MPOLayer):
 
 def _has_fixed_shape(x: torch.Tensor) -> bool:
     """Whether torch traces ``x`` with sizes that are plain numbers."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # not before: it loads the compiler, 35 MB
+
     return all(has_static_value(size) for size in x.shape)

@@ -22,10 +22,32 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     >>> pack(torch.tensor([[-4, 3, 0]], dtype=torch.int8), 3)
     tensor([[312]], dtype=torch.int32)
     """
-    # Importing it takes as long as importing transformers, and only packing needs it.
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    # Eight integers are ``bits`` bytes, see unpack. compressed-tensors would load transformers into every worker.
+    rows, columns = values.shape
+    at_once = max(_PACKED_AT_ONCE // max(columns, 1), 1)
+    parts = [_packed(values[start : start + at_once], bits) for start in range(0, rows, at_once)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    return pack_to_int32(values, bits)
+
+_PACKED_AT_ONCE = 2**18
+"""Entries, which are worked on in 64 bits for eight of them."""
+
+
+def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
+    rows, columns = values.shape
+    raw = torch.zeros((rows, columns + -columns % 8), dtype=torch.uint8, device=values.device)
+    raw[:, :columns] = (values + (1 << (bits - 1))).view(torch.uint8)
+    if bits < 8:
+        eight = raw.view(torch.int64)
+        for half in (1, 2, 4):
+            width = half * bits
+            lower = sum(((1 << width) - 1) << (16 * half * part) for part in range(4 // half))
+            eight = (eight & lower) | ((eight >> (8 * half - width)) & (lower << width))
+        raw = eight.view(torch.uint8).view(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
+    found = torch.zeros((rows, 4 * -(-columns * bits // 32)), dtype=torch.uint8, device=values.device)
+    common = min(found.shape[1], raw.shape[1])
+    found[:, :common] = raw[:, :common]
+    return found.view(torch.int32)
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:

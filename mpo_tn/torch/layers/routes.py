@@ -31,7 +31,6 @@ class Routes:
             self._plan(*case)
         return self._planned[case]
 
-    @torch.compiler.assume_constant_result  # torch then makes the call while it traces, and traces nothing of it
     def _plan(self, device_type: str, itemsize: int, training: bool) -> bool:
         """Whether the case is planned, as it is afterwards."""
         case = (device_type, itemsize, training)
@@ -41,6 +40,10 @@ class Routes:
                 shapes, *size, mode, training=training, device_type=device_type, itemsize=itemsize
             )
         return True
+
+    # Torch then makes the call while it traces, and traces nothing of it. That is what the decorator
+    # torch.compiler.assume_constant_result sets, which would load the compiler: 35 MB in every worker.
+    _plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return routes_of, self._made_of

@@ -16,7 +16,7 @@ from mpo_tn.torch.loops.feeding import Fed, Feed
 from mpo_tn.torch.loops.objectives import Measured, Objective, Targets, Term
 from mpo_tn.torch.loops.recipe import Recipe, share_of_rate
 from mpo_tn.torch.models.evaluating import set_training, training_flags
-from mpo_tn.torch.models.ranks import add_gradients, agreed, check_equal, of_first, together, world
+from mpo_tn.torch.models.ranks import add_gradients, check_equal, of_first, together, world
 from mpo_tn.torch.models.trainable import parameter_groups, scales_kept
 from mpo_tn.torch.state.training_state import TrainingState, capture, restore
 
@@ -222,11 +222,10 @@ class Healer:
         if not math.isfinite(value):
             raise self._stopped("loss", value, number)
         shares = [torch.full_like(term.mean, share(k, term.weight)) for k, term in enumerate(terms)]
-        agreed(lambda: torch.autograd.backward([term.mean for term in terms], shares))
-        add_gradients(self.trained)
+        add_gradients(self.trained, lambda: torch.autograd.backward([term.mean for term in terms], shares))
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         length = nn.utils.get_total_norm(gradients)
-        norm = of_first(lambda: float(length))  # of many threads the last digit differs
+        norm = together(lambda: float(length))[0]  # of the first, as threads change the last digit
         if not math.isfinite(norm):
             raise self._stopped("norm of the gradient", norm, number)
         nn.utils.clip_grads_with_norm_(self.trained, self.recipe.clip, length.new_tensor(norm))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.ranking import Score
@@ -20,6 +20,7 @@ from mpo_tn.torch.loops.run_folder import RunFolder
 from mpo_tn.torch.loops.squeezer import Squeezer
 from mpo_tn.torch.models.evaluating import set_training, training_flags
 from mpo_tn.torch.models.moments import OptimizerLike, unwrapped
+from mpo_tn.torch.models.ranks import world
 
 
 def squeeze(
@@ -122,11 +123,10 @@ def refuse_several_processes() -> None:
     Raises:
         MPOError: it is not.
     """
-    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if ranks > 1:
+    if world() > 1:
         raise MPOError(
-            f"this is one of {ranks} processes, and each would cut the bonds that its own evaluation says: squeeze in "
-            "one process, and spread only the tuning afterwards"
+            f"this is one of {world()} processes, and each would cut the bonds that its own evaluation says: squeeze "
+            "in one process, and spread only the tuning afterwards"
         )
 
 

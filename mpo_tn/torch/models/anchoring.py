@@ -22,7 +22,7 @@ from mpo_tn.torch.models.trial import Trial
 ANCHOR = 0.5
 """Halfway between what fits the matrix and what fits the outputs of the dense model: all the way overfits the text."""
 
-_ROUNDS = 3
+ROUNDS = 3
 """Of rounding and refitting, where it is done once and for all."""
 
 Wanted = Mapping[str, tuple[DenseUnit, ModuleSpec]]
@@ -72,7 +72,7 @@ def _layer_after_layer(
             known = replace(known, outer=None if dense is None else dense.outer)
             with torch.no_grad():
                 fits[name] = fit_matrix(
-                    unit.matrix(), spec, known, anchor=ANCHOR, biased=is_biased(unit), rounds=_ROUNDS
+                    unit.matrix(), spec, known, anchor=ANCHOR, biased=is_biased(unit), rounds=ROUNDS
                 )
         return replaced(unit, fits[name].rebuilt(), fits[name].shift)
 

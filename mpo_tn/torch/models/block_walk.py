@@ -58,7 +58,7 @@ class Passage:
         gatherer = Gatherer(self._model, self.readers)
         with only_looked_at(self._model):
             for place, call in enumerate(self._calls):
-                gatherer.gather(call, self._run(place), self.heard[place])
+                gatherer.gather(call, self.run(place), self.heard[place])
         return gatherer.calibration(self._fingerprint)
 
     def moments(self, key: str) -> Moments | None:
@@ -75,14 +75,15 @@ class Passage:
         with only_looked_at(self._model):
             try:
                 for place, call in enumerate(self._calls):
-                    gatherer.gather_until_known(call, self._run(place), self.heard[place])
+                    gatherer.gather_until_known(call, self.run(place), self.heard[place])
             except OtherCallsError:
                 gatherer = Gatherer(self._model, reader)
                 for place, call in enumerate(self._calls):
-                    gatherer.gather(call, self._run(place))
+                    gatherer.gather(call, self.run(place))
         return gatherer.calibration(self._fingerprint).of(key) if gatherer.reached else None
 
-    def _run(self, place: int) -> Callable[[], object]:
+    def run(self, place: int) -> Callable[[], object]:
+        """What runs it, or the whole model, as it is by then on one batch."""
         call = self._calls[place]
         if self.block is None:
             return partial(self._model, *call.args, **call.kwargs)
@@ -110,7 +111,7 @@ def walk_blocks(
     wanted = find_readers(model, target_modules, exclude_modules)
     passing = partial(Passage, _model=model, _calls=calls, _fingerprint=Fingerprint.of(model))
     blocks = find_blocks(model, calls[0].batch)
-    place_of, halves = _places(wanted, blocks), is_encoder_decoder(model)
+    place_of, halves = places_of(wanted, blocks), is_encoder_decoder(model)
 
     def now(names: Iterable[str]) -> dict[str, Reader]:
         """The units as they are now: their modules may have been replaced."""
@@ -129,7 +130,7 @@ def walk_blocks(
         return
 
     tell(0, len(blocks) + 1, "before the blocks")
-    early, late = _early_and_late(model, blocks, calls[0], now(unit for unit in wanted if place_of[unit] is None))
+    early, late = early_and_late(model, blocks, calls[0], now(unit for unit in wanted if place_of[unit] is None))
     before, after = Gatherer(model, now(early)), Gatherer(model, now(late))
     recorded, heard_before, heard_after = _recorded(model, blocks, calls, before, after)
     streams = recorded
@@ -194,7 +195,7 @@ def _recorded(
     return recorded, heard_before, heard_after
 
 
-def _places(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int | None]:
+def places_of(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int | None]:
     """In which block each unit lies; None for those outside, or in several."""
     found: dict[str, int | None] = {}
     for unit, reader in readers.items():
@@ -204,7 +205,7 @@ def _places(readers: dict[str, Reader], blocks: Sequence[str]) -> dict[str, int 
     return found
 
 
-def _early_and_late(
+def early_and_late(
     model: nn.Module, blocks: Sequence[str], call: Call, rest: dict[str, Reader]
 ) -> tuple[list[str], list[str]]:
     """Of the units in no block those that are done with before the first block, and the others."""

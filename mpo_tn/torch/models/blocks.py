@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.models.feeding import Call, calls_of, only_looked_at
+from mpo_tn.torch.models.feeding import Call, EnoughError, calls_of, only_looked_at
 from mpo_tn.torch.models.listening import Seen
 from mpo_tn.torch.models.sums import first_tensor
 
@@ -155,6 +156,8 @@ def find_blocks(model: nn.Module, batch: Any) -> tuple[str, ...]:
 def record(model: nn.Module, blocks: tuple[str, ...], call: Call) -> Recorded:
     """Run the model and keep how it calls its blocks; what they have in common is kept once, on the host.
 
+    The run may be broken off (:class:`~mpo_tn.torch.models.feeding.EnoughError`) once the last block was called.
+
     Raises:
         MPOError: a block is not called exactly once, or without hidden states.
     """
@@ -167,7 +170,7 @@ def record(model: nn.Module, blocks: tuple[str, ...], call: Call) -> Recorded:
     def listen(place: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             times[place] += 1
-            slot = _slot(args, kwargs)
+            slot = slot_of(args, kwargs)
             if slot is None:
                 return
             if place == 0:
@@ -182,7 +185,8 @@ def record(model: nn.Module, blocks: tuple[str, ...], call: Call) -> Recorded:
 
     try:
         handles += [listen(place) for place in range(len(blocks))]
-        model(*call.args, **call.kwargs)
+        with suppress(EnoughError):
+            model(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -195,7 +199,7 @@ def record(model: nn.Module, blocks: tuple[str, ...], call: Call) -> Recorded:
     return Recorded(first[0], tuple(found[place] for place in range(len(blocks))))
 
 
-def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
+def slot_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
     """Where the hidden states are: the first argument that is a tensor of floating point numbers."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return next(
@@ -209,7 +213,7 @@ def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    slot = _slot(args, kwargs)
+    slot = slot_of(args, kwargs)
     return None if slot is None else args[slot] if isinstance(slot, int) else kwargs[slot]
 
 
@@ -238,3 +242,12 @@ def _equal(a: Any, b: Any, known: set[tuple[int, int]]) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_equal(a[key], b[key], known) for key in a)
     return type(a) is type(b)
+
+
+def takes_gradient(value: Any) -> bool:
+    """Whether a tensor in what a block is called with takes a gradient."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(takes_gradient(part) for part in value)
+    return isinstance(value, torch.Tensor) and value.requires_grad

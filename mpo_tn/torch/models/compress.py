@@ -57,6 +57,9 @@ HOOKS = (
     "_is_full_backward_hook",
 )
 
+_ROWS = 256
+"""Of a matrix that are compared at once with what became of it."""
+
 
 def compress(
     model: nn.Module,
@@ -290,7 +293,12 @@ def missed_norm(matrix: torch.Tensor, cores: Sequence[Core], size: tuple[int, in
     shapes = tuple(tuple(core.shape) for core in wide)
     with torch.no_grad():
         difference = dense_matrix(wide, rebuild_route(shapes, *size).segments[0], size)
-        difference = difference - matrix[: size[0], : size[1]]
+        if len(wide) == 1 and isinstance(cores[0], torch.Tensor):
+            difference = difference.clone()  # or it is the core itself
+        del wide
+        for start in range(0, size[0], _ROWS):  # what is subtracted is widened
+            part = slice(start, start + _ROWS)
+            difference[part] = difference[part] - matrix[: size[0], : size[1]][part]
     return frobenius_norm(difference), True
 
 

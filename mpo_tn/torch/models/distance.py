@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.torch.models.evaluating import evaluating
+from mpo_tn.torch.models.evaluating import device_of, evaluating
 from mpo_tn.torch.models.feeding import is_encoder_decoder
 
 Inputs = Mapping[str, Any]
@@ -98,7 +98,7 @@ def outputs(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[torch.Tenso
 
 def _output(model: nn.Module, batch: Inputs) -> tuple[str, torch.Tensor, torch.Tensor]:
     """What is compared, its rows, sequence after sequence, and how many of them each has: a classifier gives one."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with torch.no_grad():
         here = {k: part.to(device) if isinstance(part, torch.Tensor) else part for k, part in batch.items()}
         result = model(**here)

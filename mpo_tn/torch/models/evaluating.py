@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -38,3 +39,13 @@ def set_training(flags: dict[nn.Module, bool]) -> None:
     """Bring modules back to their modes, through ``train``, which some override."""
     for module, training in flags.items():
         module.train(training)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is run: where its first parameter is that has data; those without are filled in on the way.
+
+    >>> device_of(nn.Sequential(nn.Linear(1, 1, device="meta"), nn.Linear(1, 1)))
+    device(type='cpu')
+    """
+    found = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(found, torch.device("cpu"))

@@ -13,9 +13,13 @@ from torch import nn
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.models.evaluating import set_training, training_flags
+from mpo_tn.torch.models.evaluating import device_of, set_training, training_flags
 
 _MASK, _DECODER_MASK = "attention_mask", "decoder_attention_mask"
+
+
+class EnoughError(Exception):
+    """All that is wanted of a run is known: it is broken off, and whoever wanted it catches this."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,7 @@ def calls_of(model: nn.Module, batches: Iterable[Any]) -> Generator[Call]:
         raise MPOError(
             f"batches is one {type(batches).__name__}, not several batches: put it into a list, and tokenize texts"
         )
-    parameter = next(iter(model.parameters()), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = device_of(model)
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):

@@ -106,7 +106,11 @@ class Fitter:
     def __init__(self, matrix: torch.Tensor, known: Moments, *, anchor: float = 0.0, biased: bool = False) -> None:
         self.matrix, self.known, self.biased = matrix, known, biased
         self.metric = None if known.second is None else metric_of(known, anchor=anchor, centred=biased)
-        self.wide = widen(matrix)
+
+    @property
+    def wide(self) -> torch.Tensor:
+        """The matrix in double precision: made when it is asked for, as it is larger than all that is kept."""
+        return widen(self.matrix)
 
     @cached_property
     def low_rank(self) -> LowRankFits:
@@ -137,7 +141,8 @@ class Fitter:
         shapes = _shapes(cores, spec)
         arrays = [_array(core, shape) for core, shape in zip(cores, shapes, strict=True)]
         rebuilt = dense(arrays)[: self.matrix.shape[0], : self.matrix.shape[1]]
-        difference = self.wide - rebuilt
+        shift = _shift(self.wide, rebuilt, self.known) if self.biased else None
+        difference = rebuilt.neg_().add_(self.wide.detach())  # in its place: it is as large as the matrix
         error, norm = frobenius_norm(difference), self._norm
         if self.metric is not None:
             size, missed = self._size, self.metric.weighed(difference)
@@ -146,7 +151,6 @@ class Fitter:
             size, missed = frobenius_norm(weights * self.wide), frobenius_norm(weights * difference)
         bonds = tuple(shape[3] for shape in shapes[:-1])
         found = replace(spec, bonds=bonds, rel_error=error / norm if norm > 0 else 0.0, exact=True)
-        shift = _shift(self.wide, rebuilt, self.known) if self.biased else None
         return Fitted(cores, found, error, norm, missed / size if size > 0 else 0.0, name, shift)
 
     def _fit_layer(
@@ -155,7 +159,7 @@ class Fitter:
         matrix, pads = _padded(self.matrix, spec), spec.sites.shape != tuple(self.matrix.shape)
         metric = _grown(metric, *spec.sites.shape) if pads else metric
         if len(spec.sites) == 1:
-            target = metric.target(matrix)
+            target = metric.target(matrix if pads else self.wide)
             if bits[0] is None:
                 return (target.to(matrix.dtype)[None, :, :, None].contiguous(),)
             return (quantize(target, bits[0], spec.group, metric=metric.second),)

@@ -13,7 +13,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.models.calibration import Calibration, Fingerprint, Moments, notes_on
-from mpo_tn.torch.models.feeding import Call
+from mpo_tn.torch.models.feeding import Call, EnoughError
 from mpo_tn.torch.models.listening import Listener, Reader
 from mpo_tn.torch.models.sums import InputSum
 
@@ -24,10 +24,6 @@ Heard = Mapping[str, list[torch.Tensor]]
 
 class OtherCallsError(MPOError):
     """A unit is called otherwise than in the dense model, as an expert that other tokens are sent to."""
-
-
-class _EnoughError(Exception):
-    """All that was wanted of a run is known."""
 
 
 class Gatherer:
@@ -70,7 +66,7 @@ class Gatherer:
         def left() -> bool:
             return any(len(rows) > self._place.get(key, 0) for key, rows in dense.items() if key in self.readers)
 
-        with contextlib.suppress(_EnoughError):
+        with contextlib.suppress(EnoughError):
             self.gather(call, run, dense, while_=left)
 
     def gather(
@@ -103,7 +99,7 @@ class Gatherer:
                     )
             self._sums[key].add(x, key, there)
             if while_ is not None and not while_():
-                raise _EnoughError
+                raise EnoughError
 
         def ids(unit: str, x: torch.Tensor) -> None:
             out = self.readers[unit].shape[0]

@@ -150,15 +150,22 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace gradients by their sums over the processes. Who has none of a parameter that others have one of adds 0.
+def add_gradients(parameters: Sequence[nn.Parameter], backward: Callable[[], object]) -> None:
+    """Call ``backward()`` and replace the gradients it leaves by their sums over the processes.
+
+    Who has none of a parameter that others have one of adds zeros; who is alone only calls it.
 
     Raises:
-        MPOError: a process is gone.
+        MPOError: it raised in another process, or that is gone.
     """
+
+    def reach() -> list[bool]:
+        backward()
+        return [parameter.grad is not None for parameter in parameters]
+
+    reached = together(reach)
     if world() == 1:
         return
-    reached = together(lambda: [parameter.grad is not None for parameter in parameters])
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for parameter, *which in zip(parameters, *reached, strict=True):
         if any(which):

@@ -223,8 +223,7 @@ def _step(block: nn.Module, text: Text, optimizer: torch.optim.Optimizer, traine
 
     size = sum(together(forward))
     optimizer.zero_grad()
-    agreed(lambda: (held[0] / size).backward())
-    add_gradients(trained)
+    add_gradients(trained, lambda: (held[0] / size).backward())
     optimizer.step()
 
 

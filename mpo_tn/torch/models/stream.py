@@ -17,8 +17,9 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from mpo_tn.torch.models.stream_unit import UnitTask, do_unit
 
 _UNHEARD = 30.0
 """Seconds after a unit was written in which an answer comes, if one comes."""
+
+_FAREWELL = 10.0
+"""Seconds in which the workers of a pool end once there is no more work; those that do not are killed."""
 
 ATTEMPTS = 3
 """So often a unit is tried whose worker dies."""
@@ -222,7 +226,16 @@ def _pool(workers: int) -> Generator[Executor]:
         try:
             yield pool
         finally:
+            # A worker that is killed while it waits for work takes the lock of the queue along, and others wait for it.
+            late = Timer(_FAREWELL, _kill, [list((pool._processes or {}).values())])  # pyright: ignore[reportPrivateUsage]
+            late.start()
             pool.shutdown(wait=True, cancel_futures=True)
+            late.cancel()
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _worker_begins() -> None:

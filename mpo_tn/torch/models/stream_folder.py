@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mpo_tn.torch.models.stream_unit import UnitRecord, read_unit
 FORMAT = "mpo_tn.stream"
 VERSION = 1
 _MANIFEST = "run.json"
+_DECISION = "decision.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class WorkFolder:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.task = manifest.digest()
+        self._is_anchored: bool | None = None
 
     def open(self) -> None:
         """Make the folder, or find it as an earlier run with the same manifest left it; of one process at a time.
@@ -98,8 +102,10 @@ class WorkFolder:
         Raises:
             MPOError: it is so; the message has both fingerprints.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
+        if not self.path.is_dir():
+            raise MPOError(f"{self.path} is in the way, and it is no folder: move it, or name another result")
         path = self.path / _MANIFEST
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -121,9 +127,37 @@ class WorkFolder:
                 f"that run was started with, or delete {self.path} to start from the beginning"
             )
 
-    def file(self, number: int) -> Path:
-        """Of a unit, by its place in the plan."""
-        return self.path / "units" / f"{number:06d}.safetensors"
+    def file(self, number: int, *, anchored: bool | None = None) -> Path:
+        """Of a unit, by its place in the plan; if ``anchored``, as it is fitted after those before it.
+
+        By default what was decided for, see :meth:`decide`.
+        """
+        name = f"{number:06d}.safetensors"
+        if anchored is None:
+            better = self.path / "anchored" / name
+            return better if self.decision is True and better.exists() else self.path / "units" / name
+        return self.path / ("anchored" if anchored else "units") / name
+
+    @property
+    def decision(self) -> bool | None:
+        """Whether units that are fitted after those before them are kept; None if that is not decided."""
+        if self._is_anchored is None:
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                record = json.loads((self.path / _DECISION).read_text(encoding="utf-8"))
+                self._is_anchored = bool(record["anchored"]) if record["run"] == self.task else None
+        return self._is_anchored
+
+    def decide(self, distances: Mapping[bool, float] | None) -> None:
+        """Keep those of the least D, and in doubt units as they are fitted on their own; or take it back (None)."""
+        self._is_anchored = None
+        if distances is None:
+            (self.path / _DECISION).unlink(missing_ok=True)
+            return
+        record = {
+            "run": self.task, "anchored": distances[True] < distances[False],
+            "distances": {"alone": distances[False], "anchored": distances[True]},
+        }  # fmt: skip
+        write_whole(self.path / _DECISION, json.dumps(record, indent=1).encode())
 
     def moments(self, number: int) -> Path:
         """Of an input, by its place in the calibration."""

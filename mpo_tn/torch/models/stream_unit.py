@@ -20,9 +20,10 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import RawTensor, StoredTensor
 from mpo_tn.storage.tensors import bytes_digest, read_tensors, write_tensors
 from mpo_tn.torch.layers.cores import held_tensors
+from mpo_tn.torch.models.allocator import give_back_large_blocks
 from mpo_tn.torch.models.calibration import Moments
 from mpo_tn.torch.models.compress import factorise, fitted, outgrows, specs_of
-from mpo_tn.torch.models.fitting import Fitter
+from mpo_tn.torch.models.fitting import fit_matrix
 from mpo_tn.torch.models.report import LayerReport
 from mpo_tn.torch.models.samples import is_biased
 from mpo_tn.torch.models.survey import DenseUnit
@@ -46,9 +47,12 @@ class UnitTask:
         biases: where those of its biases lie and in which dtype they are computed with, by parameter name of the model;
             needed where moments may move them.
         file: where the result goes.
-        moments: a file of :func:`write_moments`, of what its layer is given; None for the Frobenius norm.
+        moments: files of :func:`write_moments`, which hold together what its layer is given; None for the Frobenius
+            norm.
         versions: of the libraries that must do it.
         task: a digest of the plan and source that it belongs to.
+        anchor: see :func:`~mpo_tn.torch.models.fitting.metric_of`, and
+        rounds: :func:`~mpo_tn.torch.models.fitting.fit_matrix`.
     """
 
     planned: UnitPlan
@@ -56,9 +60,11 @@ class UnitTask:
     weight: StoredTensor
     biases: Mapping[str, tuple[StoredTensor, str]]
     file: str
-    moments: str | None
+    moments: tuple[str, ...] | None
     versions: Mapping[str, str]
     task: str
+    anchor: float = 0.0
+    rounds: int = 1
 
     @property
     def name(self) -> str:
@@ -165,6 +171,7 @@ def do_unit(task: UnitTask) -> str:
         )
     if _is_done(task):  # by a worker that died before its answer was heard
         return task.name
+    give_back_large_blocks()
     try:
         with one_thread(), torch.no_grad():
             _do(task)
@@ -198,12 +205,26 @@ def as_tensor(dtype: str, shape: tuple[int, ...], data: np.ndarray, cast: torch.
     return found.to(cast) if cast is not None and found.is_floating_point() else found
 
 
+def raw_tensor(part: RawTensor) -> torch.Tensor:
+    """What :func:`raw` was made of, on the same memory."""
+    return as_tensor(part.dtype, part.shape, part.data)
+
+
 def raw(tensor: torch.Tensor) -> RawTensor:
     """A tensor as bytes, on the same memory if it is contiguous."""
     name = str(tensor.dtype).removeprefix("torch.")
     flat = tensor.detach().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     return RawTensor(name, tuple(tensor.shape), data)
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array of its shape, which carries the bits where NumPy has no such dtype."""
+    return _carried(raw(tensor))
+
+
+def _carried(part: RawTensor) -> np.ndarray:
+    return part.data.view(_CARRIED.get(part.dtype, part.dtype)).reshape(part.shape)
 
 
 def _do(task: UnitTask) -> None:
@@ -216,7 +237,10 @@ def _do(task: UnitTask) -> None:
     if task.moments is None:
         layer, cores = factorise(task.planned, unit)
     else:
-        fit = Fitter(unit.matrix(), read_moments(task.moments), biased=is_biased(unit)).fit(task.planned.spec, rounds=1)
+        known = read_moments(task.moments)
+        fit = fit_matrix(
+            unit.matrix(), task.planned.spec, known, anchor=task.anchor, biased=is_biased(unit), rounds=task.rounds
+        )
         layer, cores, shift = fitted(task.planned, unit, fit)
     dense = outgrows(task.planned, layer)
     if dense is not None:
@@ -235,10 +259,7 @@ def _do(task: UnitTask) -> None:
         dense,
     )
     record = {"format": FORMAT, "version": VERSION, "task": task.task, **found.to_dict()}
-    arrays = {
-        key: part.data.view(_CARRIED.get(part.dtype, part.dtype)).reshape(part.shape) for key, part in raws.items()
-    }
-    write_tensors(Path(task.file), arrays, record)
+    write_tensors(Path(task.file), {key: _carried(part) for key, part in raws.items()}, record)
 
 
 def read_unit(path: Path, task: str) -> tuple[UnitRecord, dict[str, RawTensor]]:
@@ -268,11 +289,15 @@ def write_moments(path: Path, known: Moments) -> None:
     write_tensors(path, arrays, {"format": MOMENTS_FORMAT, "version": VERSION, "tokens": known.tokens})
 
 
-def read_moments(path: str) -> Moments:
-    """What :func:`write_moments` wrote.
+def read_moments(paths: Sequence[str]) -> Moments:
+    """What :func:`write_moments` wrote to several files, together: what a unit shares with others, and its own.
 
     Raises:
         MPOError: no such file, or damaged.
     """
-    arrays, record = read_tensors(Path(path), MOMENTS_FORMAT, VERSION)
-    return Moments(record["tokens"], **{kind: torch.from_numpy(array) for kind, array in arrays.items()})
+    tokens, found = list[int](), dict[str, torch.Tensor]()
+    for path in paths:
+        arrays, record = read_tensors(Path(path), MOMENTS_FORMAT, VERSION)
+        tokens.append(record["tokens"])
+        found |= {kind: torch.from_numpy(array) for kind, array in arrays.items()}
+    return Moments(tokens[0], **found)

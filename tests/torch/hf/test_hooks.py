@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from mpo_tn.torch.hf import hooks
-from mpo_tn.torch.hf.when_imported import wrap_once
+from mpo_tn.when_imported import wrap_once
 
 CHANGED: list[tuple[type, str]] = [
     (transformers.PreTrainedModel, "save_pretrained"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from helpers.in_bits import read_core
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,11 +21,14 @@ def integers(bits: int, rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 @given(st.sampled_from(BITS), st.integers(1, 5), st.integers(1, 70), st.integers(0, 99))
-def test_unpacking_is_that_of_compressed_tensors(bits: int, rows: int, columns: int, seed: int) -> None:
+def test_packing_is_that_of_compressed_tensors(bits: int, rows: int, columns: int, seed: int) -> None:
     values = integers(bits, rows, columns, seed)
     packed = pack(values, bits)
     assert packed.dtype == torch.int32
     assert packed.shape == (rows, -(-columns * bits // 32))
+    assert packed.is_contiguous()
+    assert torch.equal(packed, pack_to_int32(values, bits))
+    assert torch.equal(pack(values.T.contiguous().T, bits), packed)  # whatever the strides
     assert torch.equal(unpack(packed, bits, columns), values)
     assert torch.equal(unpack(packed, bits, columns), unpack_from_int32(packed, bits, values.shape))
     assert torch.equal(unpack(packed.T.contiguous().T, bits, columns), values)  # whatever the strides

@@ -97,7 +97,8 @@ def test_alone_everything_is_done_at_once() -> None:
     assert ranks.together(lambda: 3) == [3]
     assert ranks.of_first(lambda: 4) == ranks.agreed(lambda: 4) == 4
     ranks.spread([model.weight])
-    ranks.add_gradients([model.weight])
+    ranks.add_gradients([model.weight], lambda: model.weight.sum().backward())
+    assert torch.equal(model.weight.grad, torch.ones(3, 2))
     ranks.check_same({"numbers": 1})
     assert torch.equal(model.weight, before)
     with pytest.raises(KeyError), ranks.agreeing():

@@ -34,7 +34,7 @@ def wrap_once(owner: type, name: str, around: Callable[[Callable[..., Any]], Cal
     setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
 
 
-def when_imported(name: str, then: Callable[[], None]) -> None:
+def when_imported(name: str, then: Callable[[], object]) -> None:
     """Call ``then`` once the module of this name is there: now, or right after it has been imported.
 
     >>> when_imported("json", lambda: print("it is there"))
@@ -52,7 +52,7 @@ class _Waiting(MetaPathFinder):
     Finding is not importing: many only look whether a package is there.
     """
 
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
+    def __init__(self, name: str, then: Callable[[], object]) -> None:
         self.name, self.then = name, then
         self._thread = local()
 

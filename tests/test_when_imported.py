@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_tn.torch.hf.when_imported import when_imported
+from mpo_tn.when_imported import when_imported
 
 
 def test_now_later_and_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
