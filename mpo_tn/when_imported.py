@@ -1,14 +1,37 @@
-"""Something to do as soon as a module is imported, by whomever, without importing it."""
+"""How something of another library is changed: once, and as soon as anybody imports it, without importing it."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from threading import local
 from types import ModuleType
+from typing import Any
+
+_MARK = "_mpo_tn"
+
+
+def wrap_once(owner: type, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``around(method)`` in the place of a method, however often this is called; of a class method likewise.
+
+    >>> class Theirs:
+    ...     def greet(self): return "hello"
+    >>> for _ in range(2):
+    ...     wrap_once(Theirs, "greet", lambda original: lambda self: f"{original(self)}!")
+    >>> Theirs().greet()
+    'hello!'
+    """
+    found = vars(owner).get(name, getattr(owner, name))
+    original = found.__func__ if isinstance(found, classmethod) else found
+    if hasattr(original, _MARK):
+        return
+    wrapped = wraps(original)(around(original))
+    vars(wrapped)[_MARK] = True
+    setattr(owner, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
 
 
 def when_imported(name: str, then: Callable[[], object]) -> None:

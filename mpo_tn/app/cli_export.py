@@ -70,7 +70,11 @@ def _print_export(planned: Export, before: int) -> None:
         f"{before / 1e6:.3g} MB now.",
         highlight=False,
     )
-    for sentence in (planned.loss, "" if planned.kept else "No matrix keeps its bits: it is the plain dense model."):
+    for sentence in (
+        planned.loss,
+        planned.remark,
+        "" if planned.kept else "No matrix keeps its bits: it is the plain dense model.",
+    ):
         if sentence:
             out.print(sentence, highlight=False, markup=False)
     out.print()

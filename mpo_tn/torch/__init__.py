@@ -38,7 +38,7 @@ from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.truncate.bond_cut import Cut, cut_bond
 from mpo_tn.when_imported import when_imported
 
-when_imported("transformers", lambda: importlib.import_module("mpo_tn.torch.hf.saving"))
+when_imported("transformers", lambda: importlib.import_module("mpo_tn.torch.hf.hooks"))
 
 __all__ = [
     "BlockSample",

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from helpers.paths import ROOT, TESTS
-from helpers.program import run
 from helpers.tiny_models import outputs, tiny
 from safetensors import safe_open
 
@@ -34,11 +33,6 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "1_Pooling" / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old weights that must not be copied")
     return folder
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_the_version_and_nothing_else(mpo_tn) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.program import run
 from helpers.task_folders import sentence, write_decoder, write_encoder
 
 from mpo_tn.app import cli
@@ -30,11 +29,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, write in (("encoder", write_encoder), ("decoder", write_decoder)):
         write(home / name)
     return home
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def budget(home: Path, name: str = "encoder") -> tuple[str | Path, ...]:

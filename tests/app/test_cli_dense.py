@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.program import run
 from helpers.tiny_models import VOCAB, outputs, tiny
 from torch import nn
 
 from mpo_tn import MPOError
 from mpo_tn.app.dense_check import Difference, Sample, output_difference, sample_inputs
 from mpo_tn.torch import MPOConfig, compress
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture(scope="module")

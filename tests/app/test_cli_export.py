@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import transformers
-from helpers.program import run
 from helpers.tiny_models import tiny
 from safetensors.torch import load_file
 
@@ -27,11 +26,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
     return folder
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_what_it_takes_is_said_and_then_written(mpo_tn: Any, small: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.program import run
 from helpers.task_folders import sentence, write_decoder, write_encoder
 
 from mpo_tn.torch.loops import healer
@@ -32,11 +31,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compress(model, MPOConfig(sites=3, bond=4))
         save_model(model, home / name, home / f"small-{name}")
     return home
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def asked(home: Path, name: str = "encoder") -> tuple[str | Path, ...]:

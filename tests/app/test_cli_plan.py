@@ -9,24 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.program import run
 from helpers.tiny_models import tiny
 
 from mpo_tn.app import cli
 from mpo_tn.torch import MPOConfig, Plan, plan
 from mpo_tn.torch.hf.folder import empty_model, load_model
-
-
-@pytest.fixture(scope="session")
-def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    tiny("bert").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_plan_then_compress(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:

@@ -53,8 +53,10 @@ def test_large_models_are_streamed_by_themselves(tmp_path: Path, program: Run, m
     monkeypatch.setattr(cli_stream, "_is_large", lambda _: True)
     assert program("compress", source, tmp_path / "streamed", *HOW, "--json")[0] == 0
     assert program("compress", source, tmp_path / "not", *HOW, "--json", "--no-stream")[0] == 0
-    there = [(tmp_path / name / "mpo_record.json").exists() for name in ("memory", "streamed", "not")]
-    assert there == [False, True, False]
+    records = [json.loads((tmp_path / name / "mpo_record.json").read_text()) for name in ("memory", "streamed", "not")]
+    assert [record["run"] is not None for record in records] == [False, True, False]
+    assert records[0] == records[2]
+    assert records[0]["tensors"] == records[1]["tensors"]
     one, other = contents(tmp_path / "memory"), contents(tmp_path / "not")
     assert one == other
 

@@ -15,7 +15,6 @@ import torch
 import transformers
 from helpers.task_folders import write_all
 
-from mpo_tn.app import cli
 from mpo_tn.torch import MPOLayer
 from mpo_tn.tuning.result import FinetuneResult
 from mpo_tn.tuning.run import Run
@@ -26,18 +25,6 @@ SMALL = ("--batch-size", "12", "--sites", "3", "--max-length", "24")
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mpo-tn", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 class _Page(HTMLParser):

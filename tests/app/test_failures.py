@@ -11,24 +11,11 @@ import pytest
 import torch
 import typer
 from helpers.program import run
-from helpers.tiny_models import tiny
 
 from mpo_tn import MPOError
 from mpo_tn.app import cli, terminal
 from mpo_tn.torch.hf import folder as folders
 from mpo_tn.torch.models.devices import usable_device
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    tiny("bert").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return lambda *args: run(*args, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.mark.guarantee("no-traceback")
@@ -46,13 +33,13 @@ def mpo_tn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_what_the_machine_lacks_is_one_sentence(
-    mpo_tn, error: Exception, said: str, dense: Path, monkeypatch: pytest.MonkeyPatch
+    mpo_tn, error: Exception, said: str, dense_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(folders, "load_model", fail)
-    code, printed, stderr = mpo_tn("inspect", dense)
+    code, printed, stderr = mpo_tn("inspect", dense_folder)
     assert (code, printed) == (2, "")
     assert stderr.startswith("mpo-tn: ")
     assert said in stderr
@@ -61,13 +48,13 @@ def test_what_the_machine_lacks_is_one_sentence(
 
 
 @pytest.mark.guarantee("no-traceback")
-def test_a_mistake_of_ours_is_not_hidden(mpo_tn, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_is_not_hidden(mpo_tn, dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(folders, "load_model", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run("inspect", dense, monkeypatch=monkeypatch, capsys=None)  # type: ignore[arg-type]
+        run("inspect", dense_folder, monkeypatch=monkeypatch, capsys=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.guarantee("no-traceback")
@@ -84,8 +71,10 @@ def test_a_mistake_of_ours_is_not_hidden(mpo_tn, dense: Path, monkeypatch: pytes
         ("compress DENSE " + "x" * 300, "File name too long"),
     ],
 )
-def test_no_argument_gives_a_traceback_or_pages(mpo_tn, arguments: str, said: str, dense: Path, tmp_path: Path) -> None:
-    words = [{"DENSE": str(dense), "OUT": str(tmp_path / "out")}.get(word, word) for word in arguments.split()]
+def test_no_argument_gives_a_traceback_or_pages(
+    mpo_tn, arguments: str, said: str, dense_folder: Path, tmp_path: Path
+) -> None:
+    words = [{"DENSE": str(dense_folder), "OUT": str(tmp_path / "out")}.get(word, word) for word in arguments.split()]
     code, _, stderr = mpo_tn(*words)
     assert code == 2
     assert said in " ".join(stderr.split())
@@ -93,34 +82,40 @@ def test_no_argument_gives_a_traceback_or_pages(mpo_tn, arguments: str, said: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_printed_as_they_are(mpo_tn, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_printed_as_they_are(
+    mpo_tn, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("[bold]x", ":smile:", "x" * 255):
-        code, printed, stderr = mpo_tn("compress", dense, name, "--bond", "2", "--sites", "3")
+        code, printed, stderr = mpo_tn("compress", dense_folder, name, "--bond", "2", "--sites", "3")
         assert (code, stderr) == (0, "")
         assert f"Saved in {name}. " in printed
         assert [path.name for path in tmp_path.iterdir()] == [name]
-        code, _, stderr = mpo_tn("compress", dense, name, "--bond", "2", "--sites", "3")
+        code, _, stderr = mpo_tn("compress", dense_folder, name, "--bond", "2", "--sites", "3")
         assert code == 2
         assert stderr.startswith(f"mpo-tn: {name} exists")
         shutil.rmtree(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("default:keep=")  # no error here: the program prints it
-def test_keep_above_one_and_a_tolerance_that_helps_nothing_are_said(mpo_tn, dense: Path, tmp_path: Path) -> None:
-    code, _, stderr = mpo_tn("compress", dense, tmp_path / "a", "--keep", "1.5", "--sites", "3")
+def test_keep_above_one_and_a_tolerance_that_helps_nothing_are_said(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
+    code, _, stderr = mpo_tn("compress", dense_folder, tmp_path / "a", "--keep", "1.5", "--sites", "3")
     assert code == 0
     assert stderr.startswith("mpo-tn: note: keep=1.5 lets cores take more room")
-    code, printed, _ = mpo_tn("compress", dense, tmp_path / "b", "--tolerance", "0.01", "--sites", "3")
+    code, printed, _ = mpo_tn("compress", dense_folder, tmp_path / "b", "--tolerance", "0.01", "--sites", "3")
     assert code == 0
     assert "Nothing was compressed" in printed
     assert "at tolerance=0.01 its cores would take" in " ".join(printed.split())
-    assert (tmp_path / "b" / "model.safetensors").stat().st_size == (dense / "model.safetensors").stat().st_size
+    small, plain = (place / "model.safetensors" for place in (tmp_path / "b", dense_folder))
+    assert small.stat().st_size == plain.stat().st_size
 
 
-def test_a_device_that_is_there_is_taken(mpo_tn, dense: Path, tmp_path: Path) -> None:
+def test_a_device_that_is_there_is_taken(mpo_tn, dense_folder: Path, tmp_path: Path) -> None:
     assert usable_device("cpu") == torch.device("cpu")
-    for arguments in (("inspect", dense), ("compress", dense, tmp_path / "a", "--bond", "2", "--sites", "3")):
+    for arguments in (
+        ("inspect", dense_folder),
+        ("compress", dense_folder, tmp_path / "a", "--bond", "2", "--sites", "3"),
+    ):
         assert mpo_tn(*arguments, "--device", "cpu")[0] == 0
 
 

@@ -223,7 +223,9 @@ MODELS: dict[str, Architecture] = {
     "bart": Architecture(BOTH, "BartForConditionalGeneration", _bart()),
     "pegasus": Architecture(BOTH, "PegasusForConditionalGeneration", _bart()),
     "m2m": Architecture(BOTH, "M2M100ForConditionalGeneration", _bart()),
-    "marian": Architecture(BOTH, "MarianMTModel", _bart(pad_token_id=0, decoder_start_token_id=0)),
+    "marian": Architecture(
+        BOTH, "MarianMTModel", _bart(pad_token_id=0, decoder_start_token_id=0, max_position_embeddings=24)
+    ),
     "blenderbot": Architecture(BOTH, "BlenderbotForConditionalGeneration", _bart()),
     "prophetnet": Architecture(
         BOTH,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +10,14 @@ from typing import Any
 import torch
 
 from mpo_tn.exceptions import MPOError
-from mpo_tn.storage.checkpoint import (
-    RawTensor,
-    StoredTensor,
-    header_digest,
-    open_checkpoint,
-    shard_names,
-    write_index,
-    write_shard,
-)
+from mpo_tn.storage.checkpoint import RawTensor, StoredTensor, shard_names, write_index, write_shard
 from mpo_tn.storage.files import written_beside
-from mpo_tn.storage.tensors import bytes_digest, file_digest
 from mpo_tn.torch.hf.card import write_card
-from mpo_tn.torch.hf.companions import STREAM_RECORD, copy_companions
+from mpo_tn.torch.hf.companions import copy_companions
+from mpo_tn.torch.hf.record import NAME as RECORD_NAME
+from mpo_tn.torch.hf.record import RECORD_NOTE, record_run
 from mpo_tn.torch.hf.sentinel import guard
 from mpo_tn.torch.models.stream_unit import UnitRecord, raw, read_unit, tensor_of
-
-FORMAT = "mpo_tn.record"
-VERSION = 1
-RECORD_NOTE = "mpo_tn.record"
-"""In the header of every file of weights: the name of the record, which cannot be taken away unnoticed."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +77,7 @@ def write_result(
             sizes[key] = size
     shards = shard_names(sizes, shard_bytes)
     digests: dict[str, str] = {}
+    checksums: dict[str, dict[str, str]] = {}
     with written_beside(out) as temporary:
         copy_companions(source, temporary)
         _write_config(model, temporary)
@@ -102,14 +90,10 @@ def write_result(
                     continue
                 held |= {key: tensor for key, tensor in piece.load().items() if key in wanted}
             digests |= {key: tensor.digest() for key, tensor in held.items()}
-            write_shard(temporary / name, held, {RECORD_NOTE: STREAM_RECORD})
+            checksums[name] = {key: tensor.checksum() for key, tensor in held.items()}
+            write_shard(temporary / name, held, {RECORD_NOTE: RECORD_NAME})
         write_index(temporary, shards, sum(sizes.values()))
-        content: dict[str, Any] = {
-            "format": FORMAT, "version": VERSION, **record, "tensors": dict(sorted(digests.items())),
-            "files": file_digests(temporary),
-        }  # fmt: skip
-        content["digest"] = _digest_of(content)
-        (temporary / STREAM_RECORD).write_text(_text_of(content), encoding="utf-8")
+        record_run(temporary, record, digests, checksums)
 
 
 def _write_config(model: Any, folder: Path) -> None:
@@ -121,69 +105,3 @@ def _write_config(model: Any, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate() and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """Digests of all files of a model folder but the record, by path inside of it; of weights of their headers "
-    "alone.
-    """
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: header_digest(path) if path.suffix == ".safetensors" else file_digest(path)
-        for name, path in paths.items()
-        if name != STREAM_RECORD
-    }
-
-
-def _digest_of(record: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in record.items() if key != "digest"}
-    return bytes_digest([json.dumps(content, sort_keys=True).encode()])
-
-
-def _text_of(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=1) + "\n"
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What :func:`write_result` wrote of how the folder was made.
-
-    Raises:
-        MPOError: there is none, it is damaged, or was altered.
-    """
-    path = folder / STREAM_RECORD
-    try:
-        text = path.read_text(encoding="utf-8")
-        record = json.loads(text)
-        if record["format"] != FORMAT or record["version"] > VERSION:
-            raise ValueError(f"its format is {record['format']!r}, version {record['version']!r}")
-        if record["digest"] != _digest_of(record) or text != _text_of(record):
-            raise ValueError("it was altered")
-        return {key: record[key] for key in ("run", "plan", "units", "tensors", "files")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise MPOError(f"{path} cannot be read ({error}): it tells how {folder} was made") from error
-
-
-def altered(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """What of a folder is not what was written, a phrase each. Cost: every byte is read, one tensor at a time.
-
-    Raises:
-        MPOError: the weights are damaged or missing.
-    """
-    found = _compared(record["files"], file_digests(folder))
-    there, wanted = open_checkpoint(folder).tensors, record["tensors"]
-    return found + _compared(
-        wanted,
-        {key: digest_of(there[key]) for key in there if key in wanted}
-        | dict.fromkeys((key for key in there if key not in wanted), ""),
-    )
-
-
-def digest_of(stored: StoredTensor) -> str:
-    """Of a tensor where it lies."""
-    return RawTensor(stored.dtype, stored.shape, stored.read()).digest()
-
-
-def _compared(wanted: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
-    found = [f"{key} is missing" for key in wanted if key not in there]
-    found += [f"{key} was not there when the folder was written" for key in there if key not in wanted]
-    return found + [f"{key} was altered" for key in wanted if key in there and there[key] != wanted[key]]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from mpo_tn.planning.config import MPOConfig
@@ -76,7 +73,7 @@ def _metadata(front: str | None, base: str | None) -> dict[str, Any] | None:
         return None
     tags: Any = data.get("tags")
     tags = [tags] if isinstance(tags, str) else list(tags) if isinstance(tags, list) else []
-    data["library_name"] = "transformers"
+    data.setdefault("library_name", "transformers")
     data["tags"] = [*tags, *(tag for tag in ("mpo-tn", "matrix-product-operator") if tag not in tags)]
     if base is not None:
         data |= {"base_model": base, "base_model_relation": "quantized"}
@@ -186,27 +183,3 @@ def _original(model: Any, folder: Path) -> str:
         if found is not None:
             return Path(found).read_text(encoding="utf-8", errors="replace")
     return ""
-
-
-def _writing(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        config: Any = getattr(getattr(self, "hf_quantizer", None), "quantization_config", None)
-        adapters = getattr(self, "_hf_peft_config_loaded", False)
-        folder = Path(given.arguments["save_directory"])
-        first = given.arguments["is_main_process"] and folder.is_dir()
-        if isinstance(config, MPOQuantizationConfig) and first and not adapters:
-            write_card(self, folder)
-        return result
-
-    vars(save_pretrained)["writes_card"] = True
-    return save_pretrained
-
-
-if not hasattr(PreTrainedModel.save_pretrained, "writes_card"):
-    setattr(PreTrainedModel, "save_pretrained", _writing(PreTrainedModel.save_pretrained))  # noqa: B010 - pyright

@@ -12,13 +12,10 @@ from transformers.utils.hub import cached_file
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.storage.files import checked_file
-from mpo_tn.torch.hf import card
+from mpo_tn.torch.hf import card, record
 from mpo_tn.torch.hf.config_file import WEIGHTS
 
-STREAM_RECORD = "mpo_record.json"
-"""What a streamed run writes of how a folder was made; it holds for that folder alone."""
-
-_OWN = (Path("config.json"), Path(STREAM_RECORD))
+_OWN = (Path("config.json"), Path(record.NAME))
 """What is written anew, or not at all."""
 
 _MOST_CONFIG, _MOST_BESIDE = 2**24, 2**29

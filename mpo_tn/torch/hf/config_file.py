@@ -4,18 +4,12 @@ transformers reads it, copies it and prints it before it asks for a quantizer: a
 minute and half a gigabyte, and an entry of another type would end somewhere inside of it.
 """
 
-# The reading of a configuration is a method with a leading underscore.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from mpo_tn.exceptions import MPOError, clipped, count_text
 from mpo_tn.torch.hf.checks import check_numbers
@@ -127,8 +121,9 @@ def _is_ours(path: Path) -> bool:
     return False
 
 
-def _looking(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    @functools.wraps(original)
+def looking(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``PreTrainedConfig._dict_from_json_file``, which looks at what it reads before and after."""
+
     def _dict_from_json_file(cls: Any, json_file: Any) -> Any:
         path = Path(json_file)
         if path.is_file() and path.stat().st_size > _LONGEST and _is_ours(path):
@@ -142,8 +137,3 @@ def _looking(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return values
 
     return _dict_from_json_file
-
-
-_original = vars(PreTrainedConfig)["_dict_from_json_file"].__func__
-if not hasattr(_original, "__wrapped__"):
-    setattr(PreTrainedConfig, "_dict_from_json_file", classmethod(_looking(_original)))  # noqa: B010 - pyright

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mpo_tn.torch.layers.cores import Cores
-from mpo_tn.when_imported import when_imported
 
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import Trainer
 
 
-def spare_cores() -> None:
-    """Have ``Trainer`` decay no cores, as soon as somebody imports it.
+def sparing(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """``Trainer.get_decay_parameter_names`` without cores.
 
     A matrix is a *product* of its cores: decay of each shrinks it by a power of the factor, by amounts that hang on how
     its norm happens to be spread over them. See :func:`~mpo_tn.torch.parameter_groups`, which has none either.
@@ -23,17 +22,7 @@ def spare_cores() -> None:
     Guarantee (cores-not-decayed): whatever ``weight_decay``, the optimiser that Trainer makes decays no core, and what
     else it decays is what it would without this.
     """
-    when_imported("transformers.trainer", _spare_cores)
 
-
-def _spare_cores() -> None:
-    from transformers.trainer import Trainer as Known
-
-    original = Known.get_decay_parameter_names
-    if hasattr(original, "_mpo_tn"):
-        return
-
-    @wraps(original)
     def get_decay_parameter_names(self: Trainer, model: nn.Module) -> list[str]:
         spared = {
             f"{name}.{own}" for name, module in model.named_modules(remove_duplicate=False)
@@ -41,5 +30,4 @@ def _spare_cores() -> None:
         }  # fmt: skip
         return [name for name in original(self, model) if name not in spared]
 
-    vars(get_decay_parameter_names)["_mpo_tn"] = True
-    Known.get_decay_parameter_names = get_decay_parameter_names
+    return get_decay_parameter_names

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import PARAMETER
@@ -74,13 +76,15 @@ class ExportedMatrix:
 class Export:
     """What a folder will hold: every matrix that is a chain of cores now, and the bytes of everything else.
 
-    ``dtype`` is that of the model.
+    ``dtype`` is that of the model. ``fused`` says that experts are written as transformers holds them, all in one
+    tensor, and not one by one: beside packed weights it reads experts one by one only if they are packed, too (5.23).
     """
 
     form: str
     dtype: torch.dtype
     matrices: tuple[ExportedMatrix, ...]
     other_bytes: int
+    fused: bool = False
 
     @property
     def bytes(self) -> int:
@@ -107,12 +111,23 @@ class Export:
             )
         return ""
 
+    @property
+    def remark(self) -> str:
+        """What other programs may stumble over, as a sentence; empty if nothing."""
+        if self.fused:
+            return (
+                "All experts of a layer are in one tensor, as transformers holds them and reads them beside packed "
+                "weights; what wants a tensor an expert, as other servers do, does not read this folder."
+            )
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
         return {
             "format": self.form, "bytes": self.bytes, "other_bytes": self.other_bytes,
             "kept": [matrix.to_dict() for matrix in self.kept],
             "multiplied_out": [matrix.to_dict() for matrix in self.multiplied_out], "loss": self.loss,
+            "fused": self.fused,
         }  # fmt: skip
 
 
@@ -155,7 +170,8 @@ def plan_export(model: Any, form: str) -> Export:
         planned[name] = _multiplied_out(units[name], note)
     matrices = tuple(replace(matrix, bytes=matrix.bytes * len(_keys(matrix, tied))) for matrix in planned.values())
     others = {tensor.data_ptr(): tensor.nbytes for tensor in _other_tensors(model).values()}
-    return Export(form, model.dtype, matrices, sum(others.values()))
+    fused = any(matrix.bits is not None for matrix in matrices) and _is_fused_on_loading(dense)
+    return Export(form, model.dtype, matrices, sum(others.values()), fused)
 
 
 def write_export(model: Any, planned: Export, source: str | Path, out: Path, *, overwrite: bool = False) -> None:
@@ -191,7 +207,15 @@ def write_export(model: Any, planned: Export, source: str | Path, out: Path, *, 
             state |= dict.fromkeys(keys, weight.clone() if k else weight)
     if planned.kept:
         dense.config.quantization_config = _quantization_config(dense, planned.kept)
-    save_model(dense, source, out, overwrite=overwrite, state=state)
+    save_model(dense, source, out, overwrite=overwrite, state=state, original_names=not planned.fused)
+
+
+def _is_fused_on_loading(dense: Any) -> bool:
+    """Whether weights of this model are made of several tensors of its files, as fused experts are."""
+    return any(
+        isinstance(each, WeightConverter) and any(pattern.endswith(".weight") for pattern in each.source_patterns)
+        for each in get_model_conversion_mapping(dense)
+    )
 
 
 def _planned(unit: MPOUnit, tied: Collection[str]) -> ExportedMatrix:

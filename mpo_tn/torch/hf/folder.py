@@ -244,17 +244,18 @@ def _first_line(error: BaseException) -> str:
 
 def save_model(
     model: Any, source: str | Path, out: Path, *, overwrite: bool = False, files: Mapping[str, str] | None = None,
-    state: Mapping[str, torch.Tensor] | None = None,
+    state: Mapping[str, torch.Tensor] | None = None, original_names: bool = True,
 ) -> None:  # fmt: skip
     """Write the model and what else ``source`` holds (tokenizer, pooling, ...) to ``out``, whole or not at all.
 
-    ``files`` are texts to write beside it, by name; ``state`` are tensors to write in place of the model's own.
+    ``files`` are texts to write beside it, by name; ``state`` are tensors to write in place of the model's own. With
+    ``original_names`` transformers gives them the names, and splits them into the tensors, that its files have had.
 
     Raises:
         MPOError: ``out`` may not be written, or the disk is full; then nothing is left of it.
     """
     check_model_target(out, source, overwrite=overwrite)
-    _write_model(model, source, out, files or {}, state)
+    _write_model(model, source, out, files or {}, state, original_names)
 
 
 def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None = None) -> None:
@@ -268,15 +269,18 @@ def replace_model(model: Any, folder: Path, *, files: Mapping[str, str] | None =
 
 
 def _write_model(
-    model: Any, source: str | Path, out: Path, files: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
-) -> None:
+    model: Any, source: str | Path, out: Path, files: Mapping[str, str],
+    state: Mapping[str, torch.Tensor] | None = None, original_names: bool = True,
+) -> None:  # fmt: skip
     if getattr(model, "name_or_path", None) == str(source):  # it was read from there
         check_still_there(source)
     with written_beside(out) as temporary:
         if Path(source).is_dir():
             copy_companions(Path(source), temporary)
         with as_os_error():
-            model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
+            model.save_pretrained(
+                temporary, state_dict=None if state is None else dict(state), save_original_format=original_names
+            )
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.spec import ModuleSpec
+from mpo_tn.torch.hf.dora import MPODoraVariant
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.quantized import quantized_cores
 from mpo_tn.torch.models.updates import merged_bonds, with_update
@@ -66,7 +67,7 @@ class _OnCores(peft_layers.LoraLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.r:
                 continue
-            check_merge(base, self.r[name], type(base).__name__)
+            check_merge(base, self.r[name], type(base).__name__, dora=self.use_dora.get(name, False))
             delta = self.get_delta_weight(name).detach()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             bias, added = getattr(base, "bias", None), self._added_bias(name)
             merged, bonds = with_update(base, delta, self.r[name])
@@ -116,6 +117,11 @@ class MPOLoraLinear(_OnCores, peft_layers.Linear):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # the matrix is (out, in), whatever the layer stored before
 
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """What PEFT does by name beside LoRA itself."""
+        return {**super().lora_variants, ("use_dora",): MPODoraVariant}
+
 
 class MPOLoraEmbedding(_OnCores, peft_layers.Embedding):
     """LoRA around an :class:`~mpo_tn.torch.MPOEmbedding`. See :class:`MPOLoraLinear`."""
@@ -127,12 +133,17 @@ class MPOLoraEmbedding(_OnCores, peft_layers.Embedding):
         return functional.embedding(input, weight, padding_idx=base.spec.padding_idx)
 
 
-def check_merge(base: MPOLayer, rank: int, name: str) -> None:
+def check_merge(base: MPOLayer, rank: int, name: str, *, dora: bool = False) -> None:
     """Refuse to merge an update into cores where that makes no sense.
 
     Raises:
-        MPOError: cores in bits, or more numbers than the dense matrix has.
+        MPOError: DoRA; cores in bits, or more numbers than the dense matrix has.
     """
+    if dora:
+        raise MPOError(
+            f"{name} has an adapter with use_dora, which scales every row by itself, and no cores of small bonds can: "
+            f"{INSTEAD}"
+        )
     if quantized_cores(base):
         raise MPOError(f"{name} holds cores in bits, which an update cannot be added to: {INSTEAD}")
     spec = replace(base.spec, bonds=merged_bonds(base.spec, rank))

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
-from mpo_tn.when_imported import when_imported
+from mpo_tn.when_imported import when_imported, wrap_once
 
 _STARTS = ("gaussian",)
 """Of the ways to start an adapter that have a name, those that do not look at the dense weight."""
@@ -52,20 +51,12 @@ def _open() -> None:
 
         return post_init
 
-    _wrap(LoraConfig, "__post_init__", registered)
-    _wrap(BaseTuner, "__init__", _explained)
-    _wrap(BaseTuner, "inject_adapter", _checked_injection)
-    _wrap(LoraModel, "_replace_module", _placed)
-    _wrap(LoraModel, "_check_merge_allowed", _checked_merge)
-    _wrap(PeftModel, "_setup_prompt_encoder", _with_table)
-
-
-def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name)
-    if not hasattr(original, "_mpo_tn"):
-        wrapped = wraps(original)(around(original))
-        vars(wrapped)["_mpo_tn"] = True
-        setattr(owner, name, wrapped)
+    wrap_once(LoraConfig, "__post_init__", registered)
+    wrap_once(BaseTuner, "__init__", _explained)
+    wrap_once(BaseTuner, "inject_adapter", _checked_injection)
+    wrap_once(LoraModel, "_replace_module", _placed)
+    wrap_once(LoraModel, "_check_merge_allowed", _checked_merge)
+    wrap_once(PeftModel, "_setup_prompt_encoder", _with_table)
 
 
 def _explained(original: Callable[..., None]) -> Callable[..., None]:
@@ -162,7 +153,14 @@ def _check_adapter(tuner: Any, config: Any, model: nn.Module, layers: Mapping[st
         if field.metadata.get("is_lora_variant") and getattr(config, field.name)
     ]  # fmt: skip
     start = config.init_lora_weights
-    if variants:
+    if variants == ["use_dora"]:
+        found = [name for name in found if not isinstance(layers[name], MPOLinear)]
+        if found:
+            raise MPOError(
+                f"LoRA with use_dora works on linear layers in cores, and {found[0]} is a word table: leave it out of "
+                "target_modules, or leave use_dora out"
+            )
+    elif variants:
         raise MPOError(
             f"LoRA with {variants[0]} computes with the dense weight, and {what} held in cores: leave {variants[0]} out"
         )
@@ -209,7 +207,8 @@ def _checked_merge(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"merging would change as well: {INSTEAD}"
                 )
             if ranks:
-                check_merge(base, sum(ranks), name)
+                dora = any(module.use_dora.get(own, False) for own in module.active_adapters)
+                check_merge(base, sum(ranks), name, dora=dora)
 
     return check_merge_allowed
 

@@ -16,14 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.spec import PARAMETER
-from mpo_tn.torch.hf import card as card  # that is written when a model is saved
-from mpo_tn.torch.hf import config_file as config_file  # that is looked at before it is read
 from mpo_tn.torch.hf.checks import (
     Reading,
     check_count,
@@ -35,7 +32,6 @@ from mpo_tn.torch.hf.checks import (
     listen,
     stop_listening,
 )
-from mpo_tn.torch.hf.decay import spare_cores
 from mpo_tn.torch.hf.held import CORE, Held, held_by
 from mpo_tn.torch.hf.names import (
     local_names,
@@ -46,8 +42,8 @@ from mpo_tn.torch.hf.names import (
     transformers_models,
     untie,
 )
-from mpo_tn.torch.hf.peft_door import open_door
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig, is_ours
+from mpo_tn.torch.hf.record import check_files
 from mpo_tn.torch.hf.sentinel import RECORD, guard, sentinel_key, sentinels, unguard
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
@@ -74,6 +70,7 @@ class MPOHfQuantizer(HfQuantizer):
     given: Mapping[str, torch.Tensor] | None = None  # the tensors that are to be saved in place of the model's own
     _unready: list[Any]
     _held: Held
+    _files: list[str]
     _reading: Reading
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +92,7 @@ class MPOHfQuantizer(HfQuantizer):
         modules = self.quantization_config.modules
         check_ties(modules)
         files = kwargs.get("checkpoint_files")
+        self._files = list(files or ())
         self._held = Held() if files is None else held_by(files)
         if files is not None:
             check_held(self._held, modules)
@@ -143,7 +141,8 @@ class MPOHfQuantizer(HfQuantizer):
             stop_listening(model)
             _require_complete(model)
             check_read(model, modules, self._held, self._reading)
-            del self._held, self._reading
+            check_files(self._files)
+            del self._held, self._reading, self._files
             # Names as this class knows them, so that saving it again writes them right.
             attach(model, self.quantization_config.config)
         else:
@@ -217,15 +216,6 @@ class MPOHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The layers hold plain tensor operations."""
         return True
-
-
-# Called rather than used as decorators, which would hide the types of the classes.
-register_quantization_config("mpo")(MPOQuantizationConfig)
-register_quantizer("mpo")(MPOHfQuantizer)
-
-
-open_door()
-spare_cores()
 
 
 def attach(model: Any, config: MPOConfig) -> None:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from mpo_tn.exceptions import MPOError
+from mpo_tn.exceptions import MPOError, bounded_text
 from mpo_tn.torch.hf.folder import dense_like
 from mpo_tn.torch.hf.names import owned_state
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
@@ -29,6 +30,8 @@ def rehearse(model: Any, config: MPOQuantizationConfig, state: Mapping[str, torc
         config: what ``config.json`` will say.
         state: the tensors that will be written, before transformers drops what it ties.
 
+    A class that cannot be built of its configuration alone is warned of, once, and saved.
+
     Cost: the structure of the model is built on the meta device.
 
     Raises:
@@ -38,7 +41,8 @@ def rehearse(model: Any, config: MPOQuantizationConfig, state: Mapping[str, torc
     written = _written(model, owned_state(model, state))
     try:
         again = dense_like(model)
-    except Exception:  # a class that wants more than a configuration is loaded in ways unknown here
+    except Exception as error:  # a class that wants more than a configuration is loaded in ways unknown here
+        _warn(type(model), error)
         return
     snapshot = MPOQuantizationConfig(config.config, dict(config.modules))
     try:
@@ -64,6 +68,20 @@ def rehearse(model: Any, config: MPOQuantizationConfig, state: Mapping[str, torc
                 f"{expected[name]}: change model.config to say so (num_labels, vocab_size, ...), so that it can be "
                 "loaded again"
             )
+
+
+_warned: set[type] = set()
+
+
+def _warn(cls: type, error: Exception) -> None:
+    if cls not in _warned:
+        _warned.add(cls)
+        warnings.warn(
+            f"a {cls.__name__} cannot be made of its configuration alone ({type(error).__name__}: "
+            f"{bounded_text(str(error), 200)}), so whether it can be read again could not be tried before saving: load "
+            "the folder once and compare",
+            stacklevel=5,
+        )
 
 
 def _written(model: Any, state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

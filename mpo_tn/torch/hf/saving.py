@@ -9,10 +9,10 @@ module around it, cannot know which model that will be, so it is found out when 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
+from mpo_tn.torch.hf.card import NAME, write_card
 from mpo_tn.torch.hf.names import transformers_models
 from mpo_tn.torch.hf.quantization_config import is_ours
 from mpo_tn.torch.hf.quantizer import MPOHfQuantizer, attach, detach, lead
+from mpo_tn.torch.hf.record import forget, record_saved
 from mpo_tn.torch.hf.rehearsal import rehearse
 from mpo_tn.torch.layers.layer import MPOLayer
-from mpo_tn.torch.models.host import use_host
 
 
 class TransformersHost:
@@ -158,38 +159,81 @@ def _silent_about_mpo(*configs: PreTrainedConfig) -> Generator[None]:
             config.quantization_config = found
 
 
-def _looking(original: Callable[..., Any]) -> Callable[..., Any]:
+def looking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``save_pretrained`` of a model that may hold MPO modules."""
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        with _saved_as_it_is(self, given.get("state_dict"), writes=bool(given.get("is_main_process", True))):
-            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        folder, writes = Path(given.arguments["save_directory"]), bool(given.arguments["is_main_process"])
+        with _saved_as_it_is(self, given.arguments["state_dict"], writes=writes):
+            result = original(self, *args, **kwargs)
+            if writes and folder.is_dir() and not _saves_adapters(self):
+                write_beside(self, folder)
+        return result
 
     return save_pretrained
 
 
-def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+def write_beside(model: Any, folder: Path) -> None:
+    """Write what lies beside the weights of a model with MPO modules: its card and its record; of another model none.
+
+    Raises:
+        MPOError: the disk is full or may not be written to.
+    """
+    if isinstance(_quantizer(model), MPOHfQuantizer):
+        write_card(model, folder)
+        record_saved(folder)
+    else:
+        forget(folder)
+
+
+def _saves_adapters(model: Any) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def uploading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``push_to_hub`` does last; before that it wrote a card over ours.
+
+    Guarantee (card-stays): what is sent to the hub, by ``push_to_hub`` or ``save_pretrained(push_to_hub=True)``, and
+    what ``Trainer`` and sentence-transformers write of a model that they save, has our card above theirs.
+    """
+
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_mpo(self) and not _saves_adapters(self):
+            write_beside(self, Path(working_dir))
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
+
+
+def carding(folder_of: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Around a method of another library that writes a card into ``folder_of(its arguments)``, where a model is.
+
+    ``folder_of`` gives the folder and the model.
+    """
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def writing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            folder, model = folder_of(self, *args, **kwargs)
+            parts = _outermost(model) if isinstance(model, nn.Module) else []
+            if len(parts) == 1 and isinstance(_quantizer(parts[0]), MPOHfQuantizer) and (folder / NAME).is_file():
+                write_card(parts[0], folder)
+            return result
+
+        return writing
+
+    return around
+
+
+def attaching(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``dequantize`` of a model that may hold MPO modules nobody took note of."""
+
     def dequantize(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if _quantizer(self) is None and _has_mpo(self):
             attach(self, _policy(self))
         return original(self, *args, **kwargs)
 
     return dequantize
-
-
-def _install() -> None:
-    """Look at every model that transformers is asked to save or to dequantize; once, however often this is loaded."""
-    wrapped = {"save_pretrained": _looking, "dequantize": _attaching}
-    for name, wrap in wrapped.items():
-        original = getattr(PreTrainedModel, name)
-        if not hasattr(original, "__wrapped_by_mpo_tn__"):
-            found = wrap(original)
-            vars(found)["__wrapped_by_mpo_tn__"] = True
-            setattr(PreTrainedModel, name, found)
-
-
-_install()
-use_host(TransformersHost())

@@ -74,8 +74,10 @@ class _WeightsName:
                     del vars(part)[_KEY]
 
 
-if not hasattr(PreTrainedConfig, _KEY):
-    setattr(PreTrainedConfig, _KEY, _WeightsName())
+def hide_guard() -> None:
+    """Let configurations of ours have :data:`GUARD` without anybody reading it."""
+    if not hasattr(PreTrainedConfig, _KEY):
+        setattr(PreTrainedConfig, _KEY, _WeightsName())
 
 
 def _parts(config: Any) -> Iterable[Any]:

@@ -22,10 +22,11 @@ from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from mpo_tn.storage.places import name_beside
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.hf.assembling import Piece, altered, read_record
-from mpo_tn.torch.hf.companions import STREAM_RECORD
+from mpo_tn.torch.hf.assembling import Piece
 from mpo_tn.torch.hf.folder import empty_model
 from mpo_tn.torch.hf.quantizer import attach
+from mpo_tn.torch.hf.record import NAME as RECORD_NAME
+from mpo_tn.torch.hf.record import altered, read_record
 from mpo_tn.torch.hf.sentinel import sentinels
 from mpo_tn.torch.hf.snapshot import Names, core_prefix, local_folder, read_names
 from mpo_tn.torch.layers.parameter import dense_key
@@ -309,7 +310,7 @@ class Job:
         Raises:
             MPOError: it was altered since.
         """
-        if not (self.out / STREAM_RECORD).is_file():
+        if not (self.out / RECORD_NAME).is_file():
             return None
         record = read_record(self.out)
         if record["run"] != self.work.manifest.to_dict():

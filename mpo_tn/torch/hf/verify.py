@@ -17,11 +17,11 @@ from mpo_tn.planning.spec import PARAMETER, ModuleSpec, matrix_shape
 from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, notes_of, open_checkpoint
 from mpo_tn.storage.tensors import bytes_digest
-from mpo_tn.torch.hf.assembling import RECORD_NOTE, altered, read_record
 from mpo_tn.torch.hf.checks import check_record
-from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
 from mpo_tn.torch.hf.held import held_by
+from mpo_tn.torch.hf.record import NAME as RECORD_NAME
+from mpo_tn.torch.hf.record import RECORD_NOTE, altered, read_record
 from mpo_tn.torch.hf.snapshot import Names, local_folder, read_names
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.parameter import dense_key
@@ -76,16 +76,17 @@ def verify_folder(
 ) -> Verification:
     """Compare a compressed folder with what is recorded of it and, if it is given, with the dense model.
 
-    Looked at: the digest of every tensor and file and of the record itself, if the folder was streamed; names, shapes,
-    dtypes and bits of the cores by ``config.json``; against the dense model the error of every matrix, rebuilt and in
-    double precision, beside the one that is recorded, and every tensor that stayed dense.
+    Looked at: the digest of every tensor, of ``config.json`` and of the record itself, and of all files if the folder
+    was streamed; names, shapes, dtypes and bits of the cores by ``config.json``; against the dense model the error of
+    every matrix, rebuilt and in double precision, beside the one that is recorded, and every tensor that stayed dense.
 
     Args:
         out: the compressed folder.
         against: the dense model that it was made of.
         progress: told of every matrix.
 
-    Guarantee (verify-any-bit): of a streamed folder, any bit that is changed in any file is a difference.
+    Guarantee (verify-any-bit): of a streamed folder, any bit that is changed in any file is a difference; of one that
+    ``save_pretrained`` wrote, in its weights, their index, ``config.json`` and the record.
     Guarantee (verify-errors): an error is a difference if ``|error**2 - recorded**2|`` is more than
     ``(4 floor)**2 + (8 floor / sqrt(size) + 1e-6 norm) error``, ``floor`` being what the storage dtype usually adds; so
     are dense tensors with other numbers than the model has.
@@ -102,7 +103,7 @@ def verify_folder(
         if is_compressed:
             check_compressed(folder)
     except MPOError as error:
-        if not (folder / STREAM_RECORD).is_file():
+        if not (folder / RECORD_NAME).is_file():
             raise
         found.differences.append(str(error))  # it was compressed once
         _check_record(folder, found)
@@ -130,9 +131,10 @@ def verify_folder(
 def _is_all_dense(folder: Path) -> bool:
     """Whether of a streamed folder every matrix stayed dense."""
     try:
-        return (folder / STREAM_RECORD).is_file() and all(
-            unit["dense"] is not None for unit in read_record(folder)["units"]
-        )
+        if not (folder / RECORD_NAME).is_file():
+            return False
+        record = read_record(folder)
+        return record["run"] is not None and all(unit["dense"] is not None for unit in record["units"])
     except MPOError:  # which is said when it is read
         return False
 
@@ -147,14 +149,12 @@ def _modules(folder: Path, found: Verification) -> dict[str, ModuleSpec]:
 
 
 def _check_record(folder: Path, found: Verification) -> dict[str, Any] | None:
-    if not (folder / STREAM_RECORD).is_file():
+    if not (folder / RECORD_NAME).is_file():
         named = {notes_of(path).get(RECORD_NOTE) for path in folder.glob("*.safetensors")} - {None}
         if named:
-            found.differences.append(f"{STREAM_RECORD} is missing: the weights say that it was written beside them")
+            found.differences.append(f"{RECORD_NAME} is missing: the weights say that it was written beside them")
         else:
-            found.notes.append(
-                f"{folder} has no {STREAM_RECORD}, so nothing is known of its digests: it was not streamed"
-            )
+            found.notes.append(f"{folder} has no {RECORD_NAME}, so nothing is known of its digests: save it again")
         return None
     try:
         record = read_record(folder)
@@ -261,10 +261,11 @@ def _check_against(
     dense = open_checkpoint(folder)
     model = empty_model(folder)
     names = read_names(model, dense)
-    if record is not None and dense.fingerprint() != record["run"]["source"]:
+    run = None if record is None else record["run"]
+    if run is not None and dense.fingerprint() != run["source"]:
         found.differences.append(
             f"{folder} is not the model that it was made of: its fingerprint is {dense.fingerprint()}, and "
-            f"{record['run']['source']} is recorded"
+            f"{run['source']} is recorded"
         )
     units = {} if record is None else {u["name"]: UnitRecord.from_dict(u) for u in record["units"]}
     for done, (name, (prefix, spec)) in enumerate(layers.items()):
@@ -349,7 +350,7 @@ def _check_dense(
         ):
             found.differences.append(f"{own.key} has other numbers than the dense model")
     if not units:
-        found.notes.append("biases that a fit has moved cannot be told from altered ones: there is no record")
+        found.notes.append("biases that a fit has moved cannot be told from altered ones: it was not streamed")
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

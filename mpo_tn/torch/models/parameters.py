@@ -34,9 +34,28 @@ def cannot_be_reached(owner: nn.Module, name: str) -> str | None:
         return f"its {type(owner).__name__} has an attribute {HELD} already, or computes parameters in its own way"
     if isinstance(owner, nn.Embedding) and (owner.max_norm is not None or owner.sparse or owner.scale_grad_by_freq):
         return "max_norm, sparse and frequency-scaled gradients need the table"
-    if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict, ParametrizationList)):
+    if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)):
         return f"a {type(owner).__name__} keeps its parameters in lists of its own"
     return None
+
+
+UNSAVED = "its model does not save it and makes it anew when it is loaded"
+
+
+def unsaved_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that models of transformers leave out of their files, as tables of sines that they compute.
+
+    Guarantee (unsaved-stays): none of them is put in cores, which would be saved and loaded in its place.
+    """
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        # Read from the instance, which has those of the models inside it; transformers is not known here.
+        keys = getattr(module, "_keys_to_ignore_on_save", None)
+        if isinstance(keys, (set, list, tuple)) and keys:
+            own = list(module.named_parameters(remove_duplicate=False))
+            saved = {parameter for name, parameter in own if name not in keys}
+            found.update(parameter for _, parameter in own if parameter not in saved)
+    return found
 
 
 def is_linear_by_itself(owner: nn.Module, name: str) -> bool:
@@ -52,4 +71,4 @@ def is_linear_by_itself(owner: nn.Module, name: str) -> bool:
         return name == "weight"
     if isinstance(owner, nn.MultiheadAttention):
         return name.endswith("_weight")
-    return parameter.ndim == 3 and min(parameter.shape) > 2 and not isinstance(owner, _ConvNd)
+    return parameter.ndim == 3 and min(parameter.shape) > 2 and not isinstance(owner, (_ConvNd, ParametrizationList))

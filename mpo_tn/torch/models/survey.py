@@ -19,7 +19,7 @@ from mpo_tn.torch.layers.parameter import held_name, place_of
 from mpo_tn.torch.models.adapters import adapted_parameters, adapter_modules, asked_names
 from mpo_tn.torch.models.coverage import dense_matrices
 from mpo_tn.torch.models.eligible import cannot_be_mpo, head_modules, kind_of
-from mpo_tn.torch.models.parameters import cannot_be_reached, is_linear_by_itself
+from mpo_tn.torch.models.parameters import UNSAVED, cannot_be_reached, is_linear_by_itself, unsaved_parameters
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
             for own, parameter in module.named_parameters(recurse=False):
                 users.setdefault(parameter, []).append((module, own))
         names.setdefault(module, []).append(name)
-    adapters, adapted = adapter_modules(model), adapted_parameters(model)
+    adapters, adapted, unsaved = adapter_modules(model), adapted_parameters(model), unsaved_parameters(model)
     why: dict[nn.Module, str] = {}
     matched: set[nn.Module] = set()
     chosen: dict[nn.Parameter, None] = {}
@@ -279,6 +279,8 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
         if reason is None:
             matched.add(module)
             reason = _ADAPTER if module in adapters else cannot_be_mpo(module)
+        if unsaved.intersection(module.parameters(recurse=False)) and reason in (None, cannot_be_mpo(module)):
+            reason = UNSAVED
         if reason is None:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
@@ -288,7 +290,7 @@ def _survey(model: nn.Module, unwanted: Callable[[nn.Module, Sequence[str], str 
         for own, parameter in module.named_parameters(recurse=False):
             if module in adapters or parameter in adapted or kind_of(module) is not None:
                 continue
-            if cannot_be_reached(module, own):
+            if parameter in unsaved or cannot_be_reached(module, own):
                 continue
             spelled = [f"{n}.{own}" for n in own_names] + _names(module, own, own_names)
             reason = unwanted(module, [*own_names, *spelled], own)

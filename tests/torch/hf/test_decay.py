@@ -11,14 +11,14 @@ from helpers.tiny_models import tiny
 from transformers import Trainer, TrainingArguments
 
 from mpo_tn.torch import MPOConfig, compress
-from mpo_tn.torch.hf.decay import spare_cores
+from mpo_tn.torch.hf import hooks
 from mpo_tn.torch.layers.cores import Cores
 
 
 @pytest.mark.guarantee("cores-not-decayed")
 @pytest.mark.parametrize("bits", [None, {"central": 8}])
 def test_trainer_decays_no_core(tmp_path: Path, bits: Any) -> None:
-    spare_cores()  # twice is once
+    hooks.install()  # twice is once
     model = tiny("bert")
     dense = {id(p) for p in decayed(model, tmp_path)}
     kept = {id(p) for p in model.parameters()}

@@ -15,9 +15,10 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from helpers.architectures import called, tiny_model
 from helpers.in_bits import read_matrix
 from helpers.paths import TESTS
-from helpers.tiny_models import EMBEDDINGS, FAMILIES, outputs, tiny, token_ids
+from helpers.tiny_models import EMBEDDINGS, FAMILIES, outputs, settled, tiny, token_ids
 from safetensors.torch import load_file
 
 from mpo_tn import MPOError, Sites
@@ -334,3 +335,24 @@ def test_what_is_compressed_is_told_by_the_configuration(tmp_path: Path) -> None
         check_compressed(tmp_path / "out")
     with pytest.raises(MPOError, match="there is no model folder"):
         check_compressed(tmp_path / "missing")
+
+
+@pytest.mark.guarantee("export-exact")
+@pytest.mark.parametrize("name", ["mixtral", "qwen2 moe", "olmoe"])
+@pytest.mark.parametrize("experts", [False, True])
+def test_packed_attention_beside_experts(name: str, experts: bool, tmp_path: Path) -> None:
+    """Which transformers otherwise looks for packed, one by one."""
+    model = settled(tiny_model(name))
+    more = ["experts"] if experts else []
+    compress(model, MPOConfig(target_modules=["q_proj", *more], sites=1, bits=4, group=16))
+    expected = called(model)
+    planned = exported(model, tmp_path / "out")
+    assert planned.kept
+    assert "All experts of a layer are in one tensor" in planned.remark
+    assert planned.bytes == tensor_bytes(tmp_path / "out")
+    plain, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(called(plain.eval()), expected, rtol=1e-4, atol=1e-5)  # what float32 rounds
+    dense = settled(tiny_model(name))
+    compress(dense, MPOConfig(target_modules=["q_proj"], sites="low-rank", bond=4))
+    assert not plan_export(dense, FORM).fused  # nothing is packed: tensors have the names they usually have

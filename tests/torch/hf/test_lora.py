@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -46,14 +47,14 @@ def llama(**more: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=4, **more)).eval()
 
 
-def dense_twin(model: Any) -> Any:
+def dense_twin(model: Any, **more: Any) -> Any:
     """A dense model of the same matrices."""
-    twin = llama(tie_word_embeddings=model.config.tie_word_embeddings)
-    state = twin.state_dict()
+    twin = llama(tie_word_embeddings=model.config.tie_word_embeddings, **more)
+    state = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, MPOLayer):
-            state[f"{name}.weight"] = module.dense_weight().detach()
-    twin.load_state_dict({**model.state_dict(), **state}, strict=False)
+            state[f"{name.removesuffix('.base_layer')}.weight"] = module.dense_weight().detach()
+    twin.load_state_dict(state, strict=False)
     return twin
 
 
@@ -205,7 +206,11 @@ def test_all_linear_finds_linear_layers_in_cores_and_no_head() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: config(use_dora=True, target_modules=["q_proj"]), "use_dora computes with the dense weight"),
+        (lambda: config(use_dora=True), "use_dora works on linear layers.*embed_tokens is a word table"),
+        (
+            lambda: config(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+            "alora_invocation_tokens computes with the dense weight",
+        ),
         (lambda: config(init_lora_weights="pissa"), "'pissa' starts from the dense weight.*'gaussian'"),
         (lambda: config(init_lora_weights="olora"), "'olora'"),
         (lambda: config(trainable_token_indices=[1, 2]), "trainable_token_indices"),
@@ -226,6 +231,59 @@ def test_what_needs_a_dense_weight_is_refused_with_what_works(make: Any, said: s
     assert [name for name, _ in model.named_modules()] == names
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
     peft.get_peft_model(model, peft.IA3Config(target_modules=["o_proj"], feedforward_modules=[]))
+
+
+@pytest.mark.guarantee("dora-on-cores")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_dora_on_cores_is_dora_on_the_dense_matrix(bits: int | None, dropout: float, tmp_path: Path) -> None:
+    model = llama(attention_bias=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+    compress(model, MPOConfig(target_modules=["q_proj", "down_proj"], keep=0.7, bits=bits, sites=3))
+    twin = dense_twin(model, attention_bias=True)
+    models = []
+    for each in (model, twin):
+        asked = config(use_dora=True, target_modules=["q_proj", "down_proj"], lora_dropout=dropout)
+        tuned = peft.get_peft_model(each, asked)
+        if not models:
+            torch.testing.assert_close(logits(tuned), logits(twin), **CLOSE)  # it starts as what it is put on
+        stir(tuned)
+        torch.manual_seed(3)
+        tuned.train()
+        tuned(input_ids=IDS, labels=IDS).loss.backward()
+        models.append(tuned.eval())
+    ours, theirs = models
+    torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert any("magnitude" in name for name in grads)
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is not None) == (name in grads)
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name], **CLOSE)
+    ours.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(ours.unload(), tmp_path).eval()
+    torch.testing.assert_close(logits(again), logits(theirs), **CLOSE)
+    with pytest.raises(MPOError, match=r"use_dora, which scales every row.*keep the adapter"):
+        again.merge_and_unload()
+
+
+@pytest.mark.guarantee("dora-on-cores")
+def test_dora_sees_cores_that_change() -> None:
+    model = llama()
+    compress(model, MPOConfig(target_modules=["q_proj"], keep=0.7, sites=3))
+    tuned = peft.get_peft_model(model, config(use_dora=True, target_modules=["q_proj"]))
+    stir(tuned)
+    logits(tuned)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".cores.1" in name:
+                parameter.mul_(1.5)
+    twin = dense_twin(tuned.get_base_model())
+    theirs = peft.get_peft_model(twin, config(use_dora=True, target_modules=["q_proj"]))
+    theirs.load_state_dict({name: value for name, value in tuned.state_dict().items() if "lora_" in name}, strict=False)
+    torch.testing.assert_close(logits(tuned), logits(theirs), **CLOSE)
 
 
 @pytest.mark.guarantee("peft-needs-nothing")
@@ -333,3 +391,47 @@ def test_what_is_reached_without_an_adapter_belongs_to_the_model() -> None:
     assert tuned.base_model.get_input_embeddings() not in adapters
     with pytest.raises(MPOError, match="a part of an adapter"):
         compress(tuned, MPOConfig(target_modules=["re:.*prompt_encoder.*"], keep=0.9))
+
+
+TUNED: dict[str, Any] = {
+    "lora": lambda: config(task_type="CAUSAL_LM", lora_dropout=0.1),
+    "dora": lambda: config(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True),
+    "prompts": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+def trained(base: Path, out: Path, method: str, **resume: Any) -> Any:
+    """Four steps of Trainer with an adapter on what is in ``base``; a checkpoint after every two."""
+    torch.manual_seed(1)
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), TUNED[method]())
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in IDS for _ in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(out), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+        report_to=[], disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)  # pyright: ignore[reportArgumentType]
+    trainer.train(**resume)
+    trainer.save_model()
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("lora-on-cores")
+@pytest.mark.parametrize("method", TUNED)
+def test_trainer_to_the_end_saved_loaded_and_resumed(method: str, tmp_path: Path) -> None:
+    model = llama()
+    compress(model, MPOConfig(target_modules=["q_proj", "embed_tokens"], keep=0.7, sites=3))
+    model.save_pretrained(tmp_path / "base")
+    whole = trained(tmp_path / "base", tmp_path / "whole", method)
+    assert not torch.equal(logits(whole), logits(model))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    resumed = trained(tmp_path / "base", tmp_path / "half", method, resume_from_checkpoint=True)
+    for (name, one), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(base), logits(model))
+    for place in ("whole", "whole/checkpoint-4", "half"):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        again = peft.PeftModel.from_pretrained(base, tmp_path / place).eval()
+        assert torch.equal(logits(again), logits(whole))
+        assert not (tmp_path / place / "mpo_record.json").exists()

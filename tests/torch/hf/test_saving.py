@@ -355,6 +355,7 @@ def test_adapters_alone_are_written_beside_a_compressed_base(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.guarantee("card-stays")
 def test_sentence_transformers(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + k) for k in range(26))]
@@ -369,6 +370,12 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         model.save_pretrained(str(tmp_path / f"out{part}"))
         again = library.SentenceTransformer(str(tmp_path / f"out{part}"), device="cpu")
         assert torch.equal(torch.as_tensor(again.encode(["a b c", "d"])), expected)
+        again.save_pretrained(str(tmp_path / f"again{part}"))
+        for name in ("out", "again"):  # theirs, below ours
+            card = (tmp_path / f"{name}{part}" / "README.md").read_text()
+            assert card.index("compressed by mpo-tn") < card.index("import mpo_tn.torch") < card.index("# Sentence")
+            assert card.count("compressed by mpo-tn") == 1
+            assert "library_name: sentence-transformers\n" in card.split("---\n")[1]
 
 
 @pytest.mark.guarantee("dequantize")
@@ -411,3 +418,22 @@ def test_dequantize_of_parts_and_in_another_dtype(tmp_path: Path) -> None:
     assert isinstance(inner.get_input_embeddings(), nn.Embedding)
     assert not isinstance(inner.get_input_embeddings(), MPOEmbedding)
     check(inner, tmp_path / "head")  # whose head still has the cores
+
+
+class WantsMore(transformers.BertModel):
+    """Cannot be made of its configuration alone."""
+
+    def __init__(self, config: Any, extra: int) -> None:
+        super().__init__(config)
+        self.extra = extra
+
+
+@pytest.mark.guarantee("saved-as-it-is")
+def test_what_cannot_be_rehearsed_is_said_once(tmp_path: Path) -> None:
+    model = WantsMore(transformers.BertConfig(**BERT), 3)
+    compress(model, LINEAR)
+    with pytest.warns(UserWarning, match=r"WantsMore cannot be made of its configuration alone \(TypeError.*compare"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    again = WantsMore.from_pretrained(tmp_path, extra=3)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mpo_tn import MPOError
 from mpo_tn.torch import MPOConfig, compress
+from mpo_tn.torch.hf.record import NAME
 from mpo_tn.torch.hf.sentinel import GUARD
 
 # In one process, for it is importing transformers that takes long.
@@ -120,9 +121,10 @@ def test_other_models_name_their_weights_as_they_did(tmp_path: Path) -> None:
 
 
 def test_folders_of_before(tmp_path: Path) -> None:
-    """An empty sentinel, no guard and no record."""
+    """An empty sentinel, no guard and no records."""
     model = small()
     model.save_pretrained(tmp_path)
+    (tmp_path / NAME).unlink()
     path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     settings = json.loads(path.read_text())
     del settings["transformers_weights"]

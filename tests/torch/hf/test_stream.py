@@ -25,8 +25,8 @@ from mpo_tn import MPOError
 from mpo_tn.storage.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from mpo_tn.torch import Calibration, MPOConfig, Plan, calibrate, compress, plan
 from mpo_tn.torch.hf import stream_job
-from mpo_tn.torch.hf.companions import STREAM_RECORD
 from mpo_tn.torch.hf.folder import empty_model, load_model, save_model
+from mpo_tn.torch.hf.record import NAME as STREAM_RECORD
 from mpo_tn.torch.hf.stream import compress_folder, dry_run
 from mpo_tn.torch.hf.stream_job import Job
 from mpo_tn.torch.hf.verify import verify_folder

@@ -241,6 +241,36 @@ def test_an_alteration_is_found(made: Path, tmp_path: Path, name: str) -> None:
     assert any(re.search(said, phrase) for phrase in found.differences), found.differences
 
 
+OF_RUNS = {
+    "the tokenizer", "a file that is gone", "a file more", "an empty file more", "the card",
+    "how it generates", "the record", "the record is gone", "another record",
+}  # fmt: skip
+"""What of a folder that a model was saved to is the business of others, or is not known of it."""
+
+
+@pytest.mark.guarantee("verify-any-bit")
+@pytest.mark.parametrize("name", [name for name in ALTERATIONS if name not in OF_RUNS])
+def test_an_alteration_of_what_was_saved_is_found(made: Path, tmp_path: Path, name: str) -> None:
+    model = load_model(made / "out")
+    model.save_pretrained(tmp_path, max_shard_size=SHARD)
+    (tmp_path / "training_args.bin").write_bytes(b"of somebody else")
+    assert verify_folder(tmp_path).is_good
+    ALTERATIONS[name][0](tmp_path)
+    found = verify_folder(tmp_path)
+    assert not found.is_good
+    if name != "a recorded error":  # of which there is no plan to hold it against
+        assert any(re.search(ALTERATIONS[name][1], phrase) for phrase in found.differences), found.differences
+
+
+@pytest.mark.guarantee("verify-any-bit")
+def test_the_record_of_what_was_saved_is_held_against_itself(made: Path, tmp_path: Path) -> None:
+    load_model(made / "out").save_pretrained(tmp_path, max_shard_size=SHARD)
+    json_of(tmp_path / "mpo_record.json", lambda c: c["tensors"].update({CORE: "0"}))
+    assert any("altered" in phrase for phrase in verify_folder(tmp_path).differences)
+    (tmp_path / "mpo_record.json").unlink()
+    assert any("nothing is known of its digests" in note for note in verify_folder(tmp_path).notes)
+
+
 @pytest.mark.guarantee("verify-errors")
 def test_errors_are_computed_again_from_the_dense_weights(made: Path) -> None:
     for name, count in (("out", 14), ("bits", 15)):
@@ -261,6 +291,8 @@ def test_a_folder_that_was_compressed_in_memory_is_compared_with_the_dense_model
     found = verify_folder(tmp_path / "out", made / "source")
     assert found.is_good, found.differences
     assert found.notes
+    (tmp_path / "out" / "mpo_record.json").unlink()
+    assert verify_folder(tmp_path / "out", made / "source").is_good
     change(tmp_path / "out", lambda t: t[f"{MODULE}.cores.0.weight_scale"].mul_(1.01), f"{MODULE}.cores.0.weight_scale")
     change(tmp_path / "out", lambda t: t[NORM].mul_(1.01), NORM)
     found = verify_folder(tmp_path / "out", made / "source")

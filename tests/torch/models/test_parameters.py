@@ -12,11 +12,13 @@ import torch
 from helpers.adapter import Snapshot
 from helpers.architectures import ODD, called, tiny_model
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from mpo_tn import MPOError
-from mpo_tn.torch import MPOConfig, Plan, bond_spectra, compress, cut_model, freeze, plan, set_mode
+from mpo_tn.torch import MPOConfig, Plan, bond_spectra, compress, cut_model, freeze, plan, set_mode, to_dense
 from mpo_tn.torch.layers.parameter import MPOParameter, release
 from mpo_tn.torch.models.compress import compress_empty
+from mpo_tn.torch.models.parameters import UNSAVED
 from mpo_tn.torch.models.survey import survey
 from mpo_tn.torch.models.units import mpo_units
 
@@ -93,6 +95,38 @@ def test_what_torch_offers_and_people_write(name: str) -> None:
         assert (y - dense).norm() <= 1e-12 * dense.norm()  # some thousand products of eps, with room
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+PARAMETRIZED: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "norm of a linear layer": (lambda: parametrizations.weight_norm(nn.Linear(8, 6)), "original1", (3, 8)),
+    # As the convolution of positions in wav2vec 2.0.
+    "norm of a convolution": (
+        lambda: parametrizations.weight_norm(nn.Conv1d(8, 8, 4, groups=2), dim=2), "original1", (3, 8, 9)
+    ),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(8, 6)), "original", (3, 8)),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(8, 8)), "original", (3, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.guarantee("reached-exact")
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_what_a_parametrization_computes_a_weight_from(name: str) -> None:
+    torch.manual_seed(0)
+    build, leaf, shape = PARAMETRIZED[name]
+    model, x = nn.Sequential(build()).double().eval(), torch.randn(shape).double()
+    keys, dense = list(model.state_dict()), model(x).detach()
+    with pytest.raises(MPOError):  # it is no weight of a linear layer by itself
+        compress(model, MPOConfig(sites=2))
+    report = compress(model, MPOConfig(target_modules=r".*", sites=2))
+    assert [layer.name for layer in report.layers] == [f"0.parametrizations.weight.mpo.{leaf}"]
+    assert report.coverage.share == 1
+    for y in (model(x), copy.deepcopy(model)(x)):
+        assert (y - dense).norm() <= 1e-12 * dense.norm()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    to_dense(model)
+    assert list(model.state_dict()) == keys
+    assert (model(x) - dense).norm() <= 1e-12 * dense.norm()
 
 
 @pytest.mark.guarantee("reached-exact")
@@ -245,3 +279,41 @@ def test_residuals_are_added_in_place() -> None:
     y += 1
     y.sum().backward()
     assert all(core.grad is not None and core.grad.any() for core in model.parameters())
+
+
+class WithATable(nn.Module):
+    """A model of transformers as others write them: a table that is not saved, and a head that is, under a tie."""
+
+    def __init__(self, table: type[nn.Embedding] = nn.Embedding) -> None:
+        super().__init__()
+        self.sines = table(16, 8)
+        self.words = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.words.weight
+        self._keys_to_ignore_on_save = {"sines.weight", "head.weight", "not.there"}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(ids) + self.sines(ids % 16))
+
+
+@pytest.mark.guarantee("unsaved-stays")
+@pytest.mark.parametrize("table", [nn.Embedding, Scaled])
+@pytest.mark.parametrize("target", [".*", "all-matrices", r".*(sines|words)"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_model_does_not_save_stays_dense_and_is_named(table: type, target: str, wrapped: bool) -> None:
+    model = nn.ModuleDict({"inner": WithATable(table)}) if wrapped else WithATable(table)
+    prefix = "inner." if wrapped else ""
+    before = model.get_submodule(f"{prefix}sines").weight
+    report = compress(model, MPOConfig(target_modules=target, sites=2))
+    assert model.get_submodule(f"{prefix}sines").weight is before
+    assert [layer.name for layer in report.layers] == [f"{prefix}words"]
+    (left,) = report.coverage.dense
+    assert left.name == f"{prefix}sines.weight"
+    assert left.reason == UNSAVED
+    assert report.coverage.covered == 20 * 8
+
+
+@pytest.mark.guarantee("unsaved-stays")
+def test_a_table_alone_that_is_not_saved_is_refused_with_the_reason() -> None:
+    with pytest.raises(MPOError, match="does not save it"):
+        compress(nn.ModuleDict({"inner": WithATable()}), MPOConfig(target_modules=r".*sines", sites=2))
