@@ -32,6 +32,8 @@ def pieces_of(
     for step in converter.operations:
         try:
             done = _done(step, converter, held, shape)
+        except MPOError:
+            raise
         except ValueError:  # which transformers raises of what it cannot do
             return None
         if done is None:

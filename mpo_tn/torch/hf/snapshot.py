@@ -152,8 +152,8 @@ def _pieces(
     if found.shape != shape:
         raise MPOError(
             f"{name} of {type(model).__name__} is {list(shape)} by config.json, and the {len(parts)} tensors of "
-            f"{checkpoint.folder} that it is made of ({parts[0][0]}) are {list(found.shape)} together: fetch or save the "
-            "model again"
+            f"{checkpoint.folder} that it is made of ({parts[0][0]}) are {list(found.shape)} together: fetch or save "
+            "the model again"
         )
     whole, pattern = apply_converters(parts[0][0], converters)
     return replace(found, key=whole if pattern is not None else name)
