@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,17 @@ def test_pieces_are_read_as_the_whole_is(
     assert sorted(whole.keys) == sorted(stored)
     assert np.array_equal(whole.read(), one.read())
     assert np.array_equal(whole.sample(count), one.sample(count))
+
+
+def test_one_piece_is_held_beside_the_whole(tmp_path: Path) -> None:
+    stored = written(tmp_path, {str(k): np.ones((200, 300), np.float32) for k in range(6)}, "float32")
+    whole = stacked([alone(stored[str(k)]) for k in range(6)], 0).transposed(1, 2)
+    tracemalloc.start()
+    try:
+        whole.read()
+        assert tracemalloc.get_traced_memory()[1] < whole.nbytes + 1.1 * stored["0"].nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
