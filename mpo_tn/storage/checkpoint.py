@@ -55,6 +55,11 @@ class StoredTensor:
         return self.stop - self.start
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What the checkpoint calls it; one, where a tensor in pieces has several."""
+        return (self.key,)
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one entry."""
         return next(size for name, size in _DTYPES.values() if name == self.dtype)
@@ -95,11 +100,19 @@ class StoredTensor:
         step = max(1, self.nbytes // width // count)
         if step == 1:
             return self.read().reshape(-1, width)
-        starts = range(self.start, self.stop, step * width)
+        return self.entries(range(0, self.nbytes // width, step))
+
+    def entries(self, places: Sequence[int]) -> np.ndarray:
+        """Entries by their flat places, as bytes (so many, itemsize).
+
+        Raises:
+            MPOError: as :meth:`read`.
+        """
+        width = self.itemsize
         with self._open() as file:
             self._check(os.fstat(file.fileno()))
-            found = b"".join(os.pread(file.fileno(), width, start) for start in starts)
-        if len(found) != len(starts) * width:
+            found = b"".join(os.pread(file.fileno(), width, self.start + place * width) for place in places)
+        if len(found) != len(places) * width:
             raise self._other("it is too short")
         return np.frombuffer(bytearray(found), np.uint8).reshape(-1, width)
 

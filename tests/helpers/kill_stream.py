@@ -2,7 +2,8 @@
 
 Run by tests/torch/hf/test_stream.py and test_stream_text.py in a process of its own: ``python -m helpers.kill_stream
 FOLDER EVERY``, of whose events every so many are tried; with a third argument ``text``, with matrices that are fitted
-to text. Prints what is wrong and exits with 1, or prints how many kills there were.
+to text, or ``experts``, with ones that lie in pieces. Prints what is wrong and exits with 1, or prints how many kills
+there were.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import torch
 
 from helpers.calibrating import padded_batches
 from helpers.fuse import KILLED, Fuse, in_a_child
-from helpers.streaming import CONFIG, SHARD, contents, source_in
+from helpers.streaming import CONFIG, SHARD, contents, experts_in, source_in
 from mpo_tn.torch import MPOConfig
 from mpo_tn.torch.hf import assembling, stream_job
 from mpo_tn.torch.hf.stream import compress_folder
 from mpo_tn.torch.models import stream_folder, stream_unit, walk_files
 
 
-def main(home: Path, every: int, *, text: bool) -> int:
+def main(home: Path, every: int, kind: str) -> int:
     torch.set_num_threads(1)
-    source, out = source_in(home), home / "out"
+    source, out = source_in(home) if kind != "experts" else experts_in(home, "mixtral"), home / "out"
     on_text = MPOConfig(sites="low-rank", bond=8, bits=4, group=16)
 
     def stream() -> None:
-        if text:
+        if kind == "text":
             compress_folder(source, out, on_text, calibration=padded_batches(3), shard_bytes=SHARD)
         else:
             compress_folder(source, out, CONFIG, shard_bytes=SHARD)
@@ -73,4 +74,4 @@ def main(home: Path, every: int, *, text: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), text=sys.argv[3:] == ["text"]))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), (*sys.argv[3:], "matrices")[0]))

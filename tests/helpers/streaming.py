@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from helpers.architectures import tiny_model
 from helpers.tiny_models import tiny
-from mpo_tn.torch import MPOConfig
+from mpo_tn.storage.checkpoint import open_checkpoint
+from mpo_tn.torch import MPOConfig, Plan, compress
+from mpo_tn.torch.hf.folder import load_model, save_model
+from mpo_tn.torch.models.stream_unit import one_thread
 
 CONFIG = MPOConfig(sites=3, keep=0.5)
 SHARD = 20_000
@@ -22,6 +27,31 @@ def source_in(folder: Path, family: str = "llama", *, tied: bool = True, dtype: 
     return path
 
 
+def experts_in(folder: Path, name: str) -> Path:
+    """A folder of shards of a model with experts, which lie in other files than one another."""
+    path = folder / "source"
+    tiny_model(name).save_pretrained(path, max_shard_size="20kB")
+    return path
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every byte of a folder by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_memory(source: Path, out: Path, config: MPOConfig | Plan, **options: Any) -> dict[str, Any]:
+    """What ``compress`` and ``save_pretrained`` make of a loaded model; gives the report."""
+    with one_thread():
+        model = load_model(source)
+        report = compress(model, config, **options)
+        save_model(model, source, out)
+    return report.to_dict()
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    """Two folders hold the same tensors, bit for bit."""
+    a, b = open_checkpoint(one).tensors, open_checkpoint(other).tensors
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key].dtype, a[key].shape) == (b[key].dtype, b[key].shape), key
+        assert a[key].read().tobytes() == b[key].read().tobytes(), key

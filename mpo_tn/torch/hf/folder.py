@@ -127,11 +127,20 @@ def dense_parameters(source: str | Path) -> int:
     Raises:
         MPOError: no such folder, not a model.
     """
+    return count_parameters(model_before(source))
+
+
+def model_before(source: str | Path) -> Any:
+    """The dense model on the meta device that a folder or hub name was, compressed by now or not, in float32.
+
+    Raises:
+        MPOError: no such folder, not a model.
+    """
     check_source(source)
     with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source)
         vars(config).pop("quantization_config", None)
-        return count_parameters(_built_empty(config, torch.float32))
+        return _built_empty(config, torch.float32)
 
 
 def _built_empty(

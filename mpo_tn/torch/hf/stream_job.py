@@ -20,6 +20,7 @@ from mpo_tn.planning.entries import ACTIVATION
 from mpo_tn.planning.plan import Plan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from mpo_tn.storage.pieces import StoredPieces
 from mpo_tn.storage.places import name_beside
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.hf.assembling import Piece
@@ -74,14 +75,15 @@ class Job:
         if self.calibration is not None:
             self.calibration.check_print(self._fingerprint())
         owners = dict(model.named_parameters(remove_duplicate=False))
-        self._places: dict[nn.Parameter, tuple[str, StoredTensor]] = {
-            owners[name]: (name, stored) for name, stored in names.stored.items() if name in owners
+        self._places: dict[nn.Parameter, tuple[str, StoredTensor | StoredPieces]] = {
+            owners[name]: (name, stored) for name, stored in names.whole.items() if name in owners
         }
         for _, unit in self.pairs:
             if unit.weight not in self._places:
                 raise MPOError(
-                    f"{dense_key(unit.name)} is not in the checkpoint {checkpoint.folder} as it is, transformers makes "
-                    "it of other tensors: leave it out (--exclude), or compress the model in memory"
+                    f"{dense_key(unit.name)} is not in the checkpoint {checkpoint.folder} as it is, and what "
+                    "transformers makes it of is not only stacked, joined or transposed: leave it out (--exclude), or "
+                    "compress the model in memory"
                 )
         self.source = checkpoint.fingerprint()
         made_of: str | None = None
@@ -149,7 +151,7 @@ class Job:
         If ``anchored`` they are of what it is given once those before it are changed.
         """
         planned, unit = self.pairs[number]
-        biases: dict[str, tuple[StoredTensor, str]] = {}
+        biases: dict[str, tuple[StoredTensor | StoredPieces, str]] = {}
         if planned.metric == ACTIVATION:
             if self.calibration is not None:
                 path = self.work.moments(number)
@@ -164,8 +166,8 @@ class Job:
         )  # fmt: skip
         return replace(found, anchor=ANCHOR, rounds=ROUNDS) if anchored else found
 
-    def _biases(self, unit: DenseUnit) -> list[tuple[str, tuple[StoredTensor, str]]]:
-        found: dict[str, tuple[StoredTensor, str]] = {}
+    def _biases(self, unit: DenseUnit) -> list[tuple[str, tuple[StoredTensor | StoredPieces, str]]]:
+        found: dict[str, tuple[StoredTensor | StoredPieces, str]] = {}
         for module in unit.modules:
             bias = module.bias
             assert isinstance(bias, nn.Parameter)
@@ -192,7 +194,7 @@ class Job:
     @property
     def bytes_beside(self) -> int:
         """Of what is not a matrix of the plan, as it is stored."""
-        in_units = {self._places[unit.weight][1].key for _, unit in self.pairs}
+        in_units = {key for _, unit in self.pairs for key in self._places[unit.weight][1].keys}
         left = [*self.names.stored.values(), *self.names.kept.values()]
         return sum(stored.nbytes for stored in left if stored.key not in in_units)
 
@@ -251,10 +253,15 @@ class Job:
             if key.startswith("bias.")
         }
         pieces: list[Piece] = []
-        for name, stored in self.names.stored.items():
+        kept = dict(self.names.kept)
+        for name, stored in self.names.whole.items():
             number = numbers.get(owners[name]) if name in owners else None
             if number is not None and records[number].dense is None:
+                for key in stored.keys if isinstance(stored, StoredPieces) else ():
+                    del kept[key]
                 pieces.append(self._unit_piece(number, records[number], stored))
+            elif isinstance(stored, StoredPieces):
+                continue  # what it is made of stays as it is
             elif name in moved:
                 own = f"bias.{name}"
                 pieces.append(
@@ -263,7 +270,7 @@ class Job:
             else:
                 pieces.append(Piece.of_source(stored, self.names.dtypes[name]))
         dtype = self.model.dtype
-        pieces += [Piece.of_source(stored, dtype) for stored in self.names.kept.values()]
+        pieces += [Piece.of_source(stored, dtype) for stored in kept.values()]
         modules = {name: spec for own in records if own.dense is None for name, spec in own.specs.items()}
         return [*pieces, self.sentinels(modules)] if modules else pieces
 
@@ -288,10 +295,16 @@ class Job:
         in_cores = {dense_key(name) for unit in owned for name in unit.all_names}
         found = sentinels(self.model, modules, [name for name in self.names.dtypes if name not in unsaved | in_cores])
         # As a checkpoint calls the weight: transformers renames both.
-        stored = self.names.stored
-        return Piece.of_tensors({stored[key].key if key in stored else key: found[key] for key in found})
+        stored, written = self.names.whole, dict[str, torch.Tensor]()
+        for key, tensor in found.items():
+            place = stored.get(key)
+            if isinstance(place, StoredPieces):
+                written |= {part.tensor.key: tensor.new_empty(part.emptied) for part in place.pieces}
+            else:
+                written[place.key if place else key] = tensor
+        return Piece.of_tensors(written)
 
-    def _unit_piece(self, number: int, record: UnitRecord, stored: StoredTensor) -> Piece:
+    def _unit_piece(self, number: int, record: UnitRecord, stored: StoredTensor | StoredPieces) -> Piece:
         prefix = core_prefix(self.model, self.pairs[number][1].name, stored)
         keys = {key: f"{prefix}.{key}" for key in record.tensors if key.startswith("cores.")}
         return Piece.of_unit(self.work.file(number), self.work.task, keys, record)
@@ -326,8 +339,14 @@ class Job:
     def _fingerprint(self) -> Fingerprint:
         """What :meth:`Fingerprint.of` gives of the loaded model."""
         found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        whole = self.names.whole
         for name, parameter in self.model.named_parameters():
-            stored = self.names.stored[name]
+            if name not in whole:
+                raise MPOError(
+                    f"transformers makes {name} of other tensors of {self.checkpoint.folder} in a way that is unknown "
+                    "here, so that it cannot be told whether the calibration is of this model: give text (--texts)"
+                )
+            stored = whole[name]
             entries = stored.sample(SAMPLED)
             sample = as_tensor(stored.dtype, (len(entries),), entries.reshape(-1), parameter.dtype)
             dtype = str(parameter.dtype).removeprefix("torch.")

@@ -16,13 +16,14 @@ from mpo_tn.planning.entries import ITEMSIZES
 from mpo_tn.planning.spec import PARAMETER, ModuleSpec, matrix_shape
 from mpo_tn.progress import Progress, silent
 from mpo_tn.storage.checkpoint import Checkpoint, StoredTensor, notes_of, open_checkpoint
+from mpo_tn.storage.pieces import StoredPieces
 from mpo_tn.storage.tensors import bytes_digest
 from mpo_tn.torch.hf.checks import check_record
-from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model
+from mpo_tn.torch.hf.folder import check_compressed, compressed_config, empty_model, model_before
 from mpo_tn.torch.hf.held import held_by
 from mpo_tn.torch.hf.record import NAME as RECORD_NAME
 from mpo_tn.torch.hf.record import RECORD_NOTE, altered, read_record
-from mpo_tn.torch.hf.snapshot import Names, local_folder, read_names
+from mpo_tn.torch.hf.snapshot import Names, local_folder, names_of_cores, read_names
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.parameter import dense_key
 from mpo_tn.torch.models.compress import build, missed_norm
@@ -117,7 +118,7 @@ def verify_folder(
     found.tensors = len(there.tensors)
     tell(0, 1, "reading every byte")
     record = _check_record(folder, found)
-    layers = _check_structure(there, modules, found)
+    layers = _check_structure(there, modules, _prefixes(folder, there, modules), found)
     if modules:
         _check_saved(folder, there, modules, found)
     if record is not None:
@@ -169,7 +170,7 @@ def _check_record(folder: Path, found: Verification) -> dict[str, Any] | None:
 
 
 def _check_structure(
-    there: Checkpoint, modules: Mapping[str, ModuleSpec], found: Verification
+    there: Checkpoint, modules: Mapping[str, ModuleSpec], prefixes: Mapping[str, str], found: Verification
 ) -> dict[str, tuple[str, ModuleSpec]]:
     """The owners of cores, with what their tensors are called in the file before ``cores``."""
     layers: dict[str, tuple[str, ModuleSpec]] = {}
@@ -177,7 +178,7 @@ def _check_structure(
     for name, spec in modules.items():
         if spec.tied_to in modules:
             continue
-        prefix = _prefix(there, name)
+        prefix = prefixes.get(name)
         if prefix is None:
             found.differences.append(f"{name} has no cores in the files")
             continue
@@ -233,9 +234,21 @@ def _first(there: Checkpoint, prefix: str) -> str:
     return next(key for key in there.tensors if key.startswith(f"{prefix}.cores."))
 
 
-def _prefix(there: Checkpoint, name: str) -> str | None:
-    """What the cores of a module are called in the file: as it is, or with or without the prefix of the base model."""
+def _prefixes(folder: Path, there: Checkpoint, modules: Mapping[str, ModuleSpec]) -> dict[str, str]:
+    """What the cores of modules are called in the files: as they are, or as transformers renames them."""
     before = {key.split(".cores.")[0] for key in there.tensors if ".cores." in key}
+    found = {name: prefix for name in modules if (prefix := _prefix(before, name)) is not None}
+    if all(name in found or spec.tied_to in modules for name, spec in modules.items()):
+        return found
+    try:
+        model = model_before(folder)
+    except MPOError:  # a configuration that is damaged beside what is looked at here
+        return found
+    return names_of_cores(model, sorted(before - {*found.values()}), modules) | found
+
+
+def _prefix(before: set[str], name: str) -> str | None:
+    """Among those of the files: as it is, or with or without the prefix of the base model."""
     if name in before:
         return name
     longer = [prefix for prefix in before if prefix.endswith(f".{name}")]
@@ -267,11 +280,12 @@ def _check_against(
             f"{folder} is not the model that it was made of: its fingerprint is {dense.fingerprint()}, and "
             f"{run['source']} is recorded"
         )
+    whole = names.whole
     units = {} if record is None else {u["name"]: UnitRecord.from_dict(u) for u in record["units"]}
     for done, (name, (prefix, spec)) in enumerate(layers.items()):
         tell(done, len(layers), f"rebuilding {name}")
         same = [name, *(other for other, own in modules.items() if own.tied_to == name)]
-        stored = next((names.stored[dense_key(own)] for own in same if dense_key(own) in names.stored), None)
+        stored = next((whole[dense_key(own)] for own in same if dense_key(own) in whole), None)
         if stored is None:
             found.differences.append(f"{name} is no matrix of {folder}")
             continue
@@ -283,7 +297,8 @@ def _check_against(
 
 
 def _check_error(
-    there: Checkpoint, name: str, prefix: str, spec: ModuleSpec, stored: StoredTensor, dtype: torch.dtype,
+    there: Checkpoint, name: str, prefix: str, spec: ModuleSpec, stored: StoredTensor | StoredPieces,
+    dtype: torch.dtype,
     unit: UnitRecord | None, found: Verification,
 ) -> None:  # fmt: skip
     data = stored.read()
@@ -339,7 +354,9 @@ def _check_dense(
     """What stayed dense has the numbers of the model."""
     compressed = {dense_key(name) for name in modules}
     moved = {key.removeprefix("bias.") for unit in units.values() for key in unit.tensors if key.startswith("bias.")}
-    for name, stored in names.stored.items():
+    in_cores = {key for name, parts in names.made.items() if name in compressed for key, _ in parts}
+    pieces = {key: stored for key, stored in names.kept.items() if key not in in_cores}
+    for name, stored in {**names.stored, **pieces}.items():
         if name in compressed or name in moved:
             continue
         own = there.tensors.get(stored.key) or there.tensors.get(name)

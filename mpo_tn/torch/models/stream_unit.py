@@ -18,6 +18,7 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.entries import UnitPlan
 from mpo_tn.planning.spec import ModuleSpec
 from mpo_tn.storage.checkpoint import RawTensor, StoredTensor
+from mpo_tn.storage.pieces import StoredPieces
 from mpo_tn.storage.tensors import bytes_digest, read_tensors, write_tensors
 from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.models.allocator import give_back_large_blocks
@@ -57,8 +58,8 @@ class UnitTask:
 
     planned: UnitPlan
     unit: DenseUnit
-    weight: StoredTensor
-    biases: Mapping[str, tuple[StoredTensor, str]]
+    weight: StoredTensor | StoredPieces
+    biases: Mapping[str, tuple[StoredTensor | StoredPieces, str]]
     file: str
     moments: tuple[str, ...] | None
     versions: Mapping[str, str]
@@ -81,7 +82,7 @@ class UnitRecord:
         specs: the structure of every module that uses it, by first name.
         tensors: dtype, shape and size in bytes of what is in its file: ``cores.*``, and biases that moved, by ``bias.``
             and their name.
-        source: digest of the bytes of the dense weight.
+        source: digest of the bytes of the dense weight, put together if it lies in pieces.
         dense: why it stays dense, if its cores would not be smaller; then ``layer`` says what they would have been, and
             none are in its file.
     """
@@ -193,7 +194,7 @@ def _is_done(task: UnitTask) -> bool:
         return False
 
 
-def tensor_of(stored: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def tensor_of(stored: StoredTensor | StoredPieces, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor itself, on the host; cast if it is floating point."""
     return as_tensor(stored.dtype, stored.shape, stored.read(), dtype)
 

@@ -94,7 +94,7 @@ def test_text_runs_through_experts_that_are_fused_while_they_are_read(tmp_path: 
         vocab_size=128, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
-    how = MPOConfig(sites="low-rank", bond=4, exclude_modules="re:.*experts.*")
+    how = MPOConfig(sites="low-rank", bond=4)
     with one_thread():
         model = load_model(tmp_path / "source")
         wanted = compress(model, how, calibration=batches(), anchored=False)
@@ -102,7 +102,11 @@ def test_text_runs_through_experts_that_are_fused_while_they_are_read(tmp_path: 
     # Single precision, the widest that kernels of experts take; the ridge of a metric is 1e-3 of it.
     for mine, there in zip(found.layers, wanted.layers, strict=True):
         assert mine.names == there.names
-        assert mine.weighted == pytest.approx(there.weighted, rel=1e-2)
+        if there.weighted is None:  # experts, whose inputs are not listened to
+            assert (mine.weighted, mine.error) == (None, there.error)
+        else:
+            assert mine.weighted == pytest.approx(there.weighted, rel=1e-2)
+    assert any(layer.spec.kind == "parameter" for layer in found.layers)
     assert open_checkpoint(tmp_path / "out").nbytes < open_checkpoint(tmp_path / "source").nbytes
 
 
