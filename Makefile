@@ -36,10 +36,11 @@ types: $(VENV)/.test
 fast: $(VENV)/.test
 	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow" --durations=5 --durations-min=1
 
-# With the notebooks, whose kernels do not see tests/conftest.py, which keeps other processes to one thread.
+# With the notebooks, which begin, as one takes longest; their kernels do not see tests/conftest.py, which keeps other
+# processes to one thread.
 tests: export OMP_NUM_THREADS = 1
 tests: $(VENV)/.test
-	$(PYTEST) --nbmake --nbmake-timeout=300 tests mpo_tn notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks tests mpo_tn
 
 soak: export PYTHONPATH = tests
 soak: $(VENV)/.test

@@ -6,6 +6,7 @@ transformers, which takes as much memory as torch.
 """
 
 import importlib
+from functools import partial
 
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.coverage import Coverage, DenseMatrix
@@ -38,7 +39,17 @@ from mpo_tn.torch.state.training_state import load_state, save_state
 from mpo_tn.truncate.bond_cut import Cut, cut_bond
 from mpo_tn.when_imported import when_imported
 
-when_imported("transformers", lambda: importlib.import_module("mpo_tn.torch.hf.hooks"))
+
+def _hook(name: str) -> None:
+    getattr(importlib.import_module("mpo_tn.torch.hf.hooks"), name)()
+
+
+# All of them here: one that is imported by another is half there when that one's turn comes.
+when_imported("transformers", partial(_hook, "of_transformers"))
+when_imported("transformers.trainer", partial(_hook, "of_trainer"))
+when_imported("sentence_transformers", partial(_hook, "of_sentence_transformers"))
+when_imported("huggingface_hub.hub_mixin", partial(_hook, "of_mixin"))
+when_imported("peft", partial(_hook, "of_peft"))
 
 __all__ = [
     "BlockSample",

@@ -1,4 +1,4 @@
-"""All that is changed in transformers and around it when this package is imported, in one place.
+"""All that is changed in transformers and around it once both are imported; ``mpo_tn.torch`` sees to that.
 
 | of | what | by |
 | --- | --- | --- |
@@ -34,11 +34,11 @@ from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig
 from mpo_tn.torch.hf.quantizer import MPOHfQuantizer
 from mpo_tn.torch.hf.sentinel import hide_guard
 from mpo_tn.torch.models.host import use_host
-from mpo_tn.when_imported import when_imported, wrap_once
+from mpo_tn.when_imported import wrap_once
 
 
-def install() -> None:
-    """Change what is there, and what is not yet imported as soon as it is."""
+def of_transformers() -> None:
+    """Quantizer, configurations and models."""
     if "mpo" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         # Called rather than used as decorators, which would hide the types of the classes.
         register_quantization_config("mpo")(MPOQuantizationConfig)
@@ -48,14 +48,11 @@ def install() -> None:
     wrap_once(PreTrainedModel, "save_pretrained", saving.looking)
     wrap_once(PreTrainedModel, "_upload_modified_files", saving.uploading)
     wrap_once(PreTrainedModel, "dequantize", saving.attaching)
-    when_imported("transformers.trainer", _of_trainer)
-    when_imported("sentence_transformers", _of_sentence_transformers)
-    when_imported("huggingface_hub.hub_mixin", _of_mixin)
-    open_door()
     use_host(saving.TransformersHost())
 
 
-def _of_trainer() -> None:
+def of_trainer() -> None:
+    """Weight decay and model card."""
     from transformers.trainer import Trainer
 
     wrap_once(Trainer, "get_decay_parameter_names", decay.sparing)
@@ -68,14 +65,16 @@ def _what_trainer_saves(trainer: Any, *args: Any, **kwargs: Any) -> tuple[Path, 
     return Path(trainer.args.output_dir), model if isinstance(model, PreTrainedModel) else None
 
 
-def _of_mixin() -> None:
+def of_mixin() -> None:
+    """How tensors are written and read."""
     from huggingface_hub.hub_mixin import PyTorchModelHubMixin
 
     wrap_once(PyTorchModelHubMixin, "_save_pretrained", mixin.saving)
     wrap_once(PyTorchModelHubMixin, "_load_as_safetensor", mixin.loading)
 
 
-def _of_sentence_transformers() -> None:
+def of_sentence_transformers() -> None:
+    """Model cards."""
     import sentence_transformers
 
     for name in ("SentenceTransformer", "CrossEncoder", "SparseEncoder"):
@@ -90,4 +89,6 @@ def _what_is_embedded(model: Any, path: Any, *args: Any, **kwargs: Any) -> tuple
     return Path(path), model
 
 
-install()
+def of_peft() -> None:
+    """LoRA on cores, and what else does not go."""
+    open_door()

@@ -23,21 +23,17 @@ from torch import nn
 from mpo_tn.exceptions import MPOError
 from mpo_tn.torch.layers.embedding import MPOEmbedding
 from mpo_tn.torch.layers.layer import MPOLayer, MPOLinear
-from mpo_tn.when_imported import when_imported, wrap_once
+from mpo_tn.when_imported import wrap_once
 
 _STARTS = ("gaussian",)
 """Of the ways to start an adapter that have a name, those that do not look at the dense weight."""
 
 
 def open_door() -> None:
-    """Have PEFT take MPO modules, now or as soon as it is imported.
+    """Have PEFT, which is imported, take MPO modules.
 
     Guarantee (peft-needs-nothing): importing ``mpo_tn.torch`` is enough, before PEFT or after it.
     """
-    when_imported("peft", _open)
-
-
-def _open() -> None:
     from peft import PeftModel
     from peft.tuners.lora import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import BaseTuner

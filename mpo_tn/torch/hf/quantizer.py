@@ -42,6 +42,7 @@ from mpo_tn.torch.hf.names import (
     transformers_models,
     untie,
 )
+from mpo_tn.torch.hf.on_load import Factorise, OnLoad
 from mpo_tn.torch.hf.quantization_config import MPOQuantizationConfig, is_ours
 from mpo_tn.torch.hf.record import check_files
 from mpo_tn.torch.hf.sentinel import RECORD, guard, sentinel_key, sentinels, unguard
@@ -49,7 +50,7 @@ from mpo_tn.torch.layers.cores import held_tensors
 from mpo_tn.torch.layers.layer import MPOLayer
 from mpo_tn.torch.layers.parameter import HELD, place_of
 from mpo_tn.torch.layers.quantized import quantized_cores
-from mpo_tn.torch.models.compress import build, compress
+from mpo_tn.torch.models.compress import build
 from mpo_tn.torch.models.dense import to_dense
 from mpo_tn.torch.models.places import put
 from mpo_tn.torch.models.units import mpo_specs
@@ -60,7 +61,7 @@ _BIAS = re.compile(r"^(?P<module>.*)\.bias$")
 
 
 class MPOHfQuantizer(HfQuantizer):
-    """Builds MPO modules before loading; compresses after loading when the files are dense.
+    """Builds MPO modules before loading; compresses while loading when the files are dense.
 
     Guarantee (reload-bits): what ``save_pretrained`` wrote comes back bit for bit, with every tie and shared module.
     Guarantee (no-random-cores): a folder from which a core is missing is refused.
@@ -72,6 +73,7 @@ class MPOHfQuantizer(HfQuantizer):
     _held: Held
     _files: list[str]
     _reading: Reading
+    _on_load: OnLoad | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the model as well, which they have in hand already, because it holds this quantizer."""
@@ -86,6 +88,7 @@ class MPOHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
+            self._on_load = OnLoad(model, self.quantization_config.config, model.config.dtype)
             return
         dtype = kwargs.get("dtype")
         check_count(model, self.quantization_config.listed)
@@ -145,8 +148,9 @@ class MPOHfQuantizer(HfQuantizer):
             del self._held, self._reading, self._files
             # Names as this class knows them, so that saving it again writes them right.
             attach(model, self.quantization_config.config)
-        else:
-            compress(model, self.quantization_config.config)
+        elif self._on_load is not None:
+            made, self._on_load = self._on_load, None  # or the model would hold what it is compressed from
+            made.finish(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """The state dict and one tensor under the name of a dense weight, see :mod:`mpo_tn.torch.hf.sentinel`."""
@@ -193,8 +197,18 @@ class MPOHfQuantizer(HfQuantizer):
         return True
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Yes for cores and their biases: shapes are then looked at once all is read, and the error names them."""
+        """Yes for cores and their biases: shapes are then looked at once all is read, and the error names them.
+
+        Of a dense model for what becomes cores as soon as it is read.
+        """
+        if self._on_load is not None:
+            return self._on_load.takes(param_name)
         return _is_of_mpo(model, param_name)
+
+    def get_quantize_ops(self) -> Factorise:
+        """What makes cores of a weight that was just read."""
+        assert self._on_load is not None
+        return Factorise(self._on_load)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None, which is as it is in the file, for what holds cores in bits, whatever the model is loaded in."""

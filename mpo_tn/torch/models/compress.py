@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -124,6 +124,22 @@ def compress(
             "calibration=batches, the text that the plan was made with"
         )
     fits = {} if source is None else fit_units(model, in_metric, source, progress or silent, anchored=anchored)
+
+    def make(planned: UnitPlan, unit: DenseUnit) -> Made:
+        return fitted(planned, unit, fits[unit.name]) if unit.name in fits else (*factorise(planned, unit), None)
+
+    return put_made(model, decided, units, make, refined_on=text if refine else None, progress=progress)
+
+
+Made = tuple[LayerReport, Sequence[Core], torch.Tensor | None]
+"""What a unit became: its report, its cores, and by what its biases move."""
+
+
+def put_made(
+    model: nn.Module, decided: Plan, units: Sequence[tuple[UnitPlan, DenseUnit]],
+    make: Callable[[UnitPlan, DenseUnit], Made], *, refined_on: Samples | None = None, progress: Progress | None = None,
+) -> CompressionReport:  # fmt: skip
+    """Put what ``make`` makes of the units of a plan into their places: what :func:`compress` does, once it decided."""
     before, matrices = count_parameters(model), matrix_numbers(model)
     layers: list[LayerReport] = []
     modules: dict[str, nn.Module] = {}
@@ -132,10 +148,7 @@ def compress(
         if progress:
             progress(done, len(units), unit.name)
         try:
-            if unit.name in fits:
-                layer, cores, shift = fitted(planned, unit, fits[unit.name])
-            else:
-                layer, cores, shift = *factorise(planned, unit), None
+            layer, cores, shift = make(planned, unit)
         except MPOError as error:
             raise MPOError(f"{unit.name}: {error}") from error
         outgrown = outgrows(planned, layer)
@@ -148,8 +161,8 @@ def compress(
         progress(len(units), len(units), units[-1][1].name)
     with ExitStack() as undo:
         refined: tuple[RefinedBlock, ...] = ()
-        if refine and text is not None:
-            refined = refine_blocks(model, modules, text, undo, progress or silent)
+        if refined_on is not None:
+            refined = refine_blocks(model, modules, refined_on, undo, progress or silent)
         if modules:
             _swap(model, modules, decided.config)
         undo.pop_all()

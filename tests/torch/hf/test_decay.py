@@ -18,7 +18,7 @@ from mpo_tn.torch.layers.cores import Cores
 @pytest.mark.guarantee("cores-not-decayed")
 @pytest.mark.parametrize("bits", [None, {"central": 8}])
 def test_trainer_decays_no_core(tmp_path: Path, bits: Any) -> None:
-    hooks.install()  # twice is once
+    hooks.of_trainer()  # twice is once
     model = tiny("bert")
     dense = {id(p) for p in decayed(model, tmp_path)}
     kept = {id(p) for p in model.parameters()}
