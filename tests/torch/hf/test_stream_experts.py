@@ -185,7 +185,7 @@ def test_a_run_that_was_stopped_goes_on_with_two_workers(tmp_path: Path) -> None
 @pytest.mark.guarantee("stream-resumes")
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_experts_are_read_goes_on(tmp_path: Path) -> None:
-    every = "1" if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else "60"
+    every = "1" if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else "100"
     done = subprocess.run(
         [sys.executable, "-m", "helpers.kill_stream", tmp_path, every, "experts"], cwd=TESTS, capture_output=True,
         text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"},
