@@ -1,10 +1,12 @@
 """Compressing while a dense model is loaded: of each weight cores are made as soon as it is read, and it is dropped."""
 
-# transformers types what it hands to operations by Any.
-# pyright: reportIncompatibleMethodOverride=false
+# transformers types what it hands to operations by Any; the tables of a module have names with a leading underscore.
+# pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +18,6 @@ from mpo_tn.exceptions import MPOError
 from mpo_tn.planning.config import MPOConfig
 from mpo_tn.planning.entries import UnitPlan
 from mpo_tn.torch.layers.cores import Core
-from mpo_tn.torch.models.allocator import give_back_large_blocks
 from mpo_tn.torch.models.compress import Made, factorise, outgrows, put_made
 from mpo_tn.torch.models.decide import plan, units_of_plan
 from mpo_tn.torch.models.report import CompressionReport, LayerReport
@@ -55,18 +56,18 @@ class OnLoad:
         MPOError: as :func:`mpo_tn.torch.plan`, before anything is read.
     """
 
-    def __init__(self, model: nn.Module, config: MPOConfig, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: Any, config: MPOConfig, dtype: torch.dtype | None) -> None:
         self._config = config
-        owned = {unit.weight: (planned, unit) for planned, unit in units_of_plan(model, plan(model, config))}
-        self._units = {
-            name: owned[parameter]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if parameter in owned and parameter.dtype == dtype
-        }
+        with _tied(model):
+            owned = {unit.weight: (planned, unit) for planned, unit in units_of_plan(model, plan(model, config))}
+            self._units = {
+                name: owned[parameter]
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+                if parameter in owned and parameter.dtype == dtype
+            }
         self._asked: dict[str, set[str]] = {}
         self._done: dict[str, _Done] = {}
         self._failed: Exception | None = None
-        give_back_large_blocks()
 
     def takes(self, name: str) -> bool:
         """Whether cores are made of the parameter of this name when it is read; asked of all before one is read."""
@@ -127,6 +128,23 @@ class OnLoad:
         if outgrows(planned, layer) is not None:
             return _Done(planned, layer, [], None)
         return _Done(planned, layer, cores, _stand_in(weight, needs_grad))
+
+
+@contextmanager
+def _tied(model: Any) -> Generator[None]:
+    """With the ties that it will have: transformers makes them once all is read."""
+    before: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]] = []
+    for target, source in model.all_tied_weights_keys.items():
+        (owner, _, name), (source_owner, _, source_name) = target.rpartition("."), source.rpartition(".")
+        own, lent = (model.get_submodule(path)._parameters for path in (owner, source_owner))
+        if own.get(name) is not None and lent.get(source_name) is not None:  # a head may be taken off
+            before.append((own, name, own[name]))
+            own[name] = lent[source_name]
+    try:
+        yield
+    finally:
+        for own, name, parameter in reversed(before):
+            own[name] = parameter
 
 
 def _stand_in(weight: torch.Tensor, requires_grad: bool) -> nn.Parameter:
