@@ -1,7 +1,7 @@
 # make demo   the embedded model, end to end (under 3 minutes on 2 cores once installed)
 # make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
-# make soak   the property tests with forty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream
+# make soak   the property tests with fifty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream
 # make architectures   what works with which model, tried on 80 tiny ones: docs/architectures.md
 # make scale  what matrices cost to stream, the law, runs against it (some 15 minutes): docs/scale.md
 # make bench  timings against other libraries, printed as ratios

@@ -411,7 +411,7 @@ def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     kills, lives = (int(part.split()[0]) for part in done.stdout.split(", "))
-    assert kills > 20
+    assert kills > 10
     assert lives > 2
 
 
