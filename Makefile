@@ -1,4 +1,4 @@
-# make demo   the embedded model, end to end (under 3 minutes on 2 cores once installed)
+# make demo   the embedded model, end to end (about 4 minutes on 2 cores once installed)
 # make quick  lint, types and the tests that take under a second each (under 90 seconds on 2 cores once installed)
 # make test   everything continuous integration runs
 # make soak   the property tests with fifty times the examples, 6,000 damaged files, 30 kills of every command and kind of stream

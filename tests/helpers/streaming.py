@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from helpers.architectures import tiny_model
+from helpers.paths import ROOT, TESTS
 from helpers.tiny_models import tiny
 from mpo_tn.storage.checkpoint import open_checkpoint
 from mpo_tn.torch import MPOConfig, Plan, compress
@@ -55,3 +59,16 @@ def same_tensors(one: Path, other: Path) -> None:
     for key in a:
         assert (a[key].dtype, a[key].shape) == (b[key].dtype, b[key].shape), key
         assert a[key].read().tobytes() == b[key].read().tobytes(), key
+
+
+SOAKING = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
+
+
+def kills_of_runs(home: Path, every: int, *what: str) -> int:
+    """How many runs were killed, one before each so many-th event, and all went on to the same bytes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.kill_stream", home, str(every), *what], cwd=TESTS, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return int(done.stdout.split()[-2])

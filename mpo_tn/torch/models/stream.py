@@ -169,8 +169,7 @@ class _Run:
         if type(error).__name__ == "KilledWorker":
             return MPOError(
                 f"{name}: workers died over it ({_said(error)}), most likely of too little memory: give each more, "
-                f"or use "
-                "fewer on a machine; what is done is kept"
+                "or use fewer on a machine; what is done is kept"
             )
         found = MPOError(f"{name}: {type(error).__name__}: {_said(error)}; what is done is kept")
         found.__cause__ = error
@@ -184,14 +183,12 @@ class _Run:
         if self.attempts == 1:
             raise MPOError(
                 f"the executor broke ({_said(error)}) with {len(self.left)} units left, {self.left[worst].name} "
-                f"among them; "
-                "what is done is kept: give a new executor and run it again"
+                "among them; what is done is kept: give a new executor and run it again"
             )
         if self.deaths[worst] >= self.attempts:
             raise MPOError(
                 f"{self.left[worst].name}: its worker died {self.attempts} times, most likely of too little memory: "
-                f"use "
-                "fewer workers; what is done is kept"
+                "use fewer workers; what is done is kept"
             )
 
 

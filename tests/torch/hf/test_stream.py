@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.paths import ROOT, TESTS
-from helpers.streaming import CONFIG, SHARD, contents, in_memory, same_tensors, source_in
+from helpers.paths import ROOT
+from helpers.streaming import CONFIG, SHARD, SOAKING, contents, in_memory, kills_of_runs, same_tensors, source_in
 from helpers.tiny_models import VOCAB, tiny
 
 from mpo_tn import MPOError
@@ -190,13 +190,7 @@ def test_any_number_of_workers_and_threads_and_any_executor_give_the_same_bytes(
 @pytest.mark.guarantee("stream-any-workers", "stream-resumes", "unit-whole")
 @pytest.mark.slow
 def test_a_run_killed_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    every = "1" if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else "7"
-    done = subprocess.run(
-        [sys.executable, "-m", "helpers.kill_stream", tmp_path, every], cwd=TESTS, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert int(done.stdout.split()[-2]) >= (30 if every == "1" else 10)
+    assert kills_of_runs(tmp_path, 1 if SOAKING else 7) >= (30 if SOAKING else 10)
 
 
 class Stopping:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.calibrating import padded_batches
-from helpers.paths import ROOT, TESTS
-from helpers.streaming import SHARD, contents, experts_in, in_memory, same_tensors
+from helpers.streaming import SHARD, SOAKING, contents, experts_in, in_memory, kills_of_runs, same_tensors
 from safetensors.torch import load_file, save_file
 
 from mpo_tn import MPOError
@@ -185,10 +181,4 @@ def test_a_run_that_was_stopped_goes_on_with_two_workers(tmp_path: Path) -> None
 @pytest.mark.guarantee("stream-resumes")
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_experts_are_read_goes_on(tmp_path: Path) -> None:
-    every = "1" if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else "100"
-    done = subprocess.run(
-        [sys.executable, "-m", "helpers.kill_stream", tmp_path, every, "experts"], cwd=TESTS, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert int(done.stdout.split()[-2]) >= 2
+    assert kills_of_runs(tmp_path, 1 if SOAKING else 100, "experts") >= 2

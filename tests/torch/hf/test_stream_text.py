@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from helpers.calibrating import padded_batches
-from helpers.paths import ROOT, TESTS
-from helpers.streaming import contents, source_in
+from helpers.paths import ROOT
+from helpers.streaming import SOAKING, contents, kills_of_runs, source_in
 from helpers.tiny_models import tiny
 
 from mpo_tn import MPOError
@@ -188,13 +188,7 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(tmp_path: Path, m
 @pytest.mark.guarantee("stream-resumes", "stream-any-workers")
 @pytest.mark.slow
 def test_a_run_on_text_killed_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    every = "5" if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else "130"
-    done = subprocess.run(
-        [sys.executable, "-m", "helpers.kill_stream", tmp_path, every, "text"], cwd=TESTS, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert int(done.stdout.split()[-2]) >= (30 if every == "5" else 4)
+    assert kills_of_runs(tmp_path, 5 if SOAKING else 130, "text") >= (30 if SOAKING else 4)
 
 
 @pytest.mark.guarantee("stream-resumes")
